@@ -1,0 +1,252 @@
+"""Gengram model configuration."""
+
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+
+_MEMORY_POOLINGS = ("exact", "as_trained")
+
+
+@strict
+class GengramConfig(PreTrainedConfig):
+    r"""
+    What a Gengram model is: a Mixtral-like decoder plus a memory of k-mers on a few layers.
+
+    The defaults describe the released 10B model (12 layers, hidden 4096, 8 experts of which 2 are used, context 8192).
+    Layers are counted from 0 here; the original Megatron arguments count them from 1.
+
+    Args:
+        vocab_size (`int`, defaults to 128): Rows of the embedding; the ten tokens of the nucleotide alphabet, six
+            specials of Megatron, and padding rows.
+        hidden_size (`int`, defaults to 4096): Width of the residual stream.
+        intermediate_size (`int`, defaults to 8192): Width of each expert (or of the dense feed-forward).
+        num_hidden_layers (`int`, defaults to 12): Decoder layers.
+        num_attention_heads (`int`, defaults to 16): Query heads.
+        num_key_value_heads (`int`, *optional*, defaults to 8): Key and value heads; 1 is multi-query, `None` means as
+            many as query heads.
+        head_dim (`int`, *optional*): Width of a head; `None` means `hidden_size // num_attention_heads`.
+        hidden_act (`str`, defaults to `"silu"`): Activation of the gated feed-forward.
+        max_position_embeddings (`int`, defaults to 8192): Context length in tokens.
+        initializer_range (`float`, defaults to 0.01): Standard deviation of new weights.
+        rms_norm_eps (`float`, defaults to 1e-5): Epsilon of the backbone's RMSNorms.
+        use_cache (`bool`, defaults to `True`): Return a key/value cache.
+        pad_token_id (`int`, *optional*, defaults to 0): `[PAD]`.
+        bos_token_id (`int`, *optional*): Unset: the authors train without a start token.
+        eos_token_id (`int`, *optional*): Unset: generation ends at the length that was asked for.
+        tie_word_embeddings (`bool`, defaults to `False`): Share the embedding with the language-model head.
+        attention_dropout (`float`, defaults to 0.0): Dropout on attention weights.
+        rope_parameters (`dict`, *optional*): Rotary embedding; `{"rope_type": "default", "rope_theta": 10000.0}`.
+        num_local_experts (`int`, defaults to 8): Experts per layer; 0 or 1 is a dense feed-forward.
+        num_experts_per_tok (`int`, defaults to 2): Experts used per token.
+        norm_topk_prob (`bool`, defaults to `True`): Expert weights sum to one over the chosen experts (softmax after
+            top-k). `False` is Megatron's `--moe-router-pre-softmax`.
+        output_router_logits (`bool`, defaults to `False`): Return router logits and add the router losses.
+        router_aux_loss_coef (`float`, defaults to 0.001): Weight of the load-balancing loss.
+        router_z_loss_coef (`float`, defaults to 0.001): Weight of the router z-loss.
+        router_jitter_noise (`float`, defaults to 0.0): Multiplicative noise on the router's input in training.
+        is_causal (`bool`, defaults to `True`): `False` is bidirectional use: full attention, a memory window centred
+            on the base and a symmetric short convolution. `GengramForMaskedLM` always works so.
+        classifier_dropout (`float`, *optional*): Dropout before the token-classification head.
+        memory_layers (`list[int]`, *optional*): Decoder layers with a memory, counted from 0. `None` means
+            `[2, 5, 9]`, as far as these layers exist; `[]` is a model without memory.
+        memory_ngram_sizes (`list[int]`, *optional*, defaults to `[1, 2, 3, 4, 5, 6]`): k of the k-mers, in any order;
+            each has a table of `5**k` rows.
+        memory_embedding_dim (`int`, defaults to 1024): Width of one table.
+        memory_window (`int`, defaults to 21): Bases that a k-mer must lie within to be pooled.
+        memory_token_ids (`list[int]`, *optional*, defaults to `[8, 5, 6, 7, 9]`): Token ids of A, C, G, T, N, in this
+            order: the digits 0..4 of a table row.
+        memory_conv_kernel (`int`, defaults to 4): Taps of the short depthwise convolution; 0 is none.
+        memory_conv_dilation (`int`, *optional*): Distance of the taps in bases; `None` means the largest k.
+        memory_norm_eps (`float`, defaults to 1e-5): Epsilon of the memory's two RMSNorms.
+        memory_pooling (`str`, defaults to `"exact"`): `"exact"` takes each window mean in at least float32;
+            `"as_trained"` repeats the original's order of operations (differences of prefix sums in the dtype of the
+            activations), to reproduce published low-precision numbers. See `docs/numerics.md`.
+
+    Raises:
+        `ValueError`: if fields contradict each other; the message says what was expected, what came, what to do.
+
+    Example:
+
+    ```python
+    >>> from gengram import GengramConfig
+    >>> config = GengramConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    ...                        head_dim=16, memory_layers=[1, 2], memory_embedding_dim=8)
+    >>> config.memory_conv_dilation
+    6
+    ```
+    """
+
+    model_type = "gengram"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    default_theta = 10000.0
+    attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012
+
+    # Mixtral's plans fit the same module names; the memory is replicated on every rank.
+    base_model_tp_plan = {  # noqa: RUF012
+        **MixtralConfig.base_model_tp_plan,
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan = MixtralConfig.base_model_ep_plan
+    base_model_pp_plan = MixtralConfig.base_model_pp_plan
+
+    vocab_size: int = 128
+    hidden_size: int = 4096
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.01
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    attention_dropout: float | int = 0.0
+    rope_parameters: RopeParameters | dict | None = None
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    router_z_loss_coef: float = 0.001
+    router_jitter_noise: float = 0.0
+    is_causal: bool = True
+    classifier_dropout: float | int | None = None
+    memory_layers: list[int] | tuple[int, ...] | None = None
+    memory_ngram_sizes: list[int] | tuple[int, ...] | None = None
+    memory_embedding_dim: int = 1024
+    memory_window: int = 21
+    memory_token_ids: list[int] | tuple[int, ...] | None = None
+    memory_conv_kernel: int = 4
+    memory_conv_dilation: int | None = None
+    memory_norm_eps: float = 1e-5
+    memory_pooling: str = "exact"
+
+    def __post_init__(self, **kwargs):
+        for derived in ("layer_types", "number_of_conv_states"):  # computed below, never read back
+            kwargs.pop(derived, None)
+        known = [name for name in self.__dataclass_fields__ if name.startswith("memory_")]
+        for name in kwargs:
+            if name.startswith("memory_"):
+                nearest = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise ValueError(
+                    f"GengramConfig has no field {name!r}{hint} Its memory fields are {', '.join(known)}."
+                )
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size must be a multiple of num_attention_heads when head_dim is not given, got "
+                    f"{self.hidden_size} and {self.num_attention_heads}; give head_dim, or change one of them."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.memory_layers is None:
+            self.memory_layers = [layer for layer in (2, 5, 9) if layer < self.num_hidden_layers]
+        if self.memory_ngram_sizes is None:
+            self.memory_ngram_sizes = [1, 2, 3, 4, 5, 6]
+        if self.memory_token_ids is None:
+            self.memory_token_ids = [8, 5, 6, 7, 9]
+        self.memory_layers = sorted(self.memory_layers)
+        self.memory_ngram_sizes = list(self.memory_ngram_sizes)
+        self.memory_token_ids = list(self.memory_token_ids)
+        if self.memory_conv_dilation is None and self.memory_ngram_sizes:
+            self.memory_conv_dilation = max(self.memory_ngram_sizes)
+        super().__post_init__(**kwargs)
+
+    @property
+    def memory_context(self) -> int:
+        """Earlier bases that a decoding step must remember for the window: `memory_window - 1`."""
+        return self.memory_window - 1
+
+    @property
+    def memory_conv_context(self) -> int:
+        """Earlier memory outputs that a decoding step must remember for the short convolution."""
+        return max(self.memory_conv_kernel - 1, 0) * (self.memory_conv_dilation or 1)
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """States per memory layer in Transformers' caches: letter codes, then inputs of the convolution, if any."""
+        return int(self.memory_context > 0) + int(self.memory_conv_context > 0)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of each layer's cache; `"hybrid"` adds `number_of_conv_states` states to keys and values."""
+        with_states = set(self.memory_layers) if self.number_of_conv_states else set()
+        return ["hybrid" if layer in with_states else "full_attention" for layer in range(self.num_hidden_layers)]
+
+    # Called by `strict` after construction, like every method whose name starts with "validate".
+    def validate_architecture(self):
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and "
+                f"{self.num_key_value_heads}."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary embeddings turn pairs), got {self.head_dim}.")
+        if self.num_local_experts < 0:
+            raise ValueError(
+                f"num_local_experts must be 0 or 1 (dense) or the number of experts, got {self.num_local_experts}."
+            )
+        if self.num_local_experts > 1 and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok must lie in 1..{self.num_local_experts} (num_local_experts), got "
+                f"{self.num_experts_per_tok}."
+            )
+
+    def validate_memory(self):
+        out_of_range = [layer for layer in self.memory_layers if not 0 <= layer < self.num_hidden_layers]
+        if out_of_range:
+            raise ValueError(
+                f"memory_layers must lie in 0..{self.num_hidden_layers - 1}, got {', '.join(map(str, out_of_range))} "
+                "(the original configuration counts layers from 1, this one from 0)."
+            )
+        if len(set(self.memory_layers)) != len(self.memory_layers):
+            raise ValueError(f"memory_layers must not repeat a layer, got {self.memory_layers}.")
+        if not self.memory_ngram_sizes or min(self.memory_ngram_sizes) < 1:
+            raise ValueError(
+                f"memory_ngram_sizes must name at least one size, each 1 or more, got {self.memory_ngram_sizes}; for a "
+                "model without memory set memory_layers=[]."
+            )
+        if self.memory_window < max(self.memory_ngram_sizes):
+            raise ValueError(
+                f"memory_window must be at least the largest of memory_ngram_sizes ({max(self.memory_ngram_sizes)}), "
+                f"got {self.memory_window}: a k-mer has to fit into the window."
+            )
+        if self.memory_embedding_dim < 1:
+            raise ValueError(f"memory_embedding_dim must be at least 1, got {self.memory_embedding_dim}.")
+        ids = self.memory_token_ids
+        if len(ids) != 5 or len(set(ids)) != 5:
+            raise ValueError(
+                f"memory_token_ids must be five different ids, of A, C, G, T, N in this order, got {ids}."
+            )
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise ValueError(f"memory_token_ids must lie in 0..{self.vocab_size - 1} (vocab_size), got {ids}.")
+        if self.memory_conv_kernel < 0:
+            raise ValueError(f"memory_conv_kernel must be 0 (no convolution) or more, got {self.memory_conv_kernel}.")
+        if self.memory_conv_dilation < 1:
+            raise ValueError(f"memory_conv_dilation must be at least 1, got {self.memory_conv_dilation}.")
+        if self.memory_norm_eps <= 0:
+            raise ValueError(f"memory_norm_eps must be positive, got {self.memory_norm_eps}.")
+        if self.memory_pooling not in _MEMORY_POOLINGS:
+            raise ValueError(f"memory_pooling must be one of {_MEMORY_POOLINGS}, got {self.memory_pooling!r}.")
+        if self.memory_pooling == "as_trained" and not self.is_causal:
+            raise ValueError(
+                'memory_pooling="as_trained" repeats the original, which is causal; use "exact" with is_causal=False.'
+            )
+
+
+__all__ = ["GengramConfig"]
