@@ -163,6 +163,8 @@ class GengramConfig(PreTrainedConfig):
         if self.memory_conv_dilation is None and self.memory_ngram_sizes:
             self.memory_conv_dilation = max(self.memory_ngram_sizes)
         super().__post_init__(**kwargs)
+        self.validate_architecture()  # here, so that the caller sees a plain ValueError
+        self.validate_memory()
 
     @property
     def memory_context(self) -> int:
@@ -185,7 +187,7 @@ class GengramConfig(PreTrainedConfig):
         with_states = set(self.memory_layers) if self.number_of_conv_states else set()
         return ["hybrid" if layer in with_states else "full_attention" for layer in range(self.num_hidden_layers)]
 
-    # Called by `strict` after construction, like every method whose name starts with "validate".
+    # `strict` calls every method whose name starts with "validate" again on demand, as in `save_pretrained`.
     def validate_architecture(self):
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
             if getattr(self, name) < 1:
@@ -218,8 +220,8 @@ class GengramConfig(PreTrainedConfig):
             raise ValueError(f"memory_layers must not repeat a layer, got {self.memory_layers}.")
         if not self.memory_ngram_sizes or min(self.memory_ngram_sizes) < 1:
             raise ValueError(
-                f"memory_ngram_sizes must name at least one size, each 1 or more, got {self.memory_ngram_sizes}; for a "
-                "model without memory set memory_layers=[]."
+                f"memory_ngram_sizes must name at least one size, each 1 or more, got {self.memory_ngram_sizes}; "
+                "for a model without memory set memory_layers=[]."
             )
         if self.memory_window < max(self.memory_ngram_sizes):
             raise ValueError(
@@ -230,9 +232,7 @@ class GengramConfig(PreTrainedConfig):
             raise ValueError(f"memory_embedding_dim must be at least 1, got {self.memory_embedding_dim}.")
         ids = self.memory_token_ids
         if len(ids) != 5 or len(set(ids)) != 5:
-            raise ValueError(
-                f"memory_token_ids must be five different ids, of A, C, G, T, N in this order, got {ids}."
-            )
+            raise ValueError(f"memory_token_ids must be five different ids, those of A, C, G, T, N, got {ids}.")
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise ValueError(f"memory_token_ids must lie in 0..{self.vocab_size - 1} (vocab_size), got {ids}.")
         if self.memory_conv_kernel < 0:

@@ -1,1 +1,1 @@
-from ._version import __version__
+from ._version import __version__ as __version__
