@@ -178,8 +178,9 @@ class GengramConfig(PreTrainedConfig):
 
     @property
     def number_of_conv_states(self) -> int:
-        """States per memory layer in Transformers' caches: letter codes, then inputs of the convolution, if any."""
-        return int(self.memory_context > 0) + int(self.memory_conv_context > 0)
+        """States per memory layer in the caches: letter codes, prefix sums, convolution inputs, where there are any."""
+        has_prefix_sums = self.memory_pooling == "as_trained"
+        return int(self.memory_context > 0) + int(has_prefix_sums) + int(self.memory_conv_context > 0)
 
     @property
     def layer_types(self) -> list[str]:

@@ -1,0 +1,1 @@
+"""The motif memory as functions of tensors and numbers."""

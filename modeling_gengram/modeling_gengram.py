@@ -1,0 +1,813 @@
+"""Gengram models: a Mixtral-like decoder that reads a memory of k-mers in front of attention on a few layers."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralAttention,
+    MixtralExperts,
+    MixtralRotaryEmbedding,
+    load_balancing_loss_func,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.configuration_gengram import GengramConfig
+from ..operators.motif_memory import (
+    NgramPlan,
+    dilated_taps,
+    letter_codes,
+    memory_gate,
+    plan_ngrams,
+    running_sum,
+    window_mean,
+)
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class GengramModelOutput(MoeModelOutputWithPast):
+    """Outputs of `GengramModel`: those of a mixture-of-experts decoder, and what the memory did.
+
+    Args:
+        memory_gates: with `output_memory_gates=True`, per memory layer the gate in 0..1, (batch, length).
+        memory_residual_norms: with `output_memory_residual_norms=True`, per memory layer the Euclidean norm of what
+            the memory added to the residual stream, (batch, length).
+    """
+
+    memory_gates: tuple[torch.Tensor, ...] | None = None
+    memory_residual_norms: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GengramCausalLMOutput(MoeCausalLMOutputWithPast):
+    """Outputs of `GengramForCausalLM`; the memory's fields as in `GengramModelOutput`.
+
+    Args:
+        z_loss: with router logits, the mean square of the log-partition of the router's logits.
+    """
+
+    z_loss: torch.Tensor | None = None
+    memory_gates: tuple[torch.Tensor, ...] | None = None
+    memory_residual_norms: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GengramMaskedLMOutput(MaskedLMOutput):
+    """Outputs of `GengramForMaskedLM`; the fields as in `GengramCausalLMOutput`."""
+
+    aux_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    memory_gates: tuple[torch.Tensor, ...] | None = None
+    memory_residual_norms: tuple[torch.Tensor, ...] | None = None
+
+
+class GengramRMSNorm(nn.Module):
+    """Root-mean-square norm, computed in at least float32 and rounded once, weight included, as the reference does."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        work = torch.promote_types(hidden_states.dtype, torch.float32)
+        x = hidden_states.to(work)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight.to(work) * x).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class GengramDepthwiseConv(nn.Module):
+    """Depthwise convolution whose taps stay inside a segment; `weight` is (hidden, 1, taps), as in `nn.Conv1d`."""
+
+    def __init__(self, config: GengramConfig):
+        super().__init__()
+        self.dilation = config.memory_conv_dilation
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, 1, config.memory_conv_kernel))
+
+    def forward(self, x: torch.Tensor, reach_back: int, plan: NgramPlan) -> torch.Tensor:
+        behind = None if plan.behind is None else plan.behind[:, plan.context :]
+        return dilated_taps(x, self.weight, self.dilation, reach_back, behind, plan.ahead)
+
+
+class GengramShortConv(nn.Module):
+    """SiLU of a short dilated convolution over the memory's output: causal, or centred for bidirectional use."""
+
+    def __init__(self, config: GengramConfig, layer_idx: int, state_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.state_idx = state_idx
+        self.context = config.memory_conv_context
+        self.conv = GengramDepthwiseConv(config)
+
+    def forward(
+        self, x: torch.Tensor, plan: NgramPlan, is_causal: bool, past_key_values: Cache | None = None
+    ) -> torch.Tensor:
+        length = x.shape[1]
+        reach_ahead = 0 if is_causal else self.context // 2
+        if past_key_values is not None and self.context:
+            history = past_key_values.update_conv_state(
+                x.transpose(1, 2), self.layer_idx, state_idx=self.state_idx, conv_kernel_size=self.context
+            )
+            x = history.transpose(1, 2)
+        missing = self.context + length - x.shape[1]
+        if missing > 0:
+            x = F.pad(x, (0, 0, missing - reach_ahead, reach_ahead))
+        return F.silu(self.conv(x[:, -(self.context + length) :], self.context - reach_ahead, plan))
+
+
+class GengramMotifMemory(nn.Module):
+    """The motif memory: looks up every k-mer of a window, averages, and adds what the hidden state asks for.
+
+    With f(t) the concatenated window means of the tables: `key = W_k f`, `value = W_v f`,
+    `gate = memory_gate(norm_q(h), norm_k(key))`, `u = gate * value`, result `u + SiLU(conv(u))`. Gate, value and
+    convolution are taken in at least float32; with `memory_pooling="as_trained"`, in the dtype of the hidden states and in the original's order.
+    """
+
+    CODE_STATE = 0  # letter codes of the last `memory_window - 1` tokens, kept by `GengramModel`
+
+    def __init__(self, config: GengramConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.as_trained = config.memory_pooling == "as_trained"
+        self.window = config.memory_window
+        self.ngram_sizes = config.memory_ngram_sizes
+        self.prefix_state = int(config.memory_context > 0)
+        conv_state = self.prefix_state + int(self.as_trained)
+
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(5**size, config.memory_embedding_dim) for size in config.memory_ngram_sizes
+        )
+        features = config.memory_embedding_dim * len(config.memory_ngram_sizes)
+        self.key_proj = nn.Linear(features, config.hidden_size, bias=False)
+        self.value_proj = nn.Linear(features, config.hidden_size, bias=False)
+        self.norm_q = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
+        self.norm_k = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
+        self.short_conv = GengramShortConv(config, layer_idx, conv_state) if config.memory_conv_kernel else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        plan: NgramPlan,
+        is_causal: bool = True,
+        past_key_values: Cache | None = None,
+        output_memory_residual_norms: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Residual (batch, length, hidden), gate and, if wanted, the residual's norm (batch, length)."""
+        dtype = hidden_states.dtype
+        features = self._features_as_trained(plan, past_key_values) if self.as_trained else self._features(plan)
+        key, value = self.key_proj(features), self.value_proj(features)
+
+        work = dtype if self.as_trained else torch.promote_types(dtype, torch.float32)
+        gate = memory_gate(self.norm_q(hidden_states.to(work)), self.norm_k(key.to(work)))  # (batch, length)
+        residual = gate.unsqueeze(-1) * value.to(work)  # (batch, length, hidden)
+        if plan.exists is not None:  # padding must not reach its neighbours through the convolution
+            residual = residual * plan.exists.unsqueeze(-1).to(work)
+        if self.short_conv is not None:
+            residual = residual + self.short_conv(residual, plan, is_causal, past_key_values)
+
+        norm = residual.norm(dim=-1) if output_memory_residual_norms else None
+        return residual.to(dtype), gate, norm
+
+    def _features(self, plan: NgramPlan) -> torch.Tensor:
+        """Concatenated window means, (batch, length, sizes * width), in the dtype of the tables."""
+        means = []
+        for index, table in enumerate(self.embeddings):
+            rows = table(plan.rows[index])
+            means.append(window_mean(rows, plan, index).to(rows.dtype))
+        return torch.cat(means, dim=-1)
+
+    def _features_as_trained(self, plan: NgramPlan, past_key_values: Cache | None) -> torch.Tensor:
+        """The same as differences of prefix sums in the dtype of the tables, decoding included."""
+        current = [rows[:, plan.context :] for rows in plan.rows]
+        valid = [valid[:, plan.context :, None] for valid in plan.valid]
+        embedded = [table(rows) for table, rows in zip(self.embeddings, current, strict=True)]
+        rows = torch.cat([e * v.to(e.dtype) for e, v in zip(embedded, valid, strict=True)], dim=-1)
+        length, width = rows.shape[1], embedded[0].shape[-1]
+        initial = None
+        if past_key_values is not None:
+            layer = past_key_values.layers[self.layer_idx]
+            if layer.has_previous_state[self.prefix_state]:
+                initial = layer.conv_states[self.prefix_state][..., -1]
+        prefix = running_sum(rows, initial)
+        if past_key_values is not None:
+            prefix = past_key_values.update_conv_state(
+                prefix.transpose(1, 2), self.layer_idx, state_idx=self.prefix_state, conv_kernel_size=self.window
+            ).transpose(1, 2)
+        prefix = F.pad(prefix, (0, 0, max(self.window + length - prefix.shape[1], 0), 0))[:, -(self.window + length) :]
+        means = []
+        for index, size in enumerate(self.ngram_sizes):
+            part = slice(index * width, (index + 1) * width)
+            endings = self.window - size + 1
+            if endings == 1:
+                means.append(rows[..., part])
+                continue
+            total = prefix[:, self.window :, part] - prefix[:, self.window - endings : -endings, part]
+            means.append(total / plan.counts[index].unsqueeze(-1).to(total.dtype))
+        return torch.cat(means, dim=-1)
+
+
+class GengramRouter(nn.Module):
+    """Scores experts in at least float32 and keeps the best ones; the softmax is taken in float32."""
+
+    def __init__(self, config: GengramConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits (tokens, experts), weights and indices of the chosen experts (tokens, top_k)."""
+        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        work = torch.promote_types(hidden_states.dtype, torch.float32)
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.to(work), self.weight.to(work))  # (tokens, experts)
+        if self.norm_topk_prob:
+            chosen, indices = torch.topk(logits, self.top_k, dim=-1)
+            weights = F.softmax(chosen, dim=-1, dtype=torch.float32)
+        else:
+            weights, indices = torch.topk(F.softmax(logits, dim=-1, dtype=torch.float32), self.top_k, dim=-1)
+        return logits, weights.to(logits.dtype), indices
+
+
+class GengramExperts(MixtralExperts):
+    """Mixtral's stacked experts; float64 always takes the eager loop, since grouped products have no such kernel."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        if hidden_states.dtype == torch.float64:
+            return MixtralExperts.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+        return super().forward(hidden_states, top_k_index, top_k_weights)
+
+
+class GengramSparseMoeBlock(nn.Module):
+    """Mixture of SwiGLU experts."""
+
+    def __init__(self, config: GengramConfig):
+        super().__init__()
+        self.jitter_noise = config.router_jitter_noise
+        self.gate = GengramRouter(config)
+        self.experts = GengramExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        batch, length, width = hidden_states.shape
+        if self.training and self.jitter_noise > 0:
+            noise = torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
+            hidden_states = hidden_states * noise
+        hidden_states = hidden_states.view(-1, width)  # (tokens, hidden)
+        _, weights, indices = self.gate(hidden_states)
+        return self.experts(hidden_states, indices, weights).reshape(batch, length, width)
+
+
+class GengramMLP(nn.Module):
+    """Dense SwiGLU feed-forward, for models without experts."""
+
+    def __init__(self, config: GengramConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class GengramDecoderLayer(GradientCheckpointingLayer):
+    """Memory (on some layers), attention, feed-forward; each adds to the residual stream."""
+
+    def __init__(self, config: GengramConfig, layer_idx: int):
+        super().__init__()
+        self.motif_memory = GengramMotifMemory(config, layer_idx) if layer_idx in config.memory_layers else None
+        self.self_attn = MixtralAttention(config, layer_idx)
+        self.mlp = GengramSparseMoeBlock(config) if config.num_local_experts > 1 else GengramMLP(config)
+        self.input_layernorm = GengramRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = GengramRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        memory_plan: NgramPlan | None = None,
+        is_causal: bool = True,
+        output_memory_residual_norms: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        if self.motif_memory is not None:
+            assert memory_plan is not None
+            memory, _, _ = self.motif_memory(
+                hidden_states,
+                memory_plan,
+                is_causal=is_causal,
+                past_key_values=past_key_values,
+                output_memory_residual_norms=output_memory_residual_norms,
+            )
+            hidden_states = hidden_states + memory
+
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class GengramPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by all Gengram models."""
+
+    config: GengramConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GengramDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(GengramRouter, index=0),
+        "hidden_states": GengramDecoderLayer,
+        "attentions": MixtralAttention,
+        "memory_gates": OutputRecorder(GengramMotifMemory, index=1),
+        "memory_residual_norms": OutputRecorder(GengramMotifMemory, index=2),
+    }
+
+    # Transformers guesses these two from the text of this module, which imports the blocks in question.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MixtralExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, (GengramRouter, GengramDepthwiseConv)):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+class GengramModel(GengramPreTrainedModel):
+    """The decoder without a head: last hidden states, (batch, length, hidden).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from gengram import GengramConfig, GengramModel
+    >>> config = GengramConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    ...                        num_key_value_heads=2, num_local_experts=4, memory_layers=[1], memory_embedding_dim=4)
+    >>> model = GengramModel(config).eval()
+    >>> outputs = model(torch.tensor([[8, 5, 6, 7, 9]]), output_memory_gates=True)
+    >>> outputs.last_hidden_state.shape, outputs.memory_gates[0].shape
+    (torch.Size([1, 5, 32]), torch.Size([1, 5]))
+
+    ```
+    """
+
+    def __init__(self, config: GengramConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(GengramDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = GengramRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MixtralRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        memory_input_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GengramModelOutput:
+        """Hidden states of a batch of token ids.
+
+        Args:
+            input_ids: (batch, length). Exactly one of `input_ids` and `inputs_embeds` must be given.
+            attention_mask: (batch, past + length), 1 for tokens and 0 for padding on either side. Padding is neither
+                attended to nor read by the memory.
+            position_ids: (batch, length). Where they start again at 0 a new segment begins: neither attention nor
+                memory looks across. Without them a row is one segment.
+            past_key_values: a cache; build it with `DynamicCache(config=model.config)`.
+            inputs_embeds: (batch, length, hidden) instead of ids. The memory reads the letters whose embedding rows
+                occur exactly, any other vector is "not a letter"; `memory_input_ids` overrides this.
+            memory_input_ids: (batch, length), the ids that the memory reads if they differ from `input_ids`.
+            is_causal: whether to look back only (defaults to `config.is_causal`).
+            output_memory_gates, output_memory_residual_norms: also return what the memory did.
+
+        Raises:
+            ValueError: if both or none of `input_ids` and `inputs_embeds` are given, or the cache cannot hold the
+                memory's states, or a cache is combined with `is_causal=False`.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        is_causal = kwargs.pop("is_causal", self.config.is_causal)
+        output_memory_residual_norms = kwargs.pop(
+            "output_memory_residual_norms", getattr(self.config, "output_memory_residual_norms", False)
+        )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if not is_causal:
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                raise ValueError("is_causal=False sees the whole sequence at once; call without past_key_values.")
+            past_key_values, use_cache = None, False
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        behind_ids = None if self.config.memory_pooling == "as_trained" else position_ids
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        if not isinstance(masks := attention_mask, dict):  # `generate` prepares a dictionary when it compiles
+            mask_arguments = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {
+                "full_attention": create_causal_mask(**mask_arguments),
+                "linear_attention": create_recurrent_attention_mask(**mask_arguments),
+            }
+
+        memory_plan = None
+        if self.config.memory_layers:
+            if memory_input_ids is None:
+                memory_input_ids = input_ids
+            codes = self._letter_codes(memory_input_ids, inputs_embeds)
+            memory_plan = self._plan_memory(
+                codes, behind_ids, masks.get("linear_attention"), past_key_values, is_causal
+            )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks["full_attention"],
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                memory_plan=memory_plan,
+                is_causal=is_causal,
+                output_memory_residual_norms=output_memory_residual_norms,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        return GengramModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _letter_codes(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Letter codes (batch, length) of the ids, or of embeddings that equal a letter's row exactly."""
+        token_ids = self.config.memory_token_ids
+        if input_ids is not None:
+            return letter_codes(input_ids, token_ids)
+        codes = torch.zeros(inputs_embeds.shape[:2], dtype=torch.int64, device=inputs_embeds.device)
+        rows = self.embed_tokens(torch.tensor(token_ids, device=inputs_embeds.device)).to(inputs_embeds.device)
+        for digit, row in enumerate(rows):
+            codes = codes.masked_fill((inputs_embeds == row).all(-1), digit + 1)
+        return codes
+
+    def _plan_memory(
+        self,
+        codes: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        is_causal: bool,
+    ) -> NgramPlan:
+        """The n-gram plan of this forward pass, history included; advances the letter codes in the cache."""
+        config = self.config
+        length = codes.shape[1]
+        exists = None
+        if padding_mask is not None:
+            exists = padding_mask.to(device=codes.device, dtype=torch.bool)
+            codes = codes.masked_fill(~exists, 0)
+        context = 0
+        if past_key_values is not None and config.memory_context:
+            context = config.memory_context
+            codes = self._extend_by_history(codes, past_key_values)
+            codes = F.pad(codes, (max(context + length - codes.shape[1], 0), 0))[:, -(context + length) :]
+
+        behind = ahead = None
+        if position_ids is not None:
+            behind = position_ids.expand(codes.shape[0], -1)
+            if context:
+                earlier = torch.arange(-context, 0, device=behind.device) + behind[:, :1]
+                behind = torch.cat([earlier, behind], dim=1)
+            if not is_causal:
+                is_last = F.pad(behind[:, 1:] != behind[:, :-1] + 1, (0, 1), value=True)
+                index = torch.arange(length, device=behind.device)
+                ends = torch.where(is_last, index, length).flip(1).cummin(1).values.flip(1)
+                ahead = ends - index
+        return plan_ngrams(
+            codes,
+            config.memory_ngram_sizes,
+            config.memory_window,
+            context=context,
+            is_causal=is_causal,
+            behind=behind,
+            ahead=ahead,
+            exists=exists,
+        )
+
+    def _extend_by_history(self, codes: torch.Tensor, past_key_values: Cache) -> torch.Tensor:
+        """Codes with those of earlier calls in front; every memory layer keeps its own copy, as the caches expect."""
+        extended = codes
+        for layer in self.config.memory_layers:
+            if len(past_key_values.layers) <= layer or not hasattr(past_key_values.layers[layer], "conv_states"):
+                raise ValueError(
+                    f"the cache has no room for the memory of layer {layer}: expected one built for this model, got "
+                    f"{type(past_key_values).__name__} without its configuration. Build it with "
+                    "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
+                )
+            extended = past_key_values.update_conv_state(
+                codes.unsqueeze(1),
+                layer,
+                state_idx=GengramMotifMemory.CODE_STATE,
+                conv_kernel_size=self.config.memory_context,
+            ).squeeze(1)
+        return extended
+
+
+def router_z_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over tokens and layers of the router's squared log-partition (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    Args:
+        router_logits: one (batch * length, experts) per layer.
+        attention_mask: (batch, length); padding is left out.
+    """
+    device = router_logits[0].device
+    squares = torch.stack([torch.logsumexp(logits.to(device).float(), dim=-1).square() for logits in router_logits])
+    if attention_mask is None:
+        return squares.mean()
+    weight = attention_mask.reshape(1, -1).to(device=device, dtype=squares.dtype)
+    return (squares * weight).sum() / (weight.sum() * len(router_logits)).clamp_min(1)
+
+
+class _LanguageModelLoss:
+    """What the two language-model heads share: router losses on request."""
+
+    config: GengramConfig
+
+    def _router_losses(
+        self, outputs: GengramModelOutput, attention_mask: torch.Tensor | None, loss: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Load-balancing loss, z-loss, and `loss` with both added; all `None` without router logits."""
+        config = self.config
+        if not outputs.router_logits:
+            return None, None, loss
+        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        aux_loss = load_balancing_loss_func(
+            outputs.router_logits, config.num_local_experts, config.num_experts_per_tok, mask
+        )
+        z_loss = router_z_loss(outputs.router_logits, mask)
+        if loss is not None:
+            loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+            loss = loss + config.router_z_loss_coef * z_loss.to(loss.device)
+        return aux_loss, z_loss, loss
+
+
+class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationMixin):
+    """Gengram with the head that the released weights have: logits of the next base, (batch, length, vocab).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from gengram import GengramConfig, GengramForCausalLM
+    >>> config = GengramConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    ...                        num_key_value_heads=2, num_local_experts=4, memory_layers=[1], memory_embedding_dim=4)
+    >>> model = GengramForCausalLM(config).eval()
+    >>> model(torch.tensor([[8, 5, 6, 7, 9]])).logits.shape
+    torch.Size([1, 5, 128])
+
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: GengramConfig):
+        super().__init__(config)
+        self.model = GengramModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GengramCausalLMOutput:
+        """Next-token logits, and the loss if labels are given; other arguments as in `GengramModel.forward`.
+
+        Args:
+            labels: (batch, length), ids, -100 where there is no loss; shifted by one inside.
+            output_router_logits: also return router logits and their two losses; with labels they are added to the
+                loss with weights `config.router_aux_loss_coef` and `config.router_z_loss_coef`.
+            logits_to_keep: compute logits of the last so many positions only (0: of all), or of these indices.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs: GengramModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        aux_loss, z_loss, loss = self._router_losses(outputs, attention_mask, loss)
+        return GengramCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            memory_gates=outputs.memory_gates,
+            memory_residual_norms=outputs.memory_residual_norms,
+        )
+
+
+class GengramForMaskedLM(_LanguageModelLoss, GengramPreTrainedModel):
+    """Gengram used bidirectionally, with a head that predicts masked bases: logits (batch, length, vocab).
+
+    `[MASK]` is not a letter, so every k-mer that touches a masked base is skipped: the memory cannot leak the answer.
+    The released weights were never trained for this; loading them says so.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: GengramConfig):
+        if config.is_causal:
+            config = copy.deepcopy(config)
+            config.is_causal = False
+        super().__init__(config)
+        self.model = GengramModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "GengramForCausalLM" in (model.config.architectures or []):
+            logger.warning_once(
+                f"{pretrained_model_name_or_path} was trained to predict the next base, not masked ones. As "
+                "GengramForMaskedLM it looks in both directions, which its weights have never done: fine-tune it "
+                "with a masked objective before you trust its predictions, or use GengramForCausalLM."
+            )
+        return loaded
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GengramMaskedLMOutput:
+        """Logits of the token at each position, and the loss if labels (-100: no loss) are given."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        kwargs.pop("use_cache", None)
+        kwargs["is_causal"] = False
+        outputs: GengramModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        aux_loss, z_loss, loss = self._router_losses(outputs, attention_mask, loss)
+        return GengramMaskedLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            memory_gates=outputs.memory_gates,
+            memory_residual_norms=outputs.memory_residual_norms,
+        )
+
+
+# The library's classification heads would build their backbone with AutoModel, which asks for `trust_remote_code` a
+# second time in remote code; so they are initialised here and only their `forward` is used.
+
+
+class GengramForSequenceClassification(GenericForSequenceClassification, GengramPreTrainedModel):
+    """Gengram with a linear head on the last token of each sequence: logits (batch, num_labels)."""
+
+    def __init__(self, config: GengramConfig):
+        GengramPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GengramModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class GengramForTokenClassification(GenericForTokenClassification, GengramPreTrainedModel):
+    """Gengram with a linear head on every base: logits (batch, length, num_labels)."""
+
+    def __init__(self, config: GengramConfig):
+        GengramPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GengramModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+__all__ = [
+    "GengramForCausalLM",
+    "GengramForMaskedLM",
+    "GengramForSequenceClassification",
+    "GengramForTokenClassification",
+    "GengramModel",
+    "GengramPreTrainedModel",
+]
