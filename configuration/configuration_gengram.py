@@ -85,12 +85,6 @@ class GengramConfig(PreTrainedConfig):
     attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012
 
     # Mixtral's plans fit the same module names; the memory is replicated on every rank.
-    base_model_tp_plan = {  # noqa: RUF012
-        **MixtralConfig.base_model_tp_plan,
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_ep_plan = MixtralConfig.base_model_ep_plan
     base_model_pp_plan = MixtralConfig.base_model_pp_plan
 
@@ -167,6 +161,18 @@ class GengramConfig(PreTrainedConfig):
         self.validate_memory()
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor-parallel plan: Mixtral's, or its counterpart for a dense feed-forward."""
+        if self.num_local_experts > 1:
+            return dict(MixtralConfig.base_model_tp_plan)
+        plan = {name: style for name, style in MixtralConfig.base_model_tp_plan.items() if ".mlp." not in name}
+        return plan | {
+            "layers.*.mlp.gate_proj": "colwise",
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+        }
+
+    @property
     def memory_context(self) -> int:
         """Earlier bases that a decoding step must remember for the window: `memory_window - 1`."""
         return self.memory_window - 1
@@ -177,10 +183,23 @@ class GengramConfig(PreTrainedConfig):
         return max(self.memory_conv_kernel - 1, 0) * (self.memory_conv_dilation or 1)
 
     @property
+    def memory_states(self) -> list[str]:
+        """What a cache keeps per memory layer, in the order of its states.
+
+        `"conv_inputs"` (batch, hidden, `memory_conv_context`), `"letter_codes"` (batch, 1, `memory_context`) and, for
+        `"as_trained"` pooling, `"prefix_sums"` (batch, features, `memory_window`); each only where it is needed.
+        """
+        needed = {
+            "conv_inputs": self.memory_conv_context > 0,
+            "letter_codes": self.memory_context > 0,
+            "prefix_sums": self.memory_pooling == "as_trained",
+        }
+        return [state for state, is_needed in needed.items() if is_needed]
+
+    @property
     def number_of_conv_states(self) -> int:
-        """States per memory layer in the caches: letter codes, prefix sums, convolution inputs, where there are any."""
-        has_prefix_sums = self.memory_pooling == "as_trained"
-        return int(self.memory_context > 0) + int(has_prefix_sums) + int(self.memory_conv_context > 0)
+        """States per memory layer, under the name that Transformers' caches look for."""
+        return len(self.memory_states)
 
     @property
     def layer_types(self) -> list[str]:

@@ -1,6 +1,8 @@
 """Gengram models: a Mixtral-like decoder that reads a memory of k-mers in front of attention on a few layers."""
 
 import copy
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,11 +118,11 @@ class GengramDepthwiseConv(nn.Module):
 class GengramShortConv(nn.Module):
     """SiLU of a short dilated convolution over the memory's output: causal, or centred for bidirectional use."""
 
-    def __init__(self, config: GengramConfig, layer_idx: int, state_idx: int):
+    def __init__(self, config: GengramConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.state_idx = state_idx
         self.context = config.memory_conv_context
+        self.state = config.memory_states.index("conv_inputs") if self.context else None
         self.conv = GengramDepthwiseConv(config)
 
     def forward(
@@ -128,9 +130,9 @@ class GengramShortConv(nn.Module):
     ) -> torch.Tensor:
         length = x.shape[1]
         reach_ahead = 0 if is_causal else self.context // 2
-        if past_key_values is not None and self.context:
+        if past_key_values is not None and self.state is not None:
             history = past_key_values.update_conv_state(
-                x.transpose(1, 2), self.layer_idx, state_idx=self.state_idx, conv_kernel_size=self.context
+                x.transpose(1, 2), self.layer_idx, state_idx=self.state, conv_kernel_size=self.context
             )
             x = history.transpose(1, 2)
         missing = self.context + length - x.shape[1]
@@ -144,10 +146,9 @@ class GengramMotifMemory(nn.Module):
 
     With f(t) the concatenated window means of the tables: `key = W_k f`, `value = W_v f`,
     `gate = memory_gate(norm_q(h), norm_k(key))`, `u = gate * value`, result `u + SiLU(conv(u))`. Gate, value and
-    convolution are taken in at least float32; with `memory_pooling="as_trained"`, in the dtype of the hidden states and in the original's order.
+    convolution are taken in at least float32; with `memory_pooling="as_trained"`, in the dtype of the hidden states
+    and in the original's order.
     """
-
-    CODE_STATE = 0  # letter codes of the last `memory_window - 1` tokens, kept by `GengramModel`
 
     def __init__(self, config: GengramConfig, layer_idx: int):
         super().__init__()
@@ -155,8 +156,7 @@ class GengramMotifMemory(nn.Module):
         self.as_trained = config.memory_pooling == "as_trained"
         self.window = config.memory_window
         self.ngram_sizes = config.memory_ngram_sizes
-        self.prefix_state = int(config.memory_context > 0)
-        conv_state = self.prefix_state + int(self.as_trained)
+        self.prefix_state = config.memory_states.index("prefix_sums") if self.as_trained else None
 
         self.embeddings = nn.ModuleList(
             nn.Embedding(5**size, config.memory_embedding_dim) for size in config.memory_ngram_sizes
@@ -166,7 +166,7 @@ class GengramMotifMemory(nn.Module):
         self.value_proj = nn.Linear(features, config.hidden_size, bias=False)
         self.norm_q = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
         self.norm_k = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
-        self.short_conv = GengramShortConv(config, layer_idx, conv_state) if config.memory_conv_kernel else None
+        self.short_conv = GengramShortConv(config, layer_idx) if config.memory_conv_kernel else None
 
     def forward(
         self,
@@ -364,6 +364,21 @@ class GengramPreTrainedModel(PreTrainedModel):
         "memory_gates": OutputRecorder(GengramMotifMemory, index=1),
         "memory_residual_norms": OutputRecorder(GengramMotifMemory, index=2),
     }
+
+    # Set by `import gengram`; unset in the copies that it writes, which Transformers copies by itself.
+    _remote_code_writer: Callable[[PreTrainedModel, str | os.PathLike], None] | None = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Save weights and configuration, and source code with which the folder also loads without this package."""
+        if self._remote_code_writer is not None:  # first, because `push_to_hub=True` uploads from inside
+            self._remote_code_writer(save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do where the source code is written anyway; the library would overwrite it with a bare copy."""
+        if cls._remote_code_writer is None:
+            super().register_for_auto_class(auto_class)
 
     # Transformers guesses these two from the text of this module, which imports the blocks in question.
     @classmethod
@@ -574,7 +589,7 @@ class GengramModel(GengramPreTrainedModel):
             extended = past_key_values.update_conv_state(
                 codes.unsqueeze(1),
                 layer,
-                state_idx=GengramMotifMemory.CODE_STATE,
+                state_idx=self.config.memory_states.index("letter_codes"),
                 conv_kernel_size=self.config.memory_context,
             ).squeeze(1)
         return extended

@@ -1,0 +1,38 @@
+"""Registration with Transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from .configuration import GengramConfig
+from .modeling_gengram import (
+    GengramForCausalLM,
+    GengramForMaskedLM,
+    GengramForSequenceClassification,
+    GengramForTokenClassification,
+    GengramModel,
+    GengramPreTrainedModel,
+)
+from .remote_code import write_remote_code
+from .tokenization import GengramTokenizer
+
+
+def register() -> None:
+    """Make the Auto classes and `pipeline()` know Gengram; calling it again changes nothing."""
+    AutoConfig.register(GengramConfig.model_type, GengramConfig, exist_ok=True)
+    AutoTokenizer.register(GengramConfig, fast_tokenizer_class=GengramTokenizer, exist_ok=True)
+    for auto_class, model_class in (
+        (AutoModel, GengramModel),
+        (AutoModelForCausalLM, GengramForCausalLM),
+        (AutoModelForMaskedLM, GengramForMaskedLM),
+        (AutoModelForSequenceClassification, GengramForSequenceClassification),
+        (AutoModelForTokenClassification, GengramForTokenClassification),
+    ):
+        auto_class.register(GengramConfig, model_class, exist_ok=True)
+    GengramPreTrainedModel._remote_code_writer = write_remote_code
