@@ -448,8 +448,9 @@ class GengramModel(GengramPreTrainedModel):
             input_ids: (batch, length). Exactly one of `input_ids` and `inputs_embeds` must be given.
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding on either side. Padding is neither
                 attended to nor read by the memory.
-            position_ids: (batch, length). Where they start again at 0 a new segment begins: neither attention nor
-                memory looks across. Without them a row is one segment.
+            position_ids: (batch, length). Where they start again at 0 a new segment begins, and the memory does not
+                look across; nor does attention, if there is no cache (`use_cache=False`). Without them a row is one
+                segment.
             past_key_values: a cache; build it with `DynamicCache(config=model.config)`.
             inputs_embeds: (batch, length, hidden) instead of ids. The memory reads the letters whose embedding rows
                 occur exactly, any other vector is "not a letter"; `memory_input_ids` overrides this.

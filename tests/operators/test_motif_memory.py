@@ -3,6 +3,9 @@
 import memory_oracle
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gengram.operators.motif_memory import (
     dilated_taps,
     letter_codes,
@@ -13,8 +16,6 @@ from gengram.operators.motif_memory import (
     window_span,
     window_sum,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 LETTERS = [8, 5, 6, 7, 9]
 

@@ -11,7 +11,9 @@ SHARED = Path(os.environ.get("GENGRAM_SHARED", Path(__file__).resolve().parents[
 FIXTURES = SHARED / "fixtures"
 DATA = SHARED / "data"
 
-needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the authors' outputs (../shared/fixtures) are absent")
+needs_fixtures = pytest.mark.skipif(
+    not FIXTURES.is_dir(), reason="the authors' outputs (../shared/fixtures) are absent"
+)
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="real data (../shared/data) is absent")
 
 

@@ -1,6 +1,7 @@
 """Small models whose memory matters: unit-gain weights, so that an error in the memory is an error in the logits."""
 
 import torch
+
 from gengram import GengramConfig
 
 LETTERS = [8, 5, 6, 7, 9]
