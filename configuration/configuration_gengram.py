@@ -1,11 +1,19 @@
 """Gengram model configuration."""
 
 import difflib
+from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+
+if TYPE_CHECKING:  # what a field holds once it is filled in
+    _Int = int
+    _Ints = list[int]
+else:  # what may be given
+    _Int = int | None
+    _Ints = list[int] | tuple[int, ...] | None
 
 _MEMORY_POOLINGS = ("exact", "as_trained")
 
@@ -93,8 +101,8 @@ class GengramConfig(PreTrainedConfig):
     intermediate_size: int = 8192
     num_hidden_layers: int = 12
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = 8
-    head_dim: int | None = None
+    num_key_value_heads: _Int = 8
+    head_dim: _Int = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     initializer_range: float = 0.01
@@ -115,13 +123,13 @@ class GengramConfig(PreTrainedConfig):
     router_jitter_noise: float = 0.0
     is_causal: bool = True
     classifier_dropout: float | int | None = None
-    memory_layers: list[int] | tuple[int, ...] | None = None
-    memory_ngram_sizes: list[int] | tuple[int, ...] | None = None
+    memory_layers: _Ints = None
+    memory_ngram_sizes: _Ints = None
     memory_embedding_dim: int = 1024
     memory_window: int = 21
-    memory_token_ids: list[int] | tuple[int, ...] | None = None
+    memory_token_ids: _Ints = None
     memory_conv_kernel: int = 4
-    memory_conv_dilation: int | None = None
+    memory_conv_dilation: _Int = None
     memory_norm_eps: float = 1e-5
     memory_pooling: str = "exact"
 

@@ -26,7 +26,7 @@ from .tokenization import GengramTokenizer
 def register() -> None:
     """Make the Auto classes and `pipeline()` know Gengram; calling it again changes nothing."""
     AutoConfig.register(GengramConfig.model_type, GengramConfig, exist_ok=True)
-    AutoTokenizer.register(GengramConfig, fast_tokenizer_class=GengramTokenizer, exist_ok=True)
+    AutoTokenizer.register(GengramConfig, tokenizer_class=GengramTokenizer, exist_ok=True)
     for auto_class, model_class in (
         (AutoModel, GengramModel),
         (AutoModelForCausalLM, GengramForCausalLM),

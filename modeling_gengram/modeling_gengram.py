@@ -1,6 +1,7 @@
 """Gengram models: a Mixtral-like decoder that reads a memory of k-mers in front of attention on a few layers."""
 
 import copy
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ class GengramMotifMemory(nn.Module):
         length, width = rows.shape[1], embedded[0].shape[-1]
         initial = None
         if past_key_values is not None:
-            layer = past_key_values.layers[self.layer_idx]
+            layer: Any = past_key_values.layers[self.layer_idx]
             if layer.has_previous_state[self.prefix_state]:
                 initial = layer.conv_states[self.prefix_state][..., -1]
         prefix = running_sum(rows, initial)
@@ -260,7 +261,8 @@ class GengramExperts(MixtralExperts):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         if hidden_states.dtype == torch.float64:
-            return MixtralExperts.forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
+            eager: Any = inspect.unwrap(MixtralExperts.forward)
+            return eager(self, hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
 
 
@@ -366,7 +368,7 @@ class GengramPreTrainedModel(PreTrainedModel):
     }
 
     # Set by `import gengram`; unset in the copies that it writes, which Transformers copies by itself.
-    _remote_code_writer: Callable[[PreTrainedModel, str | os.PathLike], None] | None = None
+    _remote_code_writer: Callable[..., None] | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Save weights and configuration, and source code with which the folder also loads without this package."""
@@ -477,14 +479,16 @@ class GengramModel(GengramPreTrainedModel):
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        behind_ids = None if self.config.memory_pooling == "as_trained" else position_ids
+        segment_ids = None if self.config.memory_pooling == "as_trained" else position_ids
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = positions.unsqueeze(0)  # type: ignore[assignment]
 
-        if not isinstance(masks := attention_mask, dict):  # `generate` prepares a dictionary when it compiles
-            mask_arguments = {
+        if isinstance(attention_mask, dict):  # `generate` prepares one when it compiles
+            masks = attention_mask
+        else:
+            mask_arguments: dict[str, Any] = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
@@ -502,7 +506,7 @@ class GengramModel(GengramPreTrainedModel):
                 memory_input_ids = input_ids
             codes = self._letter_codes(memory_input_ids, inputs_embeds)
             memory_plan = self._plan_memory(
-                codes, behind_ids, masks.get("linear_attention"), past_key_values, is_causal
+                codes, segment_ids, masks.get("linear_attention"), past_key_values, is_causal
             )
 
         hidden_states = inputs_embeds
@@ -624,7 +628,7 @@ class _LanguageModelLoss:
         if not outputs.router_logits:
             return None, None, loss
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        aux_loss = load_balancing_loss_func(
+        aux_loss: Any = load_balancing_loss_func(
             outputs.router_logits, config.num_local_experts, config.num_experts_per_tok, mask
         )
         z_loss = router_z_loss(outputs.router_logits, mask)
@@ -653,7 +657,7 @@ class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationM
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # noqa: RUF012
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: GengramConfig):
@@ -698,7 +702,8 @@ class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationM
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        hidden_states: Any = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states[:, keep, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
