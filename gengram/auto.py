@@ -17,9 +17,7 @@ from .modeling_gengram import (
     GengramForSequenceClassification,
     GengramForTokenClassification,
     GengramModel,
-    GengramPreTrainedModel,
 )
-from .remote_code import write_remote_code
 from .tokenization import GengramTokenizer
 
 
@@ -35,4 +33,3 @@ def register() -> None:
         (AutoModelForTokenClassification, GengramForTokenClassification),
     ):
         auto_class.register(GengramConfig, model_class, exist_ok=True)
-    GengramPreTrainedModel._remote_code_writer = write_remote_code

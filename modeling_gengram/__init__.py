@@ -8,6 +8,9 @@ from .modeling_gengram import (
     GengramModel,
     GengramPreTrainedModel,
 )
+from .remote_code import write_remote_code
+
+GengramPreTrainedModel._remote_code_writer = staticmethod(write_remote_code)
 
 __all__ = [
     "GengramForCausalLM",
@@ -16,4 +19,5 @@ __all__ = [
     "GengramForTokenClassification",
     "GengramModel",
     "GengramPreTrainedModel",
+    "write_remote_code",
 ]

@@ -367,13 +367,13 @@ class GengramPreTrainedModel(PreTrainedModel):
         "memory_residual_norms": OutputRecorder(GengramMotifMemory, index=2),
     }
 
-    # Set by `import gengram`; unset in the copies that it writes, which Transformers copies by itself.
-    _remote_code_writer: Callable[..., None] | None = None
+    # Set by the package; unset in the flat copies that it writes, which Transformers copies by itself.
+    _remote_code_writer: Callable[[GengramConfig, str | os.PathLike], None] | None = None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Save weights and configuration, and source code with which the folder also loads without this package."""
         if self._remote_code_writer is not None:  # first, because `push_to_hub=True` uploads from inside
-            self._remote_code_writer(save_directory)
+            self._remote_code_writer(self.config, save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod

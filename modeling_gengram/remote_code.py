@@ -9,11 +9,11 @@ import inspect
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from .configuration import configuration_gengram
-from .modeling_gengram import modeling_gengram
-from .operators import motif_memory
+from ..configuration import configuration_gengram
+from ..configuration.configuration_gengram import GengramConfig
+from ..operators import motif_memory
+from . import modeling_gengram
 
 _MODULES: tuple[ModuleType, ...] = (configuration_gengram, motif_memory, modeling_gengram)
 
@@ -36,11 +36,11 @@ def flatten_source(source: str) -> str:
     return flat
 
 
-def write_remote_code(model: Any, folder: str | Path) -> None:
-    """Write the source files beside a model that is being saved, and name its classes in its `config.auto_map`."""
+def write_remote_code(config: GengramConfig, folder: str | Path) -> None:
+    """Write the source files into a model's folder, and name their classes in `config.auto_map`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for module in _MODULES:
         name = module.__name__.rpartition(".")[-1]
         (folder / f"{name}.py").write_text(flatten_source(inspect.getsource(module)), encoding="utf-8")
-    model.config.auto_map = dict(AUTO_MAP)
+    config.auto_map = dict(AUTO_MAP)
