@@ -3,6 +3,11 @@
 Importing this package registers configuration, tokenizer and models with Transformers' Auto classes.
 """
 
+from pathlib import Path
+
+if not (Path(__file__).parent / "configuration").is_dir():  # a source checkout: the parts are this folder's neighbours
+    __path__.append(str(Path(__file__).parents[1]))
+
 from ._version import __version__
 from .auto import register
 from .configuration import GengramConfig

@@ -1,1 +1,45 @@
-def main(): ...
+"""The `gengram` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import demo
+from ._version import __version__
+from .conversion_scripts import convert_megatron_to_hf, inspect_checkpoint, verify_conversion
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments; each subcommand brings its own and a function `run(arguments) -> exit code`."""
+    parser = argparse.ArgumentParser(prog="gengram", description="Gengram for Hugging Face Transformers.")
+    parser.add_argument("--version", action="version", version=f"gengram {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    convert = commands.add_parser("convert", help="convert checkpoints between formats")
+    directions = convert.add_subparsers(title="directions", required=True, metavar="DIRECTION")
+    to_hf = directions.add_parser("to-hf", help="Megatron checkpoint to Hugging Face folder")
+    convert_megatron_to_hf.add_convert_arguments(to_hf)
+    to_hf.set_defaults(run=convert_megatron_to_hf.run_convert)
+
+    info = commands.add_parser("info", help="say what a checkpoint or folder is")
+    inspect_checkpoint.add_info_arguments(info)
+    info.set_defaults(run=inspect_checkpoint.run_info)
+
+    verify = commands.add_parser("verify", help="check a converted folder against its record and its source")
+    verify_conversion.add_verify_arguments(verify)
+    verify.set_defaults(run=verify_conversion.run_verify)
+
+    demonstrate = commands.add_parser("demo", help="convert, load and use a tiny bundled checkpoint")
+    demo.add_demo_arguments(demonstrate)
+    demonstrate.set_defaults(run=demo.run_demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
