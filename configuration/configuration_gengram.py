@@ -84,6 +84,7 @@ class GengramConfig(PreTrainedConfig):
     ...                        head_dim=16, memory_layers=[1, 2], memory_embedding_dim=8)
     >>> config.memory_conv_dilation
     6
+
     ```
     """
 

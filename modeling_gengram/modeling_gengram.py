@@ -3,7 +3,6 @@
 import copy
 import inspect
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -368,7 +367,7 @@ class GengramPreTrainedModel(PreTrainedModel):
     }
 
     # Set by the package; unset in the flat copies that it writes, which Transformers copies by itself.
-    _remote_code_writer: Callable[[GengramConfig, str | os.PathLike], None] | None = None
+    _remote_code_writer: Any = None  # (config, folder) -> None
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Save weights and configuration, and source code with which the folder also loads without this package."""
@@ -462,7 +461,7 @@ class GengramModel(GengramPreTrainedModel):
 
         Raises:
             ValueError: if both or none of `input_ids` and `inputs_embeds` are given, or the cache cannot hold the
-                memory's states, or a cache is combined with `is_causal=False`.
+                memory's states, or a cache or `as_trained` pooling is combined with `is_causal=False`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -473,6 +472,8 @@ class GengramModel(GengramPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if not is_causal:
+            if self.config.memory_pooling == "as_trained":
+                raise ValueError('memory_pooling="as_trained" is causal; use "exact" with is_causal=False.')
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 raise ValueError("is_causal=False sees the whole sequence at once; call without past_key_values.")
             past_key_values, use_cache = None, False
@@ -661,6 +662,11 @@ class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationM
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: GengramConfig):
+        if not config.is_causal:
+            raise ValueError(
+                "GengramForCausalLM predicts from the past alone, but this configuration has is_causal=False, like "
+                "those of GengramForMaskedLM; load it with that class, or pass is_causal=True if its weights are causal."
+            )
         super().__init__(config)
         self.model = GengramModel(config)
         self.vocab_size = config.vocab_size
@@ -736,6 +742,7 @@ class GengramForMaskedLM(_LanguageModelLoss, GengramPreTrainedModel):
         if config.is_causal:
             config = copy.deepcopy(config)
             config.is_causal = False
+            config.validate_memory()
         super().__init__(config)
         self.model = GengramModel(config)
         self.vocab_size = config.vocab_size

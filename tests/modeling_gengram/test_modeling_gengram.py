@@ -167,6 +167,15 @@ def test_masked_model_leaves_the_callers_config_alone():
     assert config.is_causal is True
 
 
+def test_uses_that_contradict_each_other_are_errors():
+    with pytest.raises(ValueError, match="predicts from the past alone"):
+        GengramForCausalLM(tiny_config(is_causal=False))
+    with pytest.raises(ValueError, match="as_trained"):
+        GengramForMaskedLM(tiny_config(memory_pooling="as_trained"))
+    with pytest.raises(ValueError, match="as_trained"):
+        tiny_model(GengramModel, memory_pooling="as_trained")(random_ids(1, 5), is_causal=False)
+
+
 @torch.no_grad()
 def test_masked_base_does_not_leak_into_its_own_prediction():
     """Two sequences that differ in one base are the same once it is masked; no k-mer of it is read."""

@@ -1,0 +1,114 @@
+"""The `gengram` command as a user types it."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+from gengram import GengramForCausalLM, __version__
+from gengram.cli import main
+from gengram.demo import DEMO_DATA
+from gengram.fasta import read_fasta
+
+TINY = str(DEMO_DATA / "tiny_checkpoint")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"gengram {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["convert"], ["convert", "to-hf", TINY], ["nonsense"]])
+def test_wrong_usage_says_what_is_expected(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2 and "usage: gengram" in capsys.readouterr().err
+
+
+def test_convert_info_verify(tmp_path, capsys):
+    output = tmp_path / "hf"
+    assert main(["info", TINY]) == 0
+    assert "66,816 parameters in bfloat16" in capsys.readouterr().out
+    assert main(["convert", "to-hf", TINY, str(output), "--dtype", "float32"]) == 0
+    assert "Kept 57 tensors" in capsys.readouterr().out
+    assert main(["verify", str(output)]) == 0
+    assert "is verified" in capsys.readouterr().out
+    assert main(["info", str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtypes"] == ["float32"]
+    assert main(["convert", "to-hf", TINY, str(output)]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_converted_folder_is_complete(tmp_path):
+    assert main(["convert", "to-hf", TINY, str(tmp_path / "hf"), "--quiet"]) == 0
+    names = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "configuration_gengram.py",
+        "conversion.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_gengram.py",
+        "motif_memory.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_gengram.GengramForCausalLM"
+    assert config["architectures"] == ["GengramForCausalLM"]
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\nlicense: apache-2.0\n")
+
+
+def test_folder_is_the_same_when_the_model_saves_itself(tmp_path):
+    """Source code and configuration of a conversion are those that `save_pretrained` writes."""
+    assert main(["convert", "to-hf", TINY, str(tmp_path / "hf"), "--quiet"]) == 0
+    GengramForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "again").iterdir():
+        assert path.read_bytes() == (tmp_path / "hf" / path.name).read_bytes(), path.name
+
+
+def test_demo_on_the_bundled_sequences(capsys):
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    difference = float(re.search(r"logits of the authors' code: (\S+)", out)[1])
+    assert difference < 1e-4
+    assert out.count("synthetic_repeat") == 2 and "Done." in out
+
+
+def test_demo_on_a_given_fasta(tmp_path, capsys):
+    fasta = tmp_path / "mine.fa.gz"
+    with gzip.open(fasta, "wt") as file:
+        file.write(">one\nacgtNNRY\nACGT\n>empty\n>x with words\nA\n")
+    assert main(["demo", "--fasta", str(fasta)]) == 0
+    out = capsys.readouterr().out
+    assert "one: 12 bases" in out and "x: 1 bases" in out and "empty" not in out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ACGT\n", r"expected FASTA \('>' and a name\), got 'ACGT'"),
+        (b"", "at least one FASTA record, got none"),
+        (b">\nACGT\n", "expected a name after '>'"),
+        (b"\xff\xfe\x00", "not text"),
+        (b">only a name\n", "at least one record with a sequence"),
+        (None, "No such file"),
+    ],
+)
+def test_demo_with_a_bad_fasta_is_one_clear_message(content, message, tmp_path, capsys):
+    path = tmp_path / "bad.fa"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["demo", "--fasta", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and re.search(message, error)
+
+
+def test_read_fasta_keeps_case_and_order(tmp_path):
+    path = tmp_path / "a.fa"
+    path.write_text(">b 1\r\nacGT\r\nNN\r\n\r\n>a\nT\n")
+    assert list(read_fasta(path)) == [("b", "acGTNN"), ("a", "T")]
