@@ -94,6 +94,7 @@ class GengramConfig(PreTrainedConfig):
     attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012
 
     # Mixtral's plans fit the same module names; the memory is replicated on every rank.
+    base_model_tp_plan = MixtralConfig.base_model_tp_plan
     base_model_ep_plan = MixtralConfig.base_model_ep_plan
     base_model_pp_plan = MixtralConfig.base_model_pp_plan
 
@@ -165,21 +166,14 @@ class GengramConfig(PreTrainedConfig):
         self.memory_token_ids = list(self.memory_token_ids)
         if self.memory_conv_dilation is None and self.memory_ngram_sizes:
             self.memory_conv_dilation = max(self.memory_ngram_sizes)
+        if self.num_local_experts <= 1:
+            plan = {name: style for name, style in MixtralConfig.base_model_tp_plan.items() if ".mlp." not in name}
+            for name, style in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise")):
+                plan[f"layers.*.mlp.{name}"] = style
+            self.base_model_tp_plan = plan
         super().__post_init__(**kwargs)
         self.validate_architecture()  # here, so that the caller sees a plain ValueError
         self.validate_memory()
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor-parallel plan: Mixtral's, or its counterpart for a dense feed-forward."""
-        if self.num_local_experts > 1:
-            return dict(MixtralConfig.base_model_tp_plan)
-        plan = {name: style for name, style in MixtralConfig.base_model_tp_plan.items() if ".mlp." not in name}
-        return plan | {
-            "layers.*.mlp.gate_proj": "colwise",
-            "layers.*.mlp.up_proj": "colwise",
-            "layers.*.mlp.down_proj": "rowwise",
-        }
 
     @property
     def memory_context(self) -> int:

@@ -254,12 +254,19 @@ class GengramRouter(nn.Module):
 
 
 class GengramExperts(MixtralExperts):
-    """Mixtral's stacked experts; float64 always takes the eager loop, since grouped products have no such kernel."""
+    """Mixtral's stacked experts; what grouped products have no kernel for takes the eager loop instead.
+
+    That is float64, and matrices whose rows are not multiples of 16 bytes.
+    """
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        if hidden_states.dtype == torch.float64:
+        weights = (self.gate_up_proj, self.down_proj)
+        is_supported = hidden_states.dtype != torch.float64 and all(
+            weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights
+        )
+        if self.config._experts_implementation == "grouped_mm" and not is_supported:
             eager: Any = inspect.unwrap(MixtralExperts.forward)
             return eager(self, hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
@@ -374,6 +381,11 @@ class GengramPreTrainedModel(PreTrainedModel):
         if self._remote_code_writer is not None:  # first, because `push_to_hub=True` uploads from inside
             self._remote_code_writer(self.config, save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
+        # `save_pretrained(push_to_hub=True)` uploads what is newer than this list, but the source code is older.
+        timestamps: dict[str, float] = super()._get_files_timestamps(working_dir)
+        return {name: time for name, time in timestamps.items() if not name.endswith(".py")}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -665,7 +677,7 @@ class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationM
         if not config.is_causal:
             raise ValueError(
                 "GengramForCausalLM predicts from the past alone, but this configuration has is_causal=False, like "
-                "those of GengramForMaskedLM; load it with that class, or pass is_causal=True if its weights are causal."
+                "those of GengramForMaskedLM; load it with that class, or pass is_causal=True if it was trained so."
             )
         super().__init__(config)
         self.model = GengramModel(config)

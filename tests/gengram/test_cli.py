@@ -63,12 +63,16 @@ def test_converted_folder_is_complete(tmp_path):
     assert card.startswith("---\nlibrary_name: transformers\nlicense: apache-2.0\n")
 
 
-def test_folder_is_the_same_when_the_model_saves_itself(tmp_path):
-    """Source code and configuration of a conversion are those that `save_pretrained` writes."""
-    assert main(["convert", "to-hf", TINY, str(tmp_path / "hf"), "--quiet"]) == 0
-    GengramForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").save_pretrained(tmp_path / "again")
-    for path in (tmp_path / "again").iterdir():
-        assert path.read_bytes() == (tmp_path / "hf" / path.name).read_bytes(), path.name
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+def test_folder_is_the_same_when_the_model_saves_itself(shard, tmp_path):
+    argv = ["convert", "to-hf", TINY, str(tmp_path / "hf"), "--quiet", "--max-shard-size", shard]
+    assert main(argv) == 0
+    model = GengramForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    model.save_pretrained(tmp_path / "again", max_shard_size=shard)
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert len([name for name in names if name.endswith(".safetensors")]) == (1 if shard == "5GB" else 4)
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
 
 
 def test_demo_on_the_bundled_sequences(capsys):

@@ -40,7 +40,9 @@ def built(tmp_path_factory) -> Path:
             (clone / name).unlink(missing_ok=True)
             shutil.copy2(ROOT / name, clone / name, follow_symlinks=False)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(clone)]
-    done = subprocess.run(command, capture_output=True, text=True)  # the wheel is built from the source distribution
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder
+    )  # the wheel is built from the source distribution
     assert done.returncode == 0, done.stdout + done.stderr
     return dist
 

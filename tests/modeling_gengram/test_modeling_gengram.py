@@ -291,6 +291,15 @@ def test_expert_implementations_agree(experts):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_expert_widths_that_grouped_products_do_not_take(dtype):
+    model, ids = tiny_model(GengramForCausalLM, hidden_size=18, intermediate_size=14).to(dtype), random_ids(1, 20)
+    logits = model(ids).logits
+    model.set_experts_implementation("eager")
+    assert torch.equal(logits, model(ids).logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("head", [GengramForCausalLM, GengramForMaskedLM])
 def test_attention_implementations_agree(head, implementation):

@@ -1,0 +1,160 @@
+"""`gengram info`: says what a Megatron checkpoint or a Hugging Face folder is, without reading weights."""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..configuration.configuration_gengram import GengramConfig
+from .convert_megatron_to_hf import RECORD, with_clear_errors
+from .errors import ConversionError, size_text
+from .hf_folder import read_json, stored_tensors
+from .megatron_checkpoint import open_checkpoint, summary_of_dropped
+from .megatron_config import config_from_args
+from .weight_table import dropped_weights, match, parameters
+
+
+@dataclass
+class CheckpointInfo:
+    """What `path` is.
+
+    Args:
+        kind: `"megatron torch"`, `"megatron torch_dist"` or `"hugging face"`.
+        parameters: Numbers in the (converted) model.
+        problem: Why it cannot be converted or loaded; empty if nothing is wrong.
+    """
+
+    path: str
+    kind: str
+    layout: str = ""
+    iteration: int | None = None
+    dtypes: list[str] = field(default_factory=list)
+    files: int = 0
+    nbytes: int = 0
+    parameters: int | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    converted_from: str = ""
+    problem: str = ""
+
+    def summary(self) -> str:
+        """The information in a few lines for people."""
+        step = "" if self.iteration is None else f", iteration {self.iteration}"
+        layout = f", {self.layout}" if self.layout else ""
+        lines = [f"{self.path}: {self.kind}{step}{layout}", f"files: {self.files}, {size_text(self.nbytes)}"]
+        if self.parameters is not None:
+            lines.append(f"model: {self.parameters:,} parameters in {', '.join(self.dtypes)}")
+        lines += [f"  {name}: {value}" for name, value in self.model.items()]
+        if self.left_out:
+            lines.append("a conversion leaves out:")
+            lines += [f"  {line}" for line in self.left_out]
+        if self.converted_from:
+            lines.append(f"converted from: {self.converted_from}")
+        lines.append(f"PROBLEM: {self.problem}" if self.problem else "nothing is missing")
+        return "\n".join(lines)
+
+
+def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
+    """What the checkpoint or folder at `path` is.
+
+    Raises:
+        ConversionError: if it is neither a Megatron checkpoint nor a folder of a Gengram model, or is damaged.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return _inspect_folder(path)
+    checkpoint = open_checkpoint(path)
+    info = CheckpointInfo(
+        path=str(checkpoint.path),
+        kind=f"megatron {checkpoint.format}",
+        layout=checkpoint.layout,
+        iteration=checkpoint.iteration,
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
+        files=len(checkpoint.files),
+        nbytes=sum(file.stat().st_size for file in checkpoint.files),
+    )
+    dropped = checkpoint.dropped
+    try:
+        config = config_from_args(checkpoint.args)
+        info.model = _facts(config)
+        plan = match({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, config)
+        info.parameters = parameters(plan)
+        dropped = dropped_weights(plan, checkpoint.tensors) + dropped
+    except ConversionError as error:
+        info.problem = str(error)
+    info.left_out = summary_of_dropped(dropped)
+    return info
+
+
+def _inspect_folder(path: Path) -> CheckpointInfo:
+    fields = read_json(path / "config.json")
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind != GengramConfig.model_type:
+        raise ConversionError(f"{path} is a folder of model_type {kind!r}, expected {GengramConfig.model_type!r}")
+    tensors = stored_tensors(path)
+    files = {tensor.path for tensor in tensors.values()}
+    info = CheckpointInfo(
+        path=str(path),
+        kind="hugging face",
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+        files=len(files),
+        nbytes=sum(file.stat().st_size for file in files),
+        parameters=sum(prod(tensor.shape) for tensor in tensors.values()),
+    )
+    try:
+        info.model = _facts(GengramConfig.from_dict(fields))
+    except (ValueError, TypeError) as error:
+        info.problem = f"config.json is not valid: {error}"
+    if (path / RECORD).is_file():
+        source = read_json(path / RECORD).get("source", {})
+        info.iteration = source.get("iteration")
+        info.converted_from = f"{source.get('path')} ({source.get('format')})"
+    return info
+
+
+def _facts(config: GengramConfig) -> dict[str, Any]:
+    experts = (
+        f"{config.num_local_experts} experts, {config.num_experts_per_tok} used, width {config.intermediate_size}"
+        if config.num_local_experts > 1
+        else f"dense, width {config.intermediate_size}"
+    )
+    rope = dict(config.rope_parameters)
+    memory = "none"
+    if config.memory_layers:
+        conv = f"convolution {config.memory_conv_kernel} x {config.memory_conv_dilation}"
+        memory = (
+            f"layers {config.memory_layers} (from 0), k-mers {config.memory_ngram_sizes} of width "
+            f"{config.memory_embedding_dim}, window {config.memory_window}, "
+            f"{conv if config.memory_conv_kernel else 'no convolution'}"
+        )
+    return {
+        "layers": config.num_hidden_layers,
+        "hidden size": config.hidden_size,
+        "attention": (
+            f"{config.num_attention_heads} heads, {config.num_key_value_heads} groups, head width {config.head_dim}"
+        ),
+        "feed-forward": experts,
+        "vocabulary": f"{config.vocab_size}{', tied head' if config.tie_word_embeddings else ''}",
+        "context": config.max_position_embeddings,
+        "rotary": ", ".join(f"{name} {value}" for name, value in rope.items()),
+        "memory": memory,
+    }
+
+
+def add_info_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gengram info`."""
+    parser.add_argument("path", type=Path, metavar="PATH", help="Megatron checkpoint or Hugging Face folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """Runs `gengram info`; returns the exit code, 1 if there is a problem."""
+
+    def run() -> int:
+        info = inspect_checkpoint(arguments.path)
+        print(json.dumps(asdict(info), indent=1) if arguments.json else info.summary())
+        return 1 if info.problem else 0
+
+    return with_clear_errors(run)

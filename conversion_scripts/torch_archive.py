@@ -1,0 +1,231 @@
+"""Reads what `torch.save` wrote, without PyTorch's unpickler: a zip file with one pickle and one entry per storage."""
+
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ConversionError, shortened
+from .safe_pickle import (
+    MAX_PICKLE_BYTES,
+    STORAGE_DTYPES,
+    ForeignName,
+    StorageReference,
+    TensorReference,
+    load_pickle,
+)
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a checkpoint that is read when it is needed.
+
+    `read()` returns a contiguous tensor on the CPU and raises `ConversionError` if the bytes are not there.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class FileRange(io.RawIOBase):
+    """The bytes `start .. start + length` of a file, as a file of their own."""
+
+    def __init__(self, path: Path, start: int = 0, length: int | None = None):
+        self._file = open(path, "rb")
+        size = self._file.seek(0, io.SEEK_END)
+        self.start = start
+        self.length = size - start if length is None else length
+        self._position = 0
+        if start < 0 or self.length < 0 or start + self.length > size:
+            self.close()
+            raise ConversionError(
+                f"{path}: bytes {start} to {start + self.length} are needed, but the file has {size}; it is truncated "
+                "or does not belong to this checkpoint"
+            )
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise OSError("negative seek position")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(min(len(buffer), self.length - self._position), 0)
+        self._file.seek(self.start + self._position)
+        count = self._file.readinto(memoryview(buffer)[:wanted])
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class TorchArchive:
+    """One `torch.save` archive, at a byte range of a file; opening reads the zip directory only.
+
+    Args:
+        path: The file.
+        start: First byte of the archive (`torch_dist` files hold many archives one after another).
+        length: Its length in bytes; `None` is the rest of the file.
+
+    Raises:
+        ConversionError: if the archive is truncated, compressed, encrypted, or not one.
+    """
+
+    def __init__(self, path: Path, start: int = 0, length: int | None = None):
+        self.path = path
+        self.start = start
+        with FileRange(path, start, length) as file:
+            self.length = file.length
+            magic = file.read(8) or b""
+            if magic[:4] != b"PK\x03\x04":
+                raise ConversionError(
+                    f"{path}: expected a zip archive as torch.save writes it since PyTorch 1.6, got a file that "
+                    f"starts with {magic!r}; load and save it again with a recent PyTorch, or fetch it again"
+                )
+            try:
+                with zipfile.ZipFile(io.BufferedReader(file)) as archive:
+                    entries = archive.infolist()
+            except (
+                zipfile.BadZipFile,
+                ValueError,
+                OSError,
+                struct.error,
+                EOFError,
+                OverflowError,
+                NotImplementedError,
+            ) as error:
+                raise ConversionError(
+                    f"{path}: the zip archive cannot be read ({error}); the file is truncated or damaged"
+                ) from None
+        self._entries: dict[str, zipfile.ZipInfo] = {}
+        for entry in entries:
+            if entry.filename in self._entries:
+                raise ConversionError(f"{path}: the zip archive has two entries {shortened(entry.filename)}")
+            self._entries[entry.filename] = entry
+        pickles = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ConversionError(
+                f"{path}: expected a torch.save archive with one data.pkl, found {len(pickles)}; the file is damaged "
+                "or of another kind"
+            )
+        self._prefix = pickles[0][: -len("data.pkl")]
+
+    def load(self) -> Any:
+        """The saved object, with `TensorReference`s for tensors and `ForeignObject`s for foreign classes."""
+        order = f"{self._prefix}byteorder"
+        if order in self._entries and self._read_entry(order, 16) != b"little":
+            raise ConversionError(f"{self.path}: only little-endian archives are supported")
+        data = self._read_entry(f"{self._prefix}data.pkl", MAX_PICKLE_BYTES)
+        return load_pickle(data, str(self.path), self._storage)
+
+    def lazy(self, reference: TensorReference) -> LazyTensor:
+        """The tensor behind a reference of `load()`."""
+        return LazyTensor(reference.shape, reference.dtype, lambda: self.read(reference))
+
+    def read(self, reference: TensorReference, index: tuple[int, ...] = ()) -> torch.Tensor:
+        """The tensor, or its part at `index` along the leading axes; only the bytes needed are read."""
+        steps = zip(index, reference.stride[: len(index)], strict=True)
+        offset = reference.offset + sum(i * step for i, step in steps)
+        shape, stride = reference.shape[len(index) :], reference.stride[len(index) :]
+        if 0 in shape:
+            return torch.empty(shape, dtype=reference.dtype)
+        extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        storage = reference.storage
+        start, checksum = storage.place
+        itemsize = storage.dtype.itemsize
+        flat = torch.empty(extent, dtype=storage.dtype)
+        buffer = flat.view(torch.uint8).numpy().data
+        with FileRange(self.path, self.start + start + offset * itemsize, extent * itemsize) as file:
+            filled = 0
+            while filled < len(buffer):
+                count = file.readinto(buffer[filled:])
+                if not count:
+                    raise ConversionError(f"{self.path}: the file ended while it was read; it is truncated")
+                filled += count
+        if extent == storage.length:
+            self._check(buffer, checksum, f"storage {storage.key!r}")
+        return torch.as_strided(flat, shape, stride).contiguous()
+
+    def _storage(self, identifier: Any) -> StorageReference:
+        if type(identifier) is not tuple or len(identifier) != 5 or identifier[0] != "storage":
+            raise ConversionError(f"expected the id of a storage, got {shortened(identifier)}")
+        _, kind, key, _, length = identifier
+        dtype = STORAGE_DTYPES.get(kind.name) if isinstance(kind, ForeignName) and kind.module == "torch" else None
+        if dtype is None:
+            raise ConversionError(f"storages of kind {shortened(kind)} are not supported")
+        name = f"{self._prefix}data/{key}"
+        if not isinstance(key, str) or name not in self._entries:
+            raise ConversionError(f"the archive has no storage {shortened(key)}; it is truncated or damaged")
+        place, size = self._locate(name)
+        checksum = self._entries[name].CRC
+        if type(length) is not int or size != length * dtype.itemsize:
+            raise ConversionError(
+                f"storage {key!r} must have {shortened(length)} elements of {dtype}, but its entry has {size} bytes"
+            )
+        return StorageReference(key, dtype, length, (place, checksum))
+
+    def _locate(self, name: str) -> tuple[int, int]:
+        """First byte (inside the archive) and length of an entry's data."""
+        entry = self._entries[name]
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
+            raise ConversionError(
+                f"entry {shortened(name)} is compressed or encrypted; torch.save stores entries plainly"
+            )
+        header = b""
+        if 0 <= entry.header_offset <= self.length:
+            with FileRange(self.path, self.start, self.length) as file:
+                file.seek(entry.header_offset)
+                header = file.read(_LOCAL_HEADER.size) or b""
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+            raise ConversionError(f"entry {shortened(name)} of the zip archive is not where its directory says")
+        _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        place = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if place + entry.file_size > self.length:
+            raise ConversionError(f"entry {shortened(name)} reaches beyond the end of the archive; it is truncated")
+        return place, entry.file_size
+
+    def _read_entry(self, name: str, limit: int) -> bytes:
+        try:
+            place, size = self._locate(name)
+        except ConversionError as error:
+            raise ConversionError(f"{self.path}: {error}") from None
+        if size > limit:
+            raise ConversionError(f"{self.path}: entry {shortened(name)} has {size} bytes, at most {limit} are read")
+        with FileRange(self.path, self.start + place, size) as file:
+            data = file.read(size) or b""
+        self._check(data, self._entries[name].CRC, f"entry {shortened(name)}")
+        return data
+
+    def _check(self, data: bytes | memoryview, checksum: int, what: str) -> None:
+        # Zero: written with torch.serialization.set_crc32_options(False).
+        if checksum and zlib.crc32(data) != checksum:
+            raise ConversionError(
+                f"{self.path}: the bytes of {what} do not have the checksum of the archive; the file is damaged: "
+                "fetch it again"
+            )

@@ -1,0 +1,69 @@
+"""`gengram info` says what something is."""
+
+import argparse
+import json
+
+import pytest
+
+from gengram.conversion_scripts import inspect_checkpoint as inspect
+from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
+from gengram.conversion_scripts.errors import ConversionError
+from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
+
+
+def test_megatron_and_converted_folders_agree(small_torch, small_torch_dist_b, tmp_path):
+    convert_to_hf(small_torch.root, tmp_path / "out", progress=False)
+    first = inspect_checkpoint(small_torch.root)
+    second = inspect_checkpoint(small_torch_dist_b)
+    third = inspect_checkpoint(tmp_path / "out")
+    assert [info.kind for info in (first, second, third)] == ["megatron torch", "megatron torch_dist", "hugging face"]
+    assert first.parameters == second.parameters == third.parameters
+    assert first.iteration == second.iteration == third.iteration == 123
+    assert {**first.model, "rotary": ""} == {**second.model, "rotary": ""} == {**third.model, "rotary": ""}
+    assert "layers [0, 2] (from 0)" in first.model["memory"]
+    assert any("dead" in line for line in first.left_out)
+    assert str(small_torch.folder) in third.converted_from
+    assert "nothing is missing" in first.summary() and "iteration 123" in third.summary()
+
+
+@pytest.fixture
+def small_torch_dist_b(tmp_path, megatron):
+    shape = megatron.Shape()
+    tensors = megatron.stacked(megatron.named_for(megatron.canonical(shape), shape, "te"), shape)
+    return megatron.save_torch_dist(tmp_path / "dist", tensors, megatron.args(shape))
+
+
+def test_the_authors_checkpoints(authors_checkpoint):
+    info = inspect_checkpoint(authors_checkpoint)
+    assert info.iteration == 24000 and info.dtypes == ["bfloat16"] and not info.problem
+
+
+def test_a_checkpoint_that_cannot_be_converted_is_described(tmp_path, megatron):
+    shape = megatron.Shape()
+    weights = megatron.named_for(megatron.canonical(shape), shape, "te")
+    megatron.save_torch(tmp_path / "source", weights, megatron.args(shape, qk_layernorm=True))
+    info = inspect_checkpoint(tmp_path / "source")
+    assert "args.qk_layernorm" in info.problem and info.kind == "megatron torch"
+    assert "PROBLEM" in info.summary()
+
+
+def test_other_folders(tmp_path):
+    with pytest.raises(ConversionError, match="does not exist"):
+        inspect_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ConversionError, match="model_type 'llama', expected 'gengram'"):
+        inspect_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(ConversionError, match="not valid JSON"):
+        inspect_checkpoint(tmp_path)
+
+
+def test_command(small_torch, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    inspect.add_info_arguments(parser)
+    assert inspect.run_info(parser.parse_args([str(small_torch.root)])) == 0
+    assert "megatron torch, iteration 123" in capsys.readouterr().out
+    assert inspect.run_info(parser.parse_args([str(small_torch.root), "--json"])) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["layers"] == 3
+    assert inspect.run_info(parser.parse_args([str(tmp_path / "nowhere")])) == 1
+    assert "error: " in capsys.readouterr().err
