@@ -27,7 +27,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+import gengram
+
 DATA = Path(__file__).resolve().parents[1] / "data"
+DEMO_DATA = Path(gengram.__file__).parent / "demo_data"
 ALL_FIXTURES = sorted(path for path in FIXTURES.glob("model_*/torch*") if path.is_dir()) if FIXTURES.is_dir() else []
 
 
@@ -205,7 +208,7 @@ def shape_of(fields: dict) -> Shape:
 
 def truth(folder: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint folder of the authors' fixtures must become."""
-    model = folder.parent if (folder.parent / "config.json").is_file() else folder.parent.with_name("model_b")
+    model = folder.parent if (folder.parent / "config.json").is_file() else DATA / "model_b"
     canonical = load_file(model / "canonical_weights.safetensors")
     return expected_hf(canonical, shape_of(json.loads((model / "config.json").read_text())))
 
@@ -392,9 +395,9 @@ def small_torch_dist(tmp_path):
 
 
 def pytest_generate_tests(metafunc):
-    """`authors_checkpoint` runs over the checkpoints in `tests/data` and, if it is there, over all of the fixtures."""
+    """`authors_checkpoint` runs over our copies of checkpoints and, where they are, over all of the fixtures."""
     if "authors_checkpoint" in metafunc.fixturenames:
-        own = [DATA / "model_b" / name for name in ("torch_te_fp32masters", "torchdist_te_pp1")]
+        own = [DATA / "model_b" / "torch_te_fp32masters", DEMO_DATA / "tiny_checkpoint"]
         folders = own + ALL_FIXTURES
         names = [f"data-{path.name}" for path in own] + [f"{p.parent.name}-{p.name}" for p in ALL_FIXTURES]
         metafunc.parametrize("authors_checkpoint", folders, ids=names)

@@ -163,8 +163,8 @@ def test_sequence_classification_finds_the_motif(tmp_path, record_property):
 
 
 def test_token_classification_learns_labels_of_bases(tmp_path):
-    """Label: whether the base before is the same one; padding and labels are padded by the library's collator."""
-    data = repeats(64).map(lambda row: {"labels": [int(i in (5, 6)) for i in row["input_ids"]]})  # C or G
+    """Labels: C or G, a base of which the memory's window holds many others; ragged rows, padded by the library."""
+    data = repeats(64).map(lambda row: {"labels": [int(i in (5, 6)) for i in row["input_ids"]]})
     trainer = Trainer(
         new_model(GengramForTokenClassification),
         arguments(tmp_path, max_steps=12),
@@ -208,6 +208,7 @@ def test_language_models_learn(head, options, tmp_path):
     trainer = language_model_trainer(head, tmp_path, **options)
     trainer.train()
     history = losses(trainer)
+    print(history)
     assert history[0] == pytest.approx(np.log(128), abs=0.3)  # knows nothing yet
     assert np.mean(history[-3:]) < 1.6  # little more than which tokens are bases: log(4) is 1.39
     assert trainer.model.dtype == torch.float32
@@ -215,7 +216,7 @@ def test_language_models_learn(head, options, tmp_path):
 
 
 def test_checkpointing_and_accumulation_change_no_step(tmp_path):
-    """One batch of 16 ragged rows, the same in four parts, and the same recomputed: equal weights after three steps."""
+    """16 ragged rows at once, in four parts, and with recomputation: equal weights after three steps."""
     results = []
     for batch, options in [(16, {}), (4, {"gradient_accumulation_steps": 4}), (16, {"gradient_checkpointing": True})]:
         trainer = language_model_trainer(
@@ -236,9 +237,12 @@ def test_checkpointing_and_accumulation_change_no_step(tmp_path):
             torch.testing.assert_close(other[name], weight, **FP32, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@each_language_model
-def test_resumed_training_equals_uninterrupted(head, tmp_path):
-    """Weights, optimizer, order of the data and random masks go on where the checkpoint was made."""
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    """Weights, optimizer and order of the data go on where the checkpoint was made.
+
+    Not so with random masks: the library's data loader is one batch, and so its draws, ahead of the checkpoint.
+    """
+    head = GengramForCausalLM
     whole = language_model_trainer(head, tmp_path, max_steps=6, save_strategy="steps", save_steps=3)
     whole.train()
     resumed = language_model_trainer(head, tmp_path, model=new_model(head, seed=5), max_steps=6)
@@ -296,9 +300,8 @@ def logits(model) -> torch.Tensor:
 def train(model: PeftModel, head, folder, **options) -> None:
     """A few steps, so that no adapter is at its start, where B = 0."""
     data = repeats(32)
-    data = data.add_column(
-        "labels", [row[0] % 2 for row in data["input_ids"]] if head not in LANGUAGE_MODELS else None
-    )
+    if head is GengramForSequenceClassification:
+        data = data.map(lambda row: {"labels": row["input_ids"][0] % 2})
     trainer = Trainer(
         model,
         arguments(folder, max_steps=4, learning_rate=1e-2, **options),
