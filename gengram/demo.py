@@ -5,6 +5,7 @@ import itertools
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -56,7 +57,7 @@ def demonstrate(records: list[tuple[str, str]], folder: Path) -> None:
 
     print("\n2. Load it (AutoModelForCausalLM.from_pretrained) and compare with the authors' code")
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = load_file(DEMO_DATA / "reference_logits.safetensors")
     with torch.no_grad():

@@ -266,7 +266,8 @@ class GengramExperts(MixtralExperts):
         is_supported = hidden_states.dtype != torch.float64 and all(
             weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights
         )
-        if self.config._experts_implementation == "grouped_mm" and not is_supported:
+        config: Any = self.config
+        if config._experts_implementation == "grouped_mm" and not is_supported:
             eager: Any = inspect.unwrap(MixtralExperts.forward)
             return eager(self, hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)
@@ -376,11 +377,13 @@ class GengramPreTrainedModel(PreTrainedModel):
     # Set by the package; unset in the flat copies that it writes, which Transformers copies by itself.
     _remote_code_writer: Any = None  # (config, folder) -> None
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
         """Save weights and configuration, and source code with which the folder also loads without this package."""
-        if self._remote_code_writer is not None:  # first, because `push_to_hub=True` uploads from inside
+        if self._remote_code_writer is not None and is_main_process:  # first: `push_to_hub=True` uploads from inside
             self._remote_code_writer(self.config, save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
         # `save_pretrained(push_to_hub=True)` uploads what is newer than this list, but the source code is older.
