@@ -126,7 +126,7 @@ def test_sequence_classification_learns_and_is_saved(tmp_path):
 @needs_data
 @pytest.mark.slow
 def test_sequence_classification_finds_the_motif(tmp_path, record_property):
-    """A small model trained from nothing; counts of k-mers with logistic regression reach 0.981 (data/README.md)."""
+    """A small model trained from nothing must beat counts of k-mers, which reach 0.981 (data/README.md)."""
     model = new_model(
         GengramForSequenceClassification,
         hidden_size=64,
@@ -143,7 +143,7 @@ def test_sequence_classification_finds_the_motif(tmp_path, record_property):
         model,
         arguments(
             tmp_path,
-            num_train_epochs=8,
+            num_train_epochs=5,
             per_device_train_batch_size=16,
             learning_rate=2e-3,
             lr_scheduler_type="cosine",
@@ -159,7 +159,7 @@ def test_sequence_classification_finds_the_motif(tmp_path, record_property):
     result = trainer.evaluate()
     record_property("auc", result["eval_auc"])
     print(f"NF-E2 test AUC: {result['eval_auc']:.3f}")
-    assert result["eval_auc"] > 0.93
+    assert result["eval_auc"] > 0.981
 
 
 def test_token_classification_learns_labels_of_bases(tmp_path):
@@ -191,7 +191,7 @@ def language_model_trainer(head, folder, model=None, **changes) -> Trainer:
     model = new_model(head) if model is None else model
     return Trainer(
         model,
-        arguments(folder, **{"max_steps": 25, **changes}),
+        arguments(folder, **{"max_steps": 40, "learning_rate": 1e-2, **changes}),
         train_dataset=repeats(128),
         eval_dataset=repeats(16, seed=1),
         data_collator=LANGUAGE_MODELS[head],
