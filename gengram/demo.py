@@ -1,9 +1,11 @@
 """`gengram demo`: the whole way from a Megatron checkpoint to results, on a tiny bundled model."""
 
 import argparse
+import contextlib
 import itertools
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,26 @@ def run_demo(arguments: argparse.Namespace) -> int:
         ]
         if not records:
             raise ValueError(f"{arguments.fasta}: expected at least one record with a sequence")
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary, _quiet_loading():
             demonstrate(records, arguments.output or Path(temporary) / "gengram-tiny")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without the library's progress bars and load reports; the base model would report the head it leaves out."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 def demonstrate(records: list[tuple[str, str]], folder: Path) -> None:
@@ -56,7 +72,6 @@ def demonstrate(records: list[tuple[str, str]], folder: Path) -> None:
     print(_indented(report.summary()))
 
     print("\n2. Load it (AutoModelForCausalLM.from_pretrained) and compare with the authors' code")
-    logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = load_file(DEMO_DATA / "reference_logits.safetensors")
@@ -73,7 +88,6 @@ def demonstrate(records: list[tuple[str, str]], folder: Path) -> None:
     batch = tokenizer(list(sequences), padding=True, return_tensors="pt")
     mask = batch["attention_mask"]
 
-    logging.set_verbosity_error()  # the base model has no head, and would report that it leaves one out
     print("\n3. Embed (AutoModel): mean over the bases of each sequence")
     encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

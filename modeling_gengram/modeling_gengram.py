@@ -33,6 +33,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_gengram import GengramConfig
+from ..operators.folded_memory import FoldedTables, fold_tables, folded_key_value, folded_memory
 from ..operators.motif_memory import (
     NgramPlan,
     dilated_taps,
@@ -129,7 +130,7 @@ class GengramShortConv(nn.Module):
         self, x: torch.Tensor, plan: NgramPlan, is_causal: bool, past_key_values: Cache | None = None
     ) -> torch.Tensor:
         length = x.shape[1]
-        reach_ahead = 0 if is_causal else self.context // 2
+        reach_ahead = self._reach_ahead(is_causal)
         if past_key_values is not None and self.state is not None:
             history = past_key_values.update_conv_state(
                 x.transpose(1, 2), self.layer_idx, state_idx=self.state, conv_kernel_size=self.context
@@ -139,6 +140,13 @@ class GengramShortConv(nn.Module):
         if missing > 0:
             x = F.pad(x, (0, 0, missing - reach_ahead, reach_ahead))
         return F.silu(self.conv(x[:, -(self.context + length) :], self.context - reach_ahead, plan))
+
+    def as_taps(self, is_causal: bool) -> tuple[torch.Tensor, int, int]:
+        """Weight, dilation and how far the first tap looks back, as `dilated_taps` takes them."""
+        return self.conv.weight, self.conv.dilation, self.context - self._reach_ahead(is_causal)
+
+    def _reach_ahead(self, is_causal: bool) -> int:
+        return 0 if is_causal else self.context // 2
 
 
 class GengramMotifMemory(nn.Module):
@@ -167,6 +175,8 @@ class GengramMotifMemory(nn.Module):
         self.norm_q = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
         self.norm_k = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
         self.short_conv = GengramShortConv(config, layer_idx) if config.memory_conv_kernel else None
+        self._folded: FoldedTables | None = None
+        self._folded_from: list[int] = []
 
     def forward(
         self,
@@ -178,8 +188,26 @@ class GengramMotifMemory(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Residual (batch, length, hidden), gate and, if wanted, the residual's norm (batch, length)."""
         dtype = hidden_states.dtype
-        features = self._features_as_trained(plan, past_key_values) if self.as_trained else self._features(plan)
-        key, value = self.key_proj(features), self.value_proj(features)
+        if self._folded is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            folded, tables, key_weight, value_weight = self._current_fold()
+            if past_key_values is None:  # nothing to remember: all at once, without intermediate results
+                residual, gate = folded_memory(
+                    hidden_states,
+                    folded,
+                    plan,
+                    tables,
+                    key_weight,
+                    value_weight,
+                    self.norm_q.weight,
+                    self.norm_k.weight,
+                    self.norm_q.eps,
+                    *(self.short_conv.as_taps(is_causal) if self.short_conv is not None else ()),
+                )
+                return residual, gate, residual.norm(dim=-1) if output_memory_residual_norms else None
+            key, value = folded_key_value(folded, plan, tables, key_weight, value_weight)
+        else:
+            features = self._features_as_trained(plan, past_key_values) if self.as_trained else self._features(plan)
+            key, value = self.key_proj(features), self.value_proj(features)
 
         work = dtype if self.as_trained else torch.promote_types(dtype, torch.float32)
         gate = memory_gate(self.norm_q(hidden_states.to(work)), self.norm_k(key.to(work)))  # (batch, length)
@@ -191,6 +219,50 @@ class GengramMotifMemory(nn.Module):
 
         norm = residual.norm(dim=-1) if output_memory_residual_norms else None
         return residual.to(dtype), gate, norm
+
+    @torch.no_grad()
+    def fold(self, dtype: torch.dtype = torch.float16) -> None:
+        """Fold the projections into the tables; see `GengramPreTrainedModel.fold_memory`."""
+        if self.as_trained:
+            raise ValueError('memory_pooling="as_trained" repeats the original\'s operations and cannot be folded.')
+        if not all(type(module) is nn.Linear for module in (self.key_proj, self.value_proj)):
+            raise ValueError("the memory's projections are wrapped by adapters; merge these before folding.")
+        weights = self._weights_to_fold()
+        if any(weight.is_meta for weight in weights):
+            raise ValueError("the memory's weights are offloaded; load them onto a device before folding.")
+        tables, key_weight, value_weight = weights[:-2], weights[-2], weights[-1]
+        self._folded = fold_tables(tables, key_weight, value_weight, self.ngram_sizes, self.window, dtype)
+        self._folded_from = [weight._version for weight in weights]
+
+    def unfold(self) -> None:
+        """Forget what `fold` made."""
+        self._folded = None
+
+    def _weights_to_fold(self) -> list[torch.Tensor]:
+        tables: list[Any] = list(self.embeddings)
+        return [table.weight for table in tables] + [self.key_proj.weight, self.value_proj.weight]
+
+    def _current_fold(self) -> tuple[FoldedTables, list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """The folded tables, made anew if a weight was changed in place, and the weights that they are made of."""
+        weights = self._weights_to_fold()
+        assert self._folded is not None
+        if self._folded_from != [weight._version for weight in weights]:
+            self.fold(self._folded.rows.dtype)
+        return self._folded, weights[:-2], weights[-2], weights[-1]
+
+    # What changes the weights, or their device or dtype, makes folded tables stale; they are never saved.
+
+    def train(self, mode: bool = True) -> "GengramMotifMemory":
+        if mode:
+            self.unfold()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.unfold()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": None}
 
     def _features(self, plan: NgramPlan) -> torch.Tensor:
         """Concatenated window means, (batch, length, sizes * width), in the dtype of the tables."""
@@ -226,7 +298,7 @@ class GengramMotifMemory(nn.Module):
                 means.append(rows[..., part])
                 continue
             total = prefix[:, self.window :, part] - prefix[:, self.window - endings : -endings, part]
-            means.append(total / plan.counts[index].unsqueeze(-1).to(total.dtype))
+            means.append(total / plan.counts[index].clamp_min(1).unsqueeze(-1).to(total.dtype))
         return torch.cat(means, dim=-1)
 
 
@@ -404,6 +476,34 @@ class GengramPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True
+
+    def fold_memory(self, dtype: torch.dtype = torch.float16) -> "GengramPreTrainedModel":
+        """Fold the memory's projections into its tables, for faster inference without gradients; returns the model.
+
+        Key and value of a position become a sum of table rows instead of two matrix products; results agree to the
+        rounding of `dtype` (`operators/README.md`). Needs (5**N + 5**(N - 1)) * 2 * hidden numbers per memory layer, N
+        the largest k-mer: 307 MB in float16 for the released model. Forward passes with gradients, and compiled ones,
+        take the unfolded weights. `train()`, `to()` and `unfold_memory()` undo it; nothing of it is saved.
+
+        Args:
+            dtype: of the folded tables. float16 is scaled by a power of two and cannot overflow; float32 is exact.
+
+        Raises:
+            ValueError: if the model is in training mode, or its memory has adapters, is offloaded, or `as_trained`.
+        """
+        if self.training:
+            raise ValueError("fold_memory is for inference; call model.eval() first.")
+        for module in self.modules():
+            if isinstance(module, GengramMotifMemory):
+                module.fold(dtype)
+        return self
+
+    def unfold_memory(self) -> "GengramPreTrainedModel":
+        """Undo `fold_memory`; returns the model."""
+        for module in self.modules():
+            if isinstance(module, GengramMotifMemory):
+                module.unfold()
+        return self
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

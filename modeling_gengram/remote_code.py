@@ -12,10 +12,10 @@ from types import ModuleType
 
 from ..configuration import configuration_gengram
 from ..configuration.configuration_gengram import GengramConfig
-from ..operators import motif_memory
+from ..operators import folded_memory, motif_memory
 from . import modeling_gengram
 
-_MODULES: tuple[ModuleType, ...] = (configuration_gengram, motif_memory, modeling_gengram)
+_MODULES: tuple[ModuleType, ...] = (configuration_gengram, motif_memory, folded_memory, modeling_gengram)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_gengram.GengramConfig",

@@ -21,7 +21,7 @@ class NgramPlan(NamedTuple):
 
     rows: tuple[torch.Tensor, ...]  # int64 (batch, context + length): row of the n-gram that ends here, 0 if invalid
     valid: tuple[torch.Tensor, ...]  # bool (batch, context + length): all n tokens are letters of one segment
-    counts: tuple[torch.Tensor, ...]  # float32 (batch, length): valid n-grams within the window, at least 1
+    counts: tuple[torch.Tensor, ...]  # float32 (batch, length): valid n-grams within the window
     spans: tuple[tuple[int, int], ...]  # first and last ending pooled, relative to the position
     context: int
     behind: torch.Tensor | None  # int64 (batch, context + length): earlier tokens of the same segment; None = all
@@ -144,8 +144,7 @@ def plan_ngrams(
     counts = []
     for size, span in zip(ngram_sizes, spans, strict=True):
         ones = by_size[size][1].unsqueeze(-1).float()
-        count = window_sum(ones, span, behind, ahead).squeeze(-1)[:, context:]
-        counts.append(count.clamp_min(1))
+        counts.append(window_sum(ones, span, behind, ahead).squeeze(-1)[:, context:])
     return NgramPlan(
         rows=tuple(by_size[size][0] for size in ngram_sizes),
         valid=tuple(by_size[size][1] for size in ngram_sizes),
@@ -172,7 +171,7 @@ def window_mean(rows: torch.Tensor, plan: NgramPlan, index: int) -> torch.Tensor
     rows = rows * plan.valid[index].unsqueeze(-1).to(rows.dtype)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     total = window_sum(rows, plan.spans[index], plan.behind, plan.ahead)[:, plan.context :]
-    return total / plan.counts[index].unsqueeze(-1).to(total.dtype)
+    return total / plan.counts[index].clamp_min(1).unsqueeze(-1).to(total.dtype)
 
 
 def running_sum(x: torch.Tensor, initial: torch.Tensor | None = None) -> torch.Tensor:
@@ -204,7 +203,11 @@ def memory_gate(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     Returns:
         (batch, length).
     """
-    g = (query * key).sum(dim=-1) / math.sqrt(query.shape[-1])
+    return signed_square_root_gate((query * key).sum(dim=-1) / math.sqrt(query.shape[-1]))
+
+
+def signed_square_root_gate(g: torch.Tensor) -> torch.Tensor:
+    """`sigmoid(sign(g) sqrt(max(|g|, 1e-6)))`."""
     return (g.abs().clamp_min(1e-6).sqrt() * g.sign()).sigmoid()
 
 

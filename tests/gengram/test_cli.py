@@ -49,6 +49,7 @@ def test_converted_folder_is_complete(tmp_path):
         "config.json",
         "configuration_gengram.py",
         "conversion.json",
+        "folded_memory.py",
         "generation_config.json",
         "model.safetensors",
         "modeling_gengram.py",

@@ -1,7 +1,6 @@
 """The models: invariances that must hold whatever the weights are, and what users ask of them."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -331,7 +330,6 @@ def test_save_load_save_is_byte_identical(head, tmp_path):
 
 
 def test_causal_weights_as_masked_model_warn_once_in_plain_words(tmp_path, caplog):
-    logging.getLogger("transformers").propagate = True
     tiny_model(GengramForCausalLM).save_pretrained(tmp_path / "causal")
     for _ in range(2):
         model = GengramForMaskedLM.from_pretrained(tmp_path / "causal")
