@@ -2,9 +2,9 @@
 
     python benchmarks/memory_forward.py [--reference PATH_TO_gengram.py]
 
-The reference is the authors' `megatron/core/transformer/gengram.py`, which is not part of this project. Results are checked
-against the definition in float64 before anything is timed; times are medians of interleaved runs without gradients, and the
-figures are ratios within one run. Writes `benchmarks/results/memory_forward.json`.
+The reference is the authors' `megatron/core/transformer/gengram.py`, which is not part of this project. Results are
+checked against the definition in float64 before anything is timed; times are medians of interleaved runs without
+gradients, and the figures are ratios within one run. Writes `benchmarks/results/memory_forward.json`.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/memory_precision.py
 
-Prints, and writes to `benchmarks/results/memory_precision.json`, the relative error of the memory's residual by position:
-the root mean square over the positions of a bin, divided by that of the exact values.
+Prints, and writes to `benchmarks/results/memory_precision.json`, the relative error of the memory's residual by
+position: the root mean square over the positions of a bin, divided by that of the exact values.
 """
 
 import argparse

@@ -21,7 +21,7 @@ class FoldedTables(NamedTuple):
     rows: torch.Tensor  # (5**N + 5**(N - 1), 2 * hidden): A, then B
     scale: float
     largest: int  # N, the largest n-gram size
-    index: int  # which of the plan's sizes it is
+    largest_index: int  # which of the plan's sizes that is
 
 
 def fold_tables(
@@ -92,8 +92,8 @@ class _KeyValue:
         self.key_weight, self.value_weight = key_weight, value_weight
         self.work = torch.promote_types(key_weight.dtype, torch.float32)
         batch, length = plan.counts[0].shape
-        first, last = plan.spans[folded.index]
-        grams = F.pad(plan.rows[folded.index], (max(-first - plan.context, 0), last))
+        first, last = plan.spans[folded.largest_index]
+        grams = F.pad(plan.rows[folded.largest_index], (max(-first - plan.context, 0), last))
         start = max(-first, plan.context) + first
         if length:
             windows = grams.unfold(1, last - first + 1, 1)[:, start : start + length]  # (batch, length, endings)
@@ -103,7 +103,7 @@ class _KeyValue:
             oldest = windows[..., :1] // 5 + 5**folded.largest
             windows = torch.cat([oldest, windows], dim=-1)
         self.windows = windows  # (batch, length, rows per sum)
-        self.is_irregular = plan.counts[folded.index] != last - first + 1  # (batch, length)
+        self.is_irregular = plan.counts[folded.largest_index] != last - first + 1  # (batch, length)
 
     def at(self, row: int, begin: int, end: int) -> torch.Tensor:
         """(end - begin, 2 * hidden) for positions of one row of the batch."""
