@@ -3,21 +3,24 @@
     python -m gengram.conversion_scripts.convert_megatron_to_hf SOURCE OUTPUT [--dtype float32|bfloat16]
 
 Both of Megatron's formats are read (`torch`, `torch_dist`), without Megatron and without running anything from the
-files. Weights pass through memory piece by piece; the output folder appears when it is whole, or not at all.
+files. Weights pass through memory piece by piece; the output folder appears when it is whole, or not at all, and the
+same command continues a conversion that was interrupted.
 """
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +31,28 @@ from transformers import GenerationConfig
 from ..configuration.configuration_gengram import GengramConfig
 from ..modeling_gengram.remote_code import write_remote_code
 from ..tokenization import GengramTokenizer
+from .conversion_plan import ConversionPlan, PlannedSource, PlannedWeight
 from .errors import ConversionError, size_text
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, open_checkpoint, summary_of_dropped
 from .megatron_config import RecordedArgs, config_from_args
-from .safetensors_writer import DTYPE_NAMES, TensorSpec, shard_size, tensor_digest, write_safetensors
-from .weight_table import TABLE_VERSION, Move, Plan, dropped_weights, match, parameters
+from .partial_folder import FinishedFile, PartialFolder, check_output_is_free, leftover, partial_path
+from .safetensors_writer import (
+    DTYPE_NAMES,
+    HashedTensor,
+    TensorSpec,
+    plan_shards,
+    shard_is_intact,
+    shard_names,
+    shard_size,
+    tensor_digest,
+    write_safetensors,
+)
+from .weight_table import TABLE_VERSION, Move, Plan, Same, dropped_weights, match, parameters
 
 RECORD = "conversion.json"
 MODEL_CARD = Path(__file__).with_name("model_card.md")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_READ_AHEAD = 256 * 2**20  # bytes of a tensor that is read while the one before is written
 OUTPUT_DTYPES = ("float32", "bfloat16")
 
 
@@ -54,6 +70,12 @@ class ConversionReport:
     nbytes: int
     seconds: float
     dropped: list[Dropped] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        fields = {**vars(self), "source": str(self.source), "output": str(self.output)}
+        fields["dropped"] = [{"name": d.name, "reason": d.reason, "bytes": d.nbytes} for d in self.dropped]
+        return fields
 
     def summary(self) -> str:
         """The report in a few lines for people."""
@@ -74,8 +96,12 @@ def convert_to_hf(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     progress: bool = True,
+    restart: bool = False,
 ) -> ConversionReport:
     """Converts the Megatron checkpoint `source` into the new folder `output` for Transformers.
+
+    An earlier call with the same arguments that was interrupted, killed or ran out of disk space is continued: its
+    finished weight files, in `.OUTPUT.partial`, are checked by hash and kept.
 
     Args:
         source: A checkpoint's root or the folder of one iteration, format `torch` or `torch_dist`.
@@ -83,75 +109,254 @@ def convert_to_hf(
         dtype: `"float32"` or `"bfloat16"`; `None` keeps the checkpoint's, bit for bit.
         max_shard_size: Largest size of one safetensors file.
         progress: Show a progress bar on stderr.
+        restart: Discard what an interrupted conversion into `output` left.
 
     Raises:
         ConversionError: if the checkpoint or the output cannot be used; nothing is left behind.
-        OSError: if reading or writing fails; nothing is left behind.
+        OSError: if reading or writing fails; finished weight files are kept for the next call.
     """
     started = time.monotonic()
-    if dtype is not None and dtype not in OUTPUT_DTYPES:
-        raise ConversionError(f"dtype must be one of {', '.join(OUTPUT_DTYPES)}, or None to keep it, got {dtype!r}")
     limit = shard_size(max_shard_size)
     output = Path(os.path.abspath(output))
-    check_output_is_free(output)
-    checkpoint = open_checkpoint(source)
-    arguments = RecordedArgs(checkpoint.args)
-    config = config_from_args(arguments)
-    plan = match({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, config)
-    target = DTYPES[dtype] if dtype else _common_dtype(checkpoint, plan)
-    config.dtype = _dtype_name(target)
-
-    specs = {out.name: TensorSpec(out.name, out.shape, target) for out in plan.outputs}
-    total = sum(spec.nbytes for spec in specs.values())
-    dropped = dropped_weights(plan, checkpoint.tensors) + checkpoint.dropped
-    with staged_folder(output, total) as folder:
-        reader = _PlanReader(checkpoint, plan, target)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
-            digests = write_safetensors(folder, list(specs.values()), reader.pieces, limit, bar.update)
-        reader.check_tied_copies()
-        write_remote_code(config, folder)
-        config.save_pretrained(folder)
-        generation_config(config).save_pretrained(folder)
-        GengramTokenizer().save_pretrained(folder)
-        shutil.copyfile(MODEL_CARD, folder / "README.md")
-        record = _record(checkpoint, arguments, plan, specs, digests, reader.source_digests, dropped)
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if not partial_path(output).exists():
+        check_output_is_free(output)
+    job = _prepare(source, dtype)
+    with PartialFolder(output, _identity(job, limit), restart) as place:
+        if not place.published:
+            check_output_is_free(output)
+            _write_folder(job, place, limit, progress)
     return ConversionReport(
-        source=checkpoint.path,
+        source=job.checkpoint.path,
         output=output,
-        format=checkpoint.format,
-        iteration=checkpoint.iteration,
-        dtype=_dtype_name(target),
-        tensors=len(specs),
-        parameters=parameters(plan),
-        nbytes=total,
+        format=job.checkpoint.format,
+        iteration=job.checkpoint.iteration,
+        dtype=_dtype_name(job.dtype),
+        tensors=len(job.specs),
+        parameters=parameters(job.plan),
+        nbytes=job.nbytes,
         seconds=time.monotonic() - started,
-        dropped=dropped,
+        dropped=job.dropped,
     )
 
 
-class _PlanReader:
-    """Reads each source tensor once, hashes it, and hands out the parts that the writer asks for, in its order."""
+def plan_conversion(
+    source: str | Path, output: str | Path, dtype: str | None = None, max_shard_size: str | int = "5GB"
+) -> ConversionPlan:
+    """What `convert_to_hf` with these arguments would do; weights are not read and nothing is written.
 
-    def __init__(self, checkpoint: MegatronCheckpoint, plan: Plan, dtype: torch.dtype):
+    Raises:
+        ConversionError: if the checkpoint or the output cannot be used.
+    """
+    limit = shard_size(max_shard_size)
+    output = Path(os.path.abspath(output))
+    check_output_is_free(output)
+    job = _prepare(source, dtype)
+    tensors = job.checkpoint.tensors
+    shards = job.shards(limit)
+    file_of = {spec.name: name for name, shard in shards.items() for spec in shard}
+    weights = []
+    for spec in sorted(job.specs, key=lambda spec: spec.name):
+        sources = []
+        for name in dict.fromkeys(move.source for move, _ in job.outputs[spec.name].parts):
+            files = tuple(sorted(str(file.relative_to(job.checkpoint.path)) for file in tensors[name].files))
+            dtype_name = _dtype_name(tensors[name].dtype)
+            sources.append(PlannedSource(name, tuple(tensors[name].shape), dtype_name, tensors[name].nbytes, files))
+        weights.append(
+            PlannedWeight(
+                spec.name, spec.shape, _dtype_name(spec.dtype), spec.nbytes, file_of[spec.name], tuple(sources)
+            )
+        )
+    return ConversionPlan(
+        source=str(job.checkpoint.path),
+        output=str(output),
+        format=job.checkpoint.format,
+        iteration=job.checkpoint.iteration,
+        dtype=_dtype_name(job.dtype),
+        parameters=parameters(job.plan),
+        bytes_written=job.nbytes,
+        bytes_read=sum(tensors[move.source].nbytes for move in job.plan.moves),
+        disk_free=shutil.disk_usage(output.parent).free if output.parent.is_dir() else None,
+        files={name: sum(spec.nbytes for spec in shard) for name, shard in shards.items()},
+        weights=weights,
+        dropped=job.dropped,
+    )
+
+
+class _Job:
+    """A conversion that is decided on."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint, dtype: str | None):
+        self.checkpoint = checkpoint
+        self.arguments = RecordedArgs(checkpoint.args)
+        self.config = config_from_args(self.arguments)
+        self.plan = match({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, self.config)
+        self.dtype = DTYPES[dtype] if dtype else _common_dtype(checkpoint, self.plan)
+        self.config.dtype = _dtype_name(self.dtype)
+        self.outputs = {out.name: out for out in self.plan.outputs}
+        self.specs = [TensorSpec(out.name, out.shape, self.dtype) for out in self.plan.outputs]
+        self.nbytes = sum(spec.nbytes for spec in self.specs)
+        self.dropped = dropped_weights(self.plan, checkpoint.tensors) + checkpoint.dropped
+
+    def shards(self, limit: int) -> dict[str, list[TensorSpec]]:
+        """The weight files and their tensors, in the order of writing."""
+        shards = plan_shards(self.specs, limit)
+        return dict(zip(shard_names(len(shards)), shards, strict=True))
+
+    def sources(self, specs: Sequence[TensorSpec]) -> list[str]:
+        """The tensors that are read for some outputs, in the order of reading."""
+        names = [move.source for spec in specs for move, _ in self.outputs[spec.name].parts]
+        return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+
+
+def _prepare(source: str | Path, dtype: str | None) -> _Job:
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise ConversionError(f"dtype must be one of {', '.join(OUTPUT_DTYPES)}, or None to keep it, got {dtype!r}")
+    return _Job(open_checkpoint(source), dtype)
+
+
+def _identity(job: _Job, limit: int) -> dict[str, Any]:
+    """What decides the bytes of the output: an unfinished conversion is continued only if all of it is the same."""
+    files = [(file, file.stat()) for file in job.checkpoint.files]
+    return {
+        "source": str(job.checkpoint.path.resolve()),
+        "source files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in files],
+        "dtype": _dtype_name(job.dtype),
+        "max_shard_size": limit,
+        "version of gengram": version("gengram"),
+        "table_version": TABLE_VERSION,
+    }
+
+
+def _write_folder(job: _Job, place: PartialFolder, limit: int, progress: bool) -> None:
+    shards = job.shards(limit)
+    order = {name: job.sources(shard) for name, shard in shards.items()}
+    kept = _intact_files(place, shards, progress)
+    there = [spec for name in kept for spec in shards[name]]
+    there_bytes = sum(spec.nbytes for spec in there)
+    place.begin(kept, job.nbytes - there_bytes)
+    with _Progress(job.nbytes, there_bytes, len(job.specs), len(there), progress) as bar:
+        reading = job.sources([spec for name, shard in shards.items() if name not in kept for spec in shard])
+        with _PlanReader(job.checkpoint, job.plan, reading) as reader:
+            for entry in kept.values():
+                reader.source_digests.update(entry.sources)
+
+            def pieces(spec: TensorSpec) -> Iterator[torch.Tensor | HashedTensor]:
+                yield from reader.pieces(spec)
+                bar.tensors += 1
+
+            def on_shard(name: str, digests: dict[str, str]) -> None:
+                sources = {source: reader.source_digests[source] for source in order[name]}
+                place.record(FinishedFile(name, digests, sources))
+
+            finished = {name: entry.tensors for name, entry in kept.items()}
+            digests = write_safetensors(place.folder, job.specs, pieces, limit, bar.update, finished, on_shard)
+            reader.check_tied_copies()
+    folder = place.folder
+    write_remote_code(job.config, folder)
+    job.config.save_pretrained(folder)
+    generation_config(job.config).save_pretrained(folder)
+    GengramTokenizer().save_pretrained(folder)
+    shutil.copyfile(MODEL_CARD, folder / "README.md")
+    record = _record(job, digests, reader.source_digests)
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    place.publish()
+
+
+def _intact_files(
+    place: PartialFolder, shards: dict[str, list[TensorSpec]], progress: bool
+) -> dict[str, FinishedFile]:
+    """The weight files of an earlier run whose bytes have the hashes in its journal."""
+    entries = {name: entry for name, entry in place.finished.items() if name in shards}
+    total = sum(spec.nbytes for name in entries for spec in shards[name])
+    with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=not (progress and entries)) as bar:
+        return {
+            name: entry
+            for name, entry in entries.items()
+            if shard_is_intact(place.folder / name, shards[name], entry.tensors, bar.update)
+        }
+
+
+class _Progress:
+    """A bar on stderr: bytes, rate, tensors."""
+
+    def __init__(self, total: int, initial: int, tensors: int, done: int, shown: bool):
+        self.tensors = done
+        self._count = tensors
+        self._bar = tqdm(
+            total=total, initial=initial, unit="B", unit_scale=True, desc="weights", disable=not shown, miniters=1
+        )
+
+    def update(self, count: int) -> None:
+        self._bar.set_postfix_str(f"{self.tensors} of {self._count} tensors", refresh=False)
+        self._bar.update(count)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
+
+
+class _PlanReader:
+    """Reads each source tensor when the writer asks for it, in the order told, one ahead; hashes it once."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint, plan: Plan, order: Sequence[str]):
         self.checkpoint = checkpoint
         self.plan = plan
-        self.dtype = dtype
         self.source_digests: dict[str, str] = {}
         self._outputs = {output.name: output for output in plan.outputs}
         self._current: tuple[str, list[torch.Tensor]] | None = None
+        self._order: Iterator[str] = iter(order)
+        self._ahead: tuple[str, Future[torch.Tensor]] | None = None
+        self._hashes: dict[str, Future[str]] = {}
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
-    def pieces(self, spec: TensorSpec) -> Iterator[torch.Tensor]:
+    def __enter__(self) -> "_PlanReader":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._reading.shutdown(cancel_futures=True)
+        self._hashing.shutdown(cancel_futures=True)
+
+    def pieces(self, spec: TensorSpec) -> Iterator[torch.Tensor | HashedTensor]:
         for move, which in self._outputs[spec.name].parts:
-            yield self._parts(move)[which].to(self.dtype)
+            values = self._parts(move)[which]
+            # Moved as a whole: what is written has the hash of what was read.
+            whole = isinstance(move.entry.layout, Same)
+            yield HashedTensor(values, partial(self.digest, move.source)) if whole else values
+            del values
+            self.digest(move.source)  # at most one tensor is written and hashed while the next is read
+
+    def digest(self, source: str) -> str:
+        """The SHA-256 of a source tensor that was read."""
+        if source not in self.source_digests:
+            self.source_digests[source] = self._hashes.pop(source).result()
+        return self.source_digests[source]
 
     def _parts(self, move: Move) -> list[torch.Tensor]:
         if self._current is None or self._current[0] != move.source:
-            self._current = None  # frees the last tensor before the next one is read
-            tensor = self.checkpoint.tensors[move.source].read()
-            self.source_digests[move.source] = tensor_digest([tensor])
-            self._current = (move.source, move.entry.layout.to_hf(tensor))
+            self._current = None  # frees the last tensor before the one after the next is read
+            self._current = (move.source, move.entry.layout.to_hf(self._read(move.source)))
         return self._current[1]
+
+    def _read(self, source: str) -> torch.Tensor:
+        if self._ahead is None:
+            self._start(next(self._order))
+        assert self._ahead is not None and self._ahead[0] == source, "the writer's order is not the one told"
+        tensor = self._ahead[1].result()
+        self._ahead = None
+        if source not in self.source_digests:
+            self._hashes[source] = self._hashing.submit(tensor_digest, [tensor])
+        following = next(self._order, None)
+        if following is not None and self.checkpoint.tensors[following].nbytes <= MOST_READ_AHEAD:
+            self._start(following)
+        elif following is not None:
+            self._order = chain([following], self._order)
+        return tensor
+
+    def _start(self, source: str) -> None:
+        self._ahead = (source, self._reading.submit(self.checkpoint.tensors[source].read))
 
     def check_tied_copies(self) -> None:
         """A head that a tied model stores beside its embedding must equal it before it is left out."""
@@ -187,16 +392,9 @@ def generation_config(config: GengramConfig) -> GenerationConfig:
     return GenerationConfig(pad_token_id=config.pad_token_id, suppress_tokens=suppressed, do_sample=False)
 
 
-def _record(
-    checkpoint: MegatronCheckpoint,
-    arguments: RecordedArgs,
-    plan: Plan,
-    specs: dict[str, TensorSpec],
-    digests: dict[str, str],
-    source_digests: dict[str, str],
-    dropped: list[Dropped],
-) -> dict[str, Any]:
+def _record(job: _Job, digests: dict[str, str], source_digests: dict[str, str]) -> dict[str, Any]:
     """What `conversion.json` says: where each tensor came from, with hashes of its bytes on both sides."""
+    checkpoint, plan = job.checkpoint, job.plan
     return {
         "table_version": TABLE_VERSION,
         "gengram_version": version("gengram"),
@@ -208,7 +406,7 @@ def _record(
                 {"name": str(file.relative_to(checkpoint.path)), "bytes": file.stat().st_size}
                 for file in checkpoint.files
             ],
-            "args": arguments.as_json(),
+            "args": job.arguments.as_json(),
             "tensors": {
                 move.source: {
                     "sha256": source_digests[move.source],
@@ -221,66 +419,14 @@ def _record(
         "weights": {
             output.name: {
                 "sha256": digests[output.name],
-                "dtype": _dtype_name(specs[output.name].dtype),
+                "dtype": _dtype_name(job.dtype),
                 "shape": list(output.shape),
                 "sources": [move.source for move, _ in output.parts],
             }
             for output in plan.outputs
         },
-        "dropped": [{"name": entry.name, "reason": entry.reason, "bytes": entry.nbytes} for entry in dropped],
+        "dropped": [{"name": entry.name, "reason": entry.reason, "bytes": entry.nbytes} for entry in job.dropped],
     }
-
-
-def check_output_is_free(output: Path) -> None:
-    """Refuses to write over something."""
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
-        what = "is a folder that is not empty" if output.is_dir() else "is there already and not a folder"
-        raise ConversionError(f"{output} {what}; name a new folder, or delete it first")
-
-
-@contextlib.contextmanager
-def staged_folder(output: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder beside `output` that becomes `output` at the end, or vanishes on any error, interrupt or SIGTERM."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    needed_bytes += 16 * 2**20
-    if free < needed_bytes:
-        raise ConversionError(
-            f"{output.parent} has {size_text(free)} free, the output needs {size_text(needed_bytes)}; free some space "
-            "or name another disk"
-        )
-    folder = output.parent / f".{output.name}.partial-{os.getpid()}"
-    with _terminate_as_exit():
-        try:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier process that had this number and was killed
-            folder.mkdir()
-            yield folder
-            check_output_is_free(output)
-            if output.is_dir():
-                output.rmdir()
-            folder.rename(output)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-@contextlib.contextmanager
-def _terminate_as_exit() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit, so that it unwinds; signals can only be handled in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -289,32 +435,59 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; new or empty")
     parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help="dtype of the weights; the checkpoint's own by default")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
+    parser.add_argument("--restart", action="store_true", help="discard what an interrupted conversion left")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    how.add_argument("--json", action="store_true", help="no progress bar; the report, plan or error as JSON")
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
     """Runs `gengram convert to-hf`; returns the exit code."""
 
     def run() -> int:
-        report = convert_to_hf(
-            arguments.source,
-            arguments.output,
-            dtype=arguments.dtype,
-            max_shard_size=arguments.max_shard_size,
-            progress=not arguments.quiet,
-        )
-        if not arguments.quiet:
-            print(report.summary())
+        options = dict(dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
+        done: ConversionPlan | ConversionReport
+        if arguments.dry_run:
+            done = plan_conversion(arguments.source, arguments.output, **options)
+        else:
+            shown = not (arguments.quiet or arguments.json)
+            done = convert_to_hf(
+                arguments.source, arguments.output, **options, progress=shown, restart=arguments.restart
+            )
+        if arguments.json:
+            print(json.dumps(done.as_json(), indent=1))
+        elif not arguments.quiet:
+            print(done.summary())
         return 0
 
-    return with_clear_errors(run)
+    _give_memory_back()
+    try:
+        return with_clear_errors(run, as_json=arguments.json)
+    finally:
+        kept = leftover(arguments.output)
+        if kept and not arguments.dry_run:
+            print(kept, file=sys.stderr)
 
 
-def with_clear_errors(run: Callable[[], int]) -> int:
+def _give_memory_back() -> None:
+    """Has glibc return every freed megabyte; by itself it keeps blocks of up to 32 MiB, and peaks would add up."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            m_mmap_threshold = -3
+            ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
+
+
+def with_clear_errors(run: Callable[[], int], as_json: bool = False) -> int:
     """Runs a command; what the user can mend is printed in one message, without a traceback, and exits with 1."""
     try:
         return run()
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ConversionError, OSError) as error:
+        if as_json:
+            print(json.dumps({"error": str(error)}))
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

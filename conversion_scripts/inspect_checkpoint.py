@@ -120,7 +120,7 @@ def _facts(config: GengramConfig) -> dict[str, Any]:
         if config.num_local_experts > 1
         else f"dense, width {config.intermediate_size}"
     )
-    rope = dict(config.rope_parameters)
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
     memory = "none"
     if config.memory_layers:
         conv = f"convolution {config.memory_conv_kernel} x {config.memory_conv_dilation}"

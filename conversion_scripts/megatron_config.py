@@ -12,6 +12,7 @@ from typing import Any
 from ..configuration.configuration_gengram import GengramConfig
 from .errors import ConversionError, quoted, shortened
 from .megatron_checkpoint import argument, is_plain
+from .weight_table import MEMORY_PREFIXES
 
 # What the model cannot express: argument, default of the command line, accepted values, what the model has.
 _FIXED: tuple[tuple[str, Any, tuple, str], ...] = (
@@ -61,7 +62,7 @@ _FIXED: tuple[tuple[str, Any, tuple, str], ...] = (
 )
 
 # Ending of a memory argument and its default on the command line. Released checkpoints say `engram_dna_`.
-_MEMORY_PREFIXES = ("gengram_", "engram_dna_")
+_MEMORY_PREFIXES = tuple(f"{prefix}_" for prefix in MEMORY_PREFIXES)
 _MEMORY_DEFAULTS: dict[str, Any] = {
     "enabled": False,
     "layer_ids": None,
@@ -77,6 +78,18 @@ _MEMORY_DEFAULTS: dict[str, Any] = {
 _AUXILIARY_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
 
 
+# What shapes no weight, but is worth keeping for the way back.
+_KEPT = frozenset(
+    (
+        *("ffn_hidden_size", "seq_length", "add_position_embedding", "use_rotary_position_embeddings"),
+        *("hidden_dropout", "moe_grouped_gemm", "moe_router_dtype", "moe_token_dispatcher_type", "tokenizer_type"),
+        *("make_vocab_size_divisible_by", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+        *("pipeline_model_parallel_size", "tensor_model_parallel_size", "expert_model_parallel_size"),
+        *("consumed_train_samples", "consumed_valid_samples"),
+    )
+)
+
+
 class RecordedArgs(dict[str, Any]):
     """Arguments that remember which of them were asked for, so that a conversion can say what it used."""
 
@@ -89,8 +102,8 @@ class RecordedArgs(dict[str, Any]):
         return super().get(name, default)
 
     def as_json(self) -> dict[str, Any]:
-        """The arguments that were asked for and are there, as JSON values; others as text."""
-        return {name: _plain(self[name]) for name in sorted(self.asked) if name in self}
+        """The arguments that were asked for or serve the way back, and are there, as JSON values; others as text."""
+        return {name: _plain(self[name]) for name in sorted(self.asked | _KEPT) if name in self}
 
 
 def _plain(value: Any) -> Any:
@@ -315,4 +328,114 @@ def _memory(args: Mapping[str, Any], layers: int) -> dict[str, Any]:
         "memory_token_ids": integers("token_ids"),
         "memory_conv_kernel": kernel if has_conv else 0,
         "memory_conv_dilation": argument(args, f"{prefix}short_conv_dilation", max(sizes)),
+    }
+
+
+# Fields of a configuration that a Megatron checkpoint does not know: how the model is used.
+_WITHOUT_ARGUMENT: tuple[str, ...] = (
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits", "classifier_dropout"),
+    "memory_pooling",
+)
+_ROUTER_FIELDS: tuple[str, ...] = (
+    *("num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise"),
+)
+_MEMORY_FIELDS = tuple(name for name in GengramConfig.__annotations__ if name.startswith("memory_"))
+
+
+def args_from_config(config: GengramConfig, prefix: str = "gengram") -> dict[str, Any]:
+    """Megatron's arguments for a configuration; `config_from_args` of them is the configuration again.
+
+    Args:
+        config: A model that the authors' code can express.
+        prefix: What the memory is called: `"gengram"` or `"engram_dna"`.
+
+    Raises:
+        ConversionError: if the authors' code cannot express it; the message names the fields.
+    """
+    grouped = config.num_key_value_heads != config.num_attention_heads
+    dense = config.num_local_experts <= 1
+    args: dict[str, Any] = {name: accepted[0] for name, _, accepted, _ in _FIXED}
+    args |= {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "group_query_attention": grouped,
+        "num_query_groups": config.num_key_value_heads if grouped else 1,
+        "kv_channels": config.head_dim,
+        "ffn_hidden_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "seq_length": config.max_position_embeddings,
+        "padded_vocab_size": config.vocab_size,
+        "make_vocab_size_divisible_by": config.vocab_size,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "init_method_std": config.initializer_range,
+        "norm_epsilon": config.rms_norm_eps,
+        "attention_dropout": config.attention_dropout,
+        "hidden_dropout": 0.0,
+        "add_position_embedding": False,
+        "use_rotary_position_embeddings": False,
+        "num_experts": None,
+        **_rope_args(dict(config.rope_parameters or {})),
+    }
+    if not dense:
+        args |= {
+            "num_experts": config.num_local_experts,
+            "moe_ffn_hidden_size": config.intermediate_size,
+            "moe_router_topk": config.num_experts_per_tok,
+            "moe_router_pre_softmax": not config.norm_topk_prob,
+            "moe_router_load_balancing_type": "aux_loss",
+            "moe_aux_loss_coeff": config.router_aux_loss_coef,
+            "moe_z_loss_coeff": config.router_z_loss_coef or None,
+            "moe_input_jitter_eps": config.router_jitter_noise or None,
+            "moe_layer_freq": 1,
+            "moe_grouped_gemm": True,
+            "moe_router_dtype": "fp32",
+        }
+    values: dict[str, Any] = {"enabled": bool(config.memory_layers)}
+    if config.memory_layers:
+        values |= {
+            "layer_ids": [layer + 1 for layer in config.memory_layers],
+            "ngram_sizes": list(config.memory_ngram_sizes),
+            "embed_dim_per_ngram": config.memory_embedding_dim,
+            "token_ids": list(config.memory_token_ids),
+            "use_short_conv": config.memory_conv_kernel > 0,
+            "short_conv_kernel_size": config.memory_conv_kernel or _MEMORY_DEFAULTS["short_conv_kernel_size"],
+            "short_conv_dilation": config.memory_conv_dilation,
+            "window_size": config.memory_window,
+        }
+    args |= {f"{prefix}_{name}": values.get(name, default) for name, default in _MEMORY_DEFAULTS.items()}
+
+    lost = differing_fields(config, config_from_args(args))
+    if lost:
+        texts = ", ".join(f"{name}={shortened(getattr(config, name))}" for name in lost)
+        raise ConversionError(
+            f"the authors' code has no argument for this model's {texts}; only models as it makes them can go back"
+        )
+    return args
+
+
+def differing_fields(config: GengramConfig, other: GengramConfig, all_fields: bool = False) -> list[str]:
+    """Fields in which two configurations describe different models; what does not apply to both is not looked at.
+
+    Fields that a Megatron checkpoint does not know are left out, unless `all_fields` says otherwise.
+    """
+    ignored: set[str] = set() if all_fields else set(_WITHOUT_ARGUMENT)
+    if max(config.num_local_experts, other.num_local_experts) <= 1:
+        ignored |= {"num_local_experts", *_ROUTER_FIELDS}
+    if not config.memory_layers and not other.memory_layers:
+        ignored |= set(_MEMORY_FIELDS)
+    if config.memory_conv_kernel == other.memory_conv_kernel == 0:
+        ignored.add("memory_conv_dilation")
+    names = [name for name in GengramConfig.__annotations__ if name not in ignored]
+    return [name for name in names if getattr(config, name) != getattr(other, name)]
+
+
+def _rope_args(rope: Mapping[str, Any]) -> dict[str, Any]:
+    kind = rope.get("rope_type", "default")
+    theta, factor = rope.get("rope_theta", GengramConfig.default_theta), rope.get("factor")
+    return {
+        "rotary_base": int(theta) if float(theta).is_integer() else theta,
+        "rotary_seq_len_interpolation_factor": factor if kind == "linear" else None,
+        "use_rope_scaling": kind == "llama3",
+        "rope_scaling_factor": factor if kind == "llama3" else 8.0,
     }

@@ -1,17 +1,37 @@
-"""Reader of Megatron's `torch` format: one `model_optim_rng.pt` per pipeline stage, layers counted within it."""
+"""Reader of Megatron's `torch` format: one `model_optim_rng.pt` per pipeline stage and rank, layers counted within it.
+
+Ranks of tensor and expert parallelism are merged: a tensor is put together when it is read, and where ranks hold
+copies of the same, they must be equal.
+"""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .errors import ConversionError, quoted, shortened
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, args_of, argument, is_plain, iteration_of, tensor_bytes
+from .megatron_parallel import (
+    LEGACY_EXPERTS,
+    Rank,
+    Split,
+    expert_of,
+    rank_folder,
+    saving_ranks,
+    split_of,
+    with_expert,
+)
 from .safe_pickle import TensorReference
-from .torch_archive import TorchArchive
+from .safetensors_writer import tensor_bytes as bytes_of
+from .torch_archive import LazyTensor, TorchArchive
 
 _RANK = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3}))?(?:_(\d{3}))?")
 _LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.+)")
 _MODEL_FILE = "model_optim_rng.pt"
+_MOST_FILES = 2**16
 
 # What else may stand beside "model"; anything unknown there is reported the same way.
 _NOT_WEIGHTS = {
@@ -22,20 +42,59 @@ _NOT_WEIGHTS = {
 }
 _DESCRIPTION = ("args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far", "content_metadata")
 
-# Stages of one checkpoint agree on these.
+# Stages and ranks of one checkpoint agree on these.
 _COMMON_ARGS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("num_experts", "moe_ffn_hidden_size", "padded_vocab_size", "rotary_base", "norm_epsilon"),
     *("pipeline_model_parallel_size", "tensor_model_parallel_size", "expert_model_parallel_size"),
+    "expert_tensor_parallel_size",
 )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How a model is cut: pipeline stages, and the ranks that wrote each."""
+
+    stages: int
+    tensor: int
+    expert: int
+    expert_tensor: int
+
+    @property
+    def files(self) -> int:
+        return self.stages * self.expert * self.expert_tensor
+
+    @property
+    def ranks(self) -> list[Rank]:
+        return saving_ranks(self.tensor, self.expert, self.expert_tensor)
+
+    def folder(self, rank: Rank, stage: int) -> str:
+        return rank_folder(rank, stage, self.stages, self.expert)
+
+    def __str__(self) -> str:
+        words = [f"{self.stages} pipeline stage{'s' if self.stages > 1 else ''}"]
+        words += [f"tensor parallelism {self.tensor}"] if self.tensor > 1 else []
+        words += [f"expert parallelism {self.expert}"] if self.expert > 1 else []
+        if self.expert_tensor != self.tensor:
+            words.append(f"expert tensor parallelism {self.expert_tensor}")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class _RankFile:
+    """What one rank wrote."""
+
+    rank: Rank
+    archive: TorchArchive
+    saved: dict[str, Any]
 
 
 def open_torch_checkpoint(folder: Path) -> MegatronCheckpoint:
     """The checkpoint in the `mp_rank_*` folders of `folder`; only the zip directories and pickles are read.
 
     Raises:
-        ConversionError: if a stage is missing, superfluous, damaged or from another checkpoint, or the model is split
-            in a way that this reader does not merge (tensor, expert or interleaved pipeline parallelism).
+        ConversionError: if a file is missing, superfluous, damaged or from another checkpoint, or the model is split
+            in a way that this reader does not merge (interleaved pipeline stages, legacy grouped experts on ranks).
     """
     names = sorted(child.name for child in folder.iterdir() if child.name.startswith("mp_rank_"))
     odd = [name for name in names if not _RANK.fullmatch(name)]
@@ -48,32 +107,38 @@ def open_torch_checkpoint(folder: Path) -> MegatronCheckpoint:
     first = TorchArchive(folder / names[0] / _MODEL_FILE)
     saved = first.load()
     args = args_of(saved, first.path)
-    _check_split(args, folder)
-    stages = argument(args, "pipeline_model_parallel_size", 1, most=4096)
-    expected = [f"mp_rank_00_{stage:03d}" for stage in range(stages)] if stages > 1 else ["mp_rank_00"]
-    if names != expected:
+    grid = _grid(args, folder)
+    if grid.files > _MOST_FILES:
+        raise ConversionError(f"{folder}: args describe {grid}, more than {_MOST_FILES} files; they make no sense")
+    expected = [grid.folder(rank, stage) for stage in range(grid.stages) for rank in grid.ranks]
+    if set(names) != set(expected):
         absent = [name for name in expected if name not in names]
         extra = [name for name in names if name not in expected]
         parts = [f"missing {quoted(absent)}"] if absent else []
         parts += [f"superfluous {quoted(extra)}"] if extra else []
         raise ConversionError(
-            f"{folder}: the checkpoint was saved by {stages} pipeline stage(s) without tensor parallelism, which are "
-            f"{quoted(expected)}; {' and '.join(parts)}"
+            f"{folder}: the checkpoint was saved by {grid} (args.*_parallel_size), in {len(expected)} folders; "
+            f"{' and '.join(parts)}"
         )
 
     checkpoint = MegatronCheckpoint(folder, "torch", iteration_of(saved), args, {})
-    checkpoint.layout = f"{stages} pipeline stage{'s' if stages > 1 else ''}"
+    checkpoint.layout = str(grid)
     offset = 0
-    for stage, name in enumerate(names):
-        archive = first if stage == 0 else TorchArchive(folder / name / _MODEL_FILE)
-        saved = saved if stage == 0 else archive.load()
-        _check_same_checkpoint(checkpoint, saved, archive.path)
-        checkpoint.files.append(archive.path)
-        offset += _add_stage(checkpoint, saved, archive, offset)
-        for child in sorted((folder / name).iterdir()):
-            if child.name != _MODEL_FILE and child.is_file():
-                kind = "optimizer state" if child.name == "distrib_optim.pt" else "file that is not part of the model"
-                checkpoint.dropped.append(Dropped(f"{name}/{child.name}", kind, child.stat().st_size))
+    for stage in range(grid.stages):
+        files = []
+        for rank in grid.ranks:
+            name = grid.folder(rank, stage)
+            is_first = name == names[0]
+            archive = first if is_first else TorchArchive(folder / name / _MODEL_FILE)
+            content = saved if is_first else archive.load()
+            _check_same_checkpoint(checkpoint, content, archive.path)
+            checkpoint.files.append(archive.path)
+            files.append(_RankFile(rank, archive, content))
+            for child in sorted((folder / name).iterdir()):
+                if child.name != _MODEL_FILE and child.is_file():
+                    kind = "optimizer state" if "optim" in child.name else "file that is not part of the model"
+                    checkpoint.dropped.append(Dropped(f"{name}/{child.name}", kind, child.stat().st_size))
+        offset += _add_stage(checkpoint, files, grid, offset)
     layers = argument(args, "num_layers", 0)
     if offset != layers:
         raise ConversionError(
@@ -83,21 +148,27 @@ def open_torch_checkpoint(folder: Path) -> MegatronCheckpoint:
     return checkpoint
 
 
-def _check_split(args: dict[str, Any], folder: Path) -> None:
-    for name in ("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"):
-        size = argument(args, name, 1)
-        if size != 1:
-            raise ConversionError(
-                f"{folder}: args.{name} must be 1 for the torch format, got {size}: merging such parts is not "
-                "supported yet; have Megatron save the checkpoint as torch_dist (--ckpt-convert-format torch_dist) "
-                "and convert that"
-            )
-    stages = argument(args, "virtual_pipeline_model_parallel_size", 1)
-    if stages != 1:
+def _grid(args: dict[str, Any], folder: Path) -> _Grid:
+    virtual = argument(args, "virtual_pipeline_model_parallel_size", 1)
+    if virtual != 1:
         raise ConversionError(
-            f"{folder}: args.virtual_pipeline_model_parallel_size must be unset for the torch format, got {stages}: "
+            f"{folder}: args.virtual_pipeline_model_parallel_size must be unset for the torch format, got {virtual}: "
             "interleaved stages are not supported; have Megatron save the checkpoint as torch_dist and convert that"
         )
+    stages = argument(args, "pipeline_model_parallel_size", 1, most=4096)
+    tensor = argument(args, "tensor_model_parallel_size", 1, most=99)
+    expert = argument(args, "expert_model_parallel_size", 1, most=999)
+    sparse = args.get("num_experts") is not None
+    expert_tensor = argument(args, "expert_tensor_parallel_size", tensor, most=99) if sparse else tensor
+    grid = _Grid(stages, tensor, expert, expert_tensor)
+    ranks = grid.ranks
+    folders = {grid.folder(rank, 0) for rank in ranks}
+    if len(folders) != len(ranks) or {rank.tensor for rank in ranks} != set(range(tensor)):
+        raise ConversionError(
+            f"{folder}: a torch checkpoint of {grid} is not whole: Megatron has no file name for every part; have it "
+            "save the checkpoint as torch_dist (--ckpt-convert-format torch_dist) and convert that"
+        )
+    return grid
 
 
 def _check_same_checkpoint(checkpoint: MegatronCheckpoint, saved: Any, source: Path) -> None:
@@ -106,46 +177,148 @@ def _check_same_checkpoint(checkpoint: MegatronCheckpoint, saved: Any, source: P
         here, first = args.get(name), checkpoint.args.get(name)
         if not (is_plain(here) and is_plain(first) and here == first):
             raise ConversionError(
-                f"{source}: args.{name} is {shortened(here)}, but {shortened(first)} in the first stage; the stages "
+                f"{source}: args.{name} is {shortened(here)}, but {shortened(first)} in the first file; the files "
                 "belong to different checkpoints"
             )
     if iteration_of(saved) != checkpoint.iteration:
         raise ConversionError(
-            f"{source}: saved at iteration {iteration_of(saved)}, the first stage at {checkpoint.iteration}; the "
-            "stages belong to different checkpoints"
+            f"{source}: saved at iteration {iteration_of(saved)}, the first file at {checkpoint.iteration}; the "
+            "files belong to different checkpoints"
         )
 
 
-def _add_stage(checkpoint: MegatronCheckpoint, saved: dict, archive: TorchArchive, offset: int) -> int:
+def _add_stage(checkpoint: MegatronCheckpoint, files: Sequence[_RankFile], grid: _Grid, offset: int) -> int:
     """Adds one stage's tensors under global names; returns how many layers it has."""
-    if "model" not in saved:
-        chunks = [key for key in saved if isinstance(key, str) and re.fullmatch(r"model\d+", key)]
-        why = ": interleaved stages are not supported; have Megatron save it as torch_dist" if chunks else ""
-        raise ConversionError(f"{archive.path}: expected weights under 'model', found {quoted(map(str, saved))}{why}")
-    model = saved["model"]
-    if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
-        raise ConversionError(f"{archive.path}: 'model' must be a dictionary of tensors, got {shortened(model)}")
+    held: dict[str, list[tuple[_RankFile, TensorReference]]] = {}
     layers: set[int] = set()
-    for name, value in model.items():
-        match = _LAYER.fullmatch(name)
-        if match:
-            layers.add(int(match[1]))
-            name = f"decoder.layers.{int(match[1]) + offset}.{match[2]}"
-        if name.endswith("._extra_state"):
-            checkpoint.dropped.append(Dropped(name, "_extra_state (FP8 scales, unused)", tensor_bytes(value)))
-        elif not isinstance(value, TensorReference):
-            raise ConversionError(f"{archive.path}: {shortened(name)} must be a tensor, got {shortened(value)}")
-        elif name in checkpoint.tensors:
-            raise ConversionError(f"{archive.path}: {shortened(name)} is also in an earlier stage")
-        else:
-            checkpoint.tensors[name] = archive.lazy(value)
+    for file in files:
+        for name, value in _model_of(file).items():
+            match = _LAYER.fullmatch(name)
+            if match:
+                layers.add(int(match[1]))
+                name = f"decoder.layers.{int(match[1]) + offset}.{match[2]}"
+            if name.endswith("._extra_state"):
+                checkpoint.dropped.append(Dropped(name, "_extra_state (FP8 scales, unused)", tensor_bytes(value)))
+                continue
+            if not isinstance(value, TensorReference):
+                raise ConversionError(
+                    f"{file.archive.path}: {shortened(name)} must be a tensor, got {shortened(value)}"
+                )
+            held.setdefault(name, []).append((file, value))
+    for name, parts in held.items():
+        _add_merged(checkpoint, name, parts, files, grid)
     if layers != set(range(len(layers))):
         raise ConversionError(
-            f"{archive.path}: the layers of a stage must be numbered 0..{len(layers) - 1}, got "
+            f"{files[0].archive.path}: the layers of a stage must be numbered 0..{len(layers) - 1}, got "
             f"{shortened(sorted(layers))}"
         )
-    for key, value in saved.items():
-        if key != "model" and key not in _DESCRIPTION:
-            reason = _NOT_WEIGHTS.get(key, "entry that is not part of the model") if isinstance(key, str) else "entry"
-            checkpoint.dropped.append(Dropped(f"{archive.path.parent.name}: {key}", reason, tensor_bytes(value)))
+    for file in files:
+        for key, value in file.saved.items():
+            if key != "model" and key not in _DESCRIPTION:
+                default = "entry that is not part of the model"
+                reason = _NOT_WEIGHTS.get(key, default) if isinstance(key, str) else "entry"
+                name = f"{file.archive.path.parent.name}: {key}"
+                checkpoint.dropped.append(Dropped(name, reason, tensor_bytes(value)))
     return len(layers)
+
+
+def _model_of(file: _RankFile) -> dict[str, Any]:
+    if "model" not in file.saved:
+        found = file.saved
+        chunks = [key for key in found if isinstance(key, str) and re.fullmatch(r"model\d+", key)]
+        why = ": interleaved stages are not supported; have Megatron save it as torch_dist" if chunks else ""
+        raise ConversionError(
+            f"{file.archive.path}: expected weights under 'model', found {quoted(map(str, found))}{why}"
+        )
+    model = file.saved["model"]
+    if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
+        raise ConversionError(f"{file.archive.path}: 'model' must be a dictionary of tensors, got {shortened(model)}")
+    return model
+
+
+def _add_merged(
+    checkpoint: MegatronCheckpoint,
+    name: str,
+    parts: Sequence[tuple[_RankFile, TensorReference]],
+    files: Sequence[_RankFile],
+    grid: _Grid,
+) -> None:
+    """Adds the tensor, or one per slice of experts, that the ranks of a stage hold under `name`."""
+    if len(parts) != len(files):
+        there = [file.archive.path.parent.name for file, _ in parts]
+        raise ConversionError(
+            f"{checkpoint.path}: {shortened(name)} is in {quoted(there)}, expected in all {len(files)} files of its "
+            "stage"
+        )
+    if len(files) > 1 and LEGACY_EXPERTS.fullmatch(name):
+        raise ConversionError(
+            f"{checkpoint.path}: {name} is in the layout of legacy grouped experts, which is not merged from several "
+            "ranks; have Megatron save the checkpoint as torch_dist and convert that"
+        )
+    for file, reference in parts[1:]:
+        if (reference.shape, reference.dtype) != (parts[0][1].shape, parts[0][1].dtype):
+            raise ConversionError(
+                f"{file.archive.path}: {shortened(name)} has shape {reference.shape} and {reference.dtype}, in the "
+                f"first file {parts[0][1].shape} and {parts[0][1].dtype}"
+            )
+    local = expert_of(name)
+    if local is None:
+        by_rank: list[list[LazyTensor]] = [[] for _ in range(grid.tensor)]
+        for file, reference in parts:
+            by_rank[file.rank.tensor].append(file.archive.lazy(reference))
+        _add(checkpoint, name, _merged(name, split_of(name), by_rank, checkpoint.path))
+        return
+    experts = argument(checkpoint.args, "num_experts", grid.expert, most=4096)
+    if experts % grid.expert:
+        raise ConversionError(
+            f"{checkpoint.path}: args.num_experts must be a multiple of args.expert_model_parallel_size, got "
+            f"{experts} and {grid.expert}"
+        )
+    per_slice = experts // grid.expert
+    if local >= per_slice:
+        raise ConversionError(
+            f"{checkpoint.path}: {shortened(name)} is beyond the {per_slice} experts of a rank (args.num_experts / "
+            "args.expert_model_parallel_size)"
+        )
+    for number in range(grid.expert):
+        by_rank = [[] for _ in range(grid.expert_tensor)]
+        for file, reference in parts:
+            if file.rank.expert == number:
+                by_rank[file.rank.expert_tensor].append(file.archive.lazy(reference))
+        whole = with_expert(name, number * per_slice + local)
+        _add(checkpoint, whole, _merged(whole, split_of(name), by_rank, checkpoint.path))
+
+
+def _add(checkpoint: MegatronCheckpoint, name: str, tensor: LazyTensor) -> None:
+    if name in checkpoint.tensors:
+        raise ConversionError(f"{checkpoint.path}: {shortened(name)} is also in an earlier stage")
+    checkpoint.tensors[name] = tensor
+
+
+def _merged(name: str, split: Split, by_rank: Sequence[Sequence[LazyTensor]], folder: Path) -> LazyTensor:
+    """One tensor from the copies that each rank's folders hold of its part."""
+    first = by_rank[0][0]
+    if sum(map(len, by_rank)) == 1:
+        return first
+    shape = split.whole_shape(first.shape, len(by_rank))
+    if split.axis is None:
+        by_rank = [[tensor for copies in by_rank for tensor in copies]]
+    elif len(first.shape) <= split.axis or (split.halves and first.shape[split.axis] % 2):
+        raise ConversionError(f"{folder}: the parts of {shortened(name)} have shape {first.shape}: no part of it")
+
+    def read() -> torch.Tensor:
+        return split.merge([_read_copies(name, copies, folder) for copies in by_rank])
+
+    files = tuple(dict.fromkeys(file for copies in by_rank for tensor in copies for file in tensor.files))
+    return LazyTensor(shape, first.dtype, read, files)
+
+
+def _read_copies(name: str, copies: Sequence[LazyTensor], folder: Path) -> torch.Tensor:
+    tensor = copies[0].read()
+    for copy in copies[1:]:
+        if bytes_of(copy.read()) != bytes_of(tensor):
+            raise ConversionError(
+                f"{folder}: {name} differs between {copies[0].files[0].parent.name} and "
+                f"{copy.files[0].parent.name}, which must hold copies; the checkpoint is damaged or mixed"
+            )
+    return tensor

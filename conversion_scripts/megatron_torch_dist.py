@@ -8,6 +8,7 @@ together from the chunks that it touches when it is read; the stacked tensor is 
 import json
 import re
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -20,7 +21,7 @@ import torch
 from .errors import ConversionError, quoted, shortened
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, args_of, argument, iteration_of
 from .safe_pickle import MAX_PICKLE_BYTES, ForeignObject, TensorReference, load_pickle
-from .torch_archive import LazyTensor, TorchArchive
+from .torch_archive import LazyTensor, TorchArchive, empty_tensor
 
 # Names that are not weights. Every match is of the whole name, so that `optimizer.state.param.decoder.layers…`, which
 # has the shapes of the model, can never be taken for it.
@@ -58,20 +59,26 @@ class ChunkedTensor:
 
     def part(self, index: tuple[int, ...]) -> LazyTensor:
         """The tensor at `index` along the leading axes."""
-        return LazyTensor(self.shape[len(index) :], self.dtype, lambda: self.read(index))
+        files = tuple(dict.fromkeys(chunk.path for chunk, _ in self._touched(index)))
+        return LazyTensor(self.shape[len(index) :], self.dtype, lambda: self.read(index), files)
 
     def read(self, index: tuple[int, ...]) -> torch.Tensor:
         axes = len(index)
-        result = torch.empty(self.shape[axes:], dtype=self.dtype)
+        result = empty_tensor(self.shape[axes:], self.dtype)
+        for chunk, inside in self._touched(index):
+            target = tuple(
+                slice(offset, offset + size)
+                for offset, size in zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True)
+            )
+            result[target] = self._read_chunk(chunk, inside)
+        return result
+
+    def _touched(self, index: tuple[int, ...]) -> Iterator[tuple[Chunk, tuple[int, ...]]]:
+        """The chunks that hold values at `index`, each with the index inside it."""
         for chunk in self.chunks:
             inside = tuple(i - offset for i, offset in zip(index, chunk.offsets, strict=False))
             if all(0 <= i < size for i, size in zip(inside, chunk.sizes, strict=False)):
-                target = tuple(
-                    slice(offset, offset + size)
-                    for offset, size in zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True)
-                )
-                result[target] = self._read_chunk(chunk, inside)
-        return result
+                yield chunk, inside
 
     def _read_chunk(self, chunk: Chunk, index: tuple[int, ...]) -> torch.Tensor:
         archive = TorchArchive(chunk.path, chunk.start, chunk.length)

@@ -1,6 +1,7 @@
 """Writes sharded safetensors piece by piece: sizes are known beforehand, so headers come first, values stream after.
 
-At most one piece is in memory, which for stacked experts is one expert. The same tensors give the same bytes.
+At most one piece is in memory, which for stacked experts is one expert, and one block of it is converted at a time.
+The same tensors give the same bytes.
 """
 
 import hashlib
@@ -8,7 +9,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +21,8 @@ import torch
 from .errors import ConversionError
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+BLOCK = 8 * 2**20  # bytes that are converted, hashed and written at once
+SYNC_EVERY = 128 * 2**20
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -33,6 +37,65 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class HashedTensor:
+    """A tensor and a function that waits for the SHA-256 of its bytes."""
+
+    values: torch.Tensor
+    digest: Callable[[], str]
+
+
+class WeightHash:
+    """The hash of a weight in `conversion.json`: SHA-256 of its bytes.
+
+    With three and more axes it is the SHA-256 of the SHA-256s of the slices along the first axis, so that an expert
+    that was hashed when it was read need not be hashed again as a part of the stacked tensor.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
+        self.shape = shape
+        self.dtype = dtype
+        self._slice = prod(shape[1:]) * dtype.itemsize if len(shape) > 2 else 0
+        self._inner = hashlib.sha256()
+        self._outer = hashlib.sha256()
+        self._filled = 0
+        self._whole = ""
+
+    def update(self, block: memoryview) -> None:
+        """Adds the bytes that come next."""
+        while self._slice and len(block) + self._filled >= self._slice:
+            rest = self._slice - self._filled
+            self._inner.update(block[:rest])
+            self._outer.update(self._inner.digest())
+            self._inner, self._filled, block = hashlib.sha256(), 0, block[rest:]
+        self._inner.update(block)
+        self._filled += len(block)
+
+    def takes(self, piece: torch.Tensor) -> bool:
+        """Whether the SHA-256 of this piece can be added: it is one slice, or all of a tensor with fewer axes."""
+        return piece.dtype == self.dtype and piece.shape == (self.shape[1:] if self._slice else self.shape)
+
+    def add(self, digest: str) -> None:
+        """Adds the piece that comes next by its SHA-256."""
+        assert self._filled == 0
+        if self._slice:
+            self._outer.update(bytes.fromhex(digest))
+        else:
+            self._whole = digest
+
+    def hexdigest(self) -> str:
+        return self._whole or (self._outer if self._slice else self._inner).hexdigest()
+
+
+def weight_digest(shape: tuple[int, ...], dtype: torch.dtype, pieces: Iterable[torch.Tensor]) -> str:
+    """The `WeightHash` of a weight of this dtype, given in pieces along its first axis."""
+    digest = WeightHash(tuple(shape), dtype)
+    for piece in pieces:
+        for block in _blocks(piece, dtype):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def shard_size(text: str | int) -> int:
@@ -70,37 +133,34 @@ def shard_names(count: int) -> list[str]:
 def write_safetensors(
     folder: Path,
     tensors: Sequence[TensorSpec],
-    pieces: Callable[[TensorSpec], Iterable[torch.Tensor]],
+    pieces: Callable[[TensorSpec], Iterable[torch.Tensor | HashedTensor]],
     max_shard_size: int,
     progress: Callable[[int], Any] = lambda count: None,
+    finished: Mapping[str, Mapping[str, str]] | None = None,
+    on_shard: Callable[[str, dict[str, str]], Any] = lambda name, digests: None,
 ) -> dict[str, str]:
-    """Writes the tensors, and an index if there are several files; returns the SHA-256 of each tensor's bytes.
+    """Writes the tensors, and an index if there are several files; returns the hash of each (`WeightHash`).
 
     Args:
         folder: Where to write; exists.
         tensors: What to write.
-        pieces: A tensor's values as tensors of its dtype that follow each other along the first axis.
+        pieces: A tensor's values as tensors that follow each other along the first axis; rounded to its dtype here.
         max_shard_size: Bytes after which a new file begins.
         progress: Called with the number of bytes written since the last call.
+        finished: Files that are there and right, with the digests of their tensors; they are left alone.
+        on_shard: Called when a file is on disk, with its name and the digests of its tensors.
     """
     shards = plan_shards(tensors, max_shard_size)
     names = shard_names(len(shards))
     digests: dict[str, str] = {}
-    for name, shard in zip(names, shards, strict=True):
-        with open(folder / name, "wb") as file:
-            file.write(_header(shard))
-            for tensor in shard:
-                digest = hashlib.sha256()
-                written = 0
-                for piece in _buffers(pieces(tensor), tensor.dtype):
-                    file.write(piece)
-                    digest.update(piece)
-                    written += len(piece)
-                    progress(len(piece))
-                assert written == tensor.nbytes, f"{tensor.name}: wrote {written} bytes of {tensor.nbytes}"
-                digests[tensor.name] = digest.hexdigest()
-            file.flush()
-            os.fsync(file.fileno())
+    with ThreadPoolExecutor(2, thread_name_prefix="hash") as pool:
+        for name, shard in zip(names, shards, strict=True):
+            if finished and name in finished:
+                digests.update(finished[name])
+                continue
+            written = _write_shard(folder / name, shard, pieces, progress, pool)
+            on_shard(name, written)
+            digests.update(written)
     if len(shards) > 1:
         index = {
             "metadata": {
@@ -112,6 +172,75 @@ def write_safetensors(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return digests
+
+
+def _write_shard(
+    path: Path,
+    shard: Sequence[TensorSpec],
+    pieces: Callable[[TensorSpec], Iterable[torch.Tensor | HashedTensor]],
+    progress: Callable[[int], Any],
+    pool: ThreadPoolExecutor,
+) -> dict[str, str]:
+    digests = {}
+    with open(path, "wb") as file:
+        file.write(shard_header(shard))
+        file.flush()
+        unsynced = 0
+        syncing: Future[Any] = pool.submit(int)
+        for tensor in shard:
+            hashing = WeightHash(tensor.shape, tensor.dtype)
+            written = 0
+            for piece in pieces(tensor):
+                known = piece.digest if isinstance(piece, HashedTensor) and hashing.takes(piece.values) else None
+                values = piece.values if isinstance(piece, HashedTensor) else piece
+                for block in _blocks(values, tensor.dtype):
+                    # Beside the writing; both release the GIL.
+                    hashed = None if known else pool.submit(hashing.update, block)
+                    file.write(block)
+                    if hashed is not None:
+                        hashed.result()
+                    written += len(block)
+                    unsynced += len(block)
+                    progress(len(block))
+                    del block
+                    if unsynced >= SYNC_EVERY and syncing.done():  # the disk works while the next bytes are read
+                        syncing = pool.submit(os.fdatasync, file.fileno())
+                        unsynced = 0
+                if known is not None:
+                    hashing.add(known())
+                del piece, values, known  # or it would be held while the next one is fetched
+            assert written == tensor.nbytes, f"{tensor.name}: wrote {written} bytes of {tensor.nbytes}"
+            digests[tensor.name] = hashing.hexdigest()
+        file.flush()
+        syncing.result()
+        os.fsync(file.fileno())
+    return digests
+
+
+def shard_is_intact(
+    path: Path,
+    shard: Sequence[TensorSpec],
+    digests: Mapping[str, str],
+    progress: Callable[[int], Any] = lambda count: None,
+) -> bool:
+    """Whether a file holds exactly these tensors with these SHA-256 digests; every byte is looked at."""
+    header = shard_header(shard)
+    if {tensor.name for tensor in shard} != set(digests) or not path.is_file():
+        return False
+    if path.stat().st_size != len(header) + sum(tensor.nbytes for tensor in shard):
+        return False
+    with open(path, "rb") as file:
+        if file.read(len(header)) != header:
+            return False
+        for tensor in shard:
+            digest = WeightHash(tensor.shape, tensor.dtype)
+            for start in range(0, tensor.nbytes, BLOCK):
+                block = file.read(min(BLOCK, tensor.nbytes - start))
+                digest.update(memoryview(block))
+                progress(len(block))
+            if digest.hexdigest() != digests[tensor.name]:
+                return False
+    return True
 
 
 def tensor_digest(pieces: Iterable[torch.Tensor]) -> str:
@@ -127,13 +256,23 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _buffers(pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> Iterator[memoryview]:
-    for piece in pieces:
-        assert piece.dtype == dtype
-        yield tensor_bytes(piece)
+def _blocks(piece: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of a tensor in order, at most `BLOCK` at once (or one row), so that copies stay small."""
+    if piece.dtype == dtype and piece.is_contiguous():
+        values = tensor_bytes(piece)
+        for start in range(0, len(values), BLOCK):
+            yield values[start : start + BLOCK]
+    elif piece.dim() < 2 or piece[0].numel() * dtype.itemsize <= BLOCK:
+        rows = piece if piece.dim() else piece[None]
+        step = max(BLOCK // max(rows[:1].numel() * dtype.itemsize, 1), 1)
+        for start in range(0, len(rows), step):
+            yield tensor_bytes(rows[start : start + step].to(dtype))
+    else:
+        for row in piece:
+            yield from _blocks(row, dtype)
 
 
-def _header(tensors: Sequence[TensorSpec]) -> bytes:
+def shard_header(tensors: Sequence[TensorSpec]) -> bytes:
     """Length of the JSON header, then the header, padded so that values start at a multiple of 8."""
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0

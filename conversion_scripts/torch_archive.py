@@ -1,6 +1,8 @@
 """Reads what `torch.save` wrote, without PyTorch's unpickler: a zip file with one pickle and one entry per storage."""
 
 import io
+import mmap
+import os
 import struct
 import zipfile
 import zlib
@@ -29,16 +31,30 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, leng
 class LazyTensor:
     """A tensor of a checkpoint that is read when it is needed.
 
-    `read()` returns a contiguous tensor on the CPU and raises `ConversionError` if the bytes are not there.
+    `read()` returns a contiguous tensor on the CPU and raises `ConversionError` if the bytes are not there; `files`
+    are those that hold them.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    files: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
+
+
+def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor to be filled whose memory goes back to the system with it.
+
+    The allocator keeps freed blocks of up to 32 MiB, for each thread of its own: peaks would grow with the checkpoint.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    if nbytes < 2**20:
+        return torch.empty(shape, dtype=dtype)
+    flags = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    return torch.frombuffer(mmap.mmap(-1, nbytes, **flags), dtype=dtype).reshape(shape)
 
 
 class FileRange(io.RawIOBase):
@@ -146,7 +162,7 @@ class TorchArchive:
 
     def lazy(self, reference: TensorReference) -> LazyTensor:
         """The tensor behind a reference of `load()`."""
-        return LazyTensor(reference.shape, reference.dtype, lambda: self.read(reference))
+        return LazyTensor(reference.shape, reference.dtype, lambda: self.read(reference), (self.path,))
 
     def read(self, reference: TensorReference, index: tuple[int, ...] = ()) -> torch.Tensor:
         """The tensor, or its part at `index` along the leading axes; only the bytes needed are read."""
@@ -157,9 +173,13 @@ class TorchArchive:
             return torch.empty(shape, dtype=reference.dtype)
         extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         storage = reference.storage
-        start, checksum = storage.place
+        name, checksum = storage.place
+        try:
+            start, _ = self._locate(name)
+        except ConversionError as error:
+            raise ConversionError(f"{self.path}: {error}") from None
         itemsize = storage.dtype.itemsize
-        flat = torch.empty(extent, dtype=storage.dtype)
+        flat = empty_tensor((extent,), storage.dtype)
         buffer = flat.view(torch.uint8).numpy().data
         with FileRange(self.path, self.start + start + offset * itemsize, extent * itemsize) as file:
             filled = 0
@@ -182,21 +202,16 @@ class TorchArchive:
         name = f"{self._prefix}data/{key}"
         if not isinstance(key, str) or name not in self._entries:
             raise ConversionError(f"the archive has no storage {shortened(key)}; it is truncated or damaged")
-        place, size = self._locate(name)
-        checksum = self._entries[name].CRC
+        size = self._plain_entry(name).file_size
         if type(length) is not int or size != length * dtype.itemsize:
             raise ConversionError(
                 f"storage {key!r} must have {shortened(length)} elements of {dtype}, but its entry has {size} bytes"
             )
-        return StorageReference(key, dtype, length, (place, checksum))
+        return StorageReference(key, dtype, length, (name, self._entries[name].CRC))
 
     def _locate(self, name: str) -> tuple[int, int]:
-        """First byte (inside the archive) and length of an entry's data."""
-        entry = self._entries[name]
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise ConversionError(
-                f"entry {shortened(name)} is compressed or encrypted; torch.save stores entries plainly"
-            )
+        """First byte (inside the archive) and length of an entry's data; read from the entry's own header."""
+        entry = self._plain_entry(name)
         header = b""
         if 0 <= entry.header_offset <= self.length:
             with FileRange(self.path, self.start, self.length) as file:
@@ -209,6 +224,16 @@ class TorchArchive:
         if place + entry.file_size > self.length:
             raise ConversionError(f"entry {shortened(name)} reaches beyond the end of the archive; it is truncated")
         return place, entry.file_size
+
+    def _plain_entry(self, name: str) -> zipfile.ZipInfo:
+        entry = self._entries[name]
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
+            raise ConversionError(
+                f"entry {shortened(name)} is compressed or encrypted; torch.save stores entries plainly"
+            )
+        if not 0 <= entry.header_offset <= self.length - entry.file_size:
+            raise ConversionError(f"entry {shortened(name)} of the zip archive is not where its directory says")
+        return entry
 
     def _read_entry(self, name: str, limit: int) -> bytes:
         try:

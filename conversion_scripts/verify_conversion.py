@@ -21,7 +21,7 @@ from .convert_megatron_to_hf import DTYPES, RECORD, with_clear_errors
 from .errors import ConversionError, quoted, shortened
 from .hf_folder import StoredTensor, read_json, stored_tensors
 from .megatron_checkpoint import open_checkpoint
-from .safetensors_writer import tensor_digest
+from .safetensors_writer import tensor_digest, weight_digest
 from .weight_table import TABLE_VERSION, Move, match
 
 
@@ -107,7 +107,7 @@ def _check_files(output: Path, record: dict[str, Any], tensors: dict[str, Stored
                 f"{tensor.path}: {name} must be {expected['dtype']} of shape {expected['shape']}, got {tensor.dtype} "
                 f"of shape {tensor.shape}"
             )
-        if tensor_digest(tensor.pieces()) != expected["sha256"]:
+        if weight_digest(tensor.shape, tensor.dtype, tensor.pieces()) != expected["sha256"]:
             wrong.append(name)
     if wrong:
         raise ConversionError(
@@ -196,15 +196,16 @@ def _check_loading(output: Path, record: dict[str, Any]) -> None:
 def _loaded_digests(output: Path, record: dict[str, Any], run: bool) -> dict[str, str]:
     """Hashes of the weights of one load, in the dtypes of the files."""
     # Grouped matrix products ask for widths that not every small model has; the loop over experts takes all.
-    model, notes = GengramForCausalLM.from_pretrained(
+    loaded: Any = GengramForCausalLM.from_pretrained(
         output, dtype="auto", experts_implementation="eager", output_loading_info=True
     )
+    model, notes = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if notes.get(kind):
             raise ConversionError(f"{output}: loading reports {kind}: {quoted(sorted(map(str, notes[kind])))}")
     weights = record["weights"]
     digests = {
-        name: tensor_digest([tensor.to(DTYPES[weights[name]["dtype"]])])
+        name: weight_digest(tuple(tensor.shape), DTYPES[weights[name]["dtype"]], [tensor])
         for name, tensor in model.state_dict().items()
         if name in weights
     }

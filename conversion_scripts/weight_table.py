@@ -18,6 +18,7 @@ from .megatron_checkpoint import Dropped
 from .torch_archive import LazyTensor
 
 TABLE_VERSION = 1
+MEMORY_PREFIXES = ("gengram", "engram_dna")
 
 
 class Layout(Protocol):
@@ -113,7 +114,8 @@ class Row:
     """One line of the table.
 
     Args:
-        megatron: Alternative names of the tensor; `{layer}`, `{expert}` and `{table}` stand for numbers from 0.
+        megatron: Alternative names of the tensor; `{layer}`, `{expert}` and `{table}` stand for numbers from 0. The
+            first is that of Transformer Engine's layers, which is written on the way back.
         hugging_face: What it becomes; `name[{expert}]` is one slice of a stacked tensor; nothing if it is dropped.
         shape: The Megatron tensor's shape in the terms of `dimensions`.
         layout: Makes the layout for a configuration.
@@ -138,7 +140,7 @@ _HF_LAYER = "model.layers.{layer}."
 
 
 def _memory_row(name: str, shape: tuple[str, ...], when: Callable[[GengramConfig], bool] = _any_config) -> Row:
-    names = tuple(f"{_LAYER}{prefix}.{name}" for prefix in ("gengram", "engram_dna"))
+    names = tuple(f"{_LAYER}{prefix}.{name}" for prefix in MEMORY_PREFIXES)
     return Row(names, (f"{_HF_LAYER}motif_memory.{name}",), shape, when=when, layers="memory")
 
 
@@ -186,6 +188,13 @@ TABLE: tuple[Row, ...] = (
         (f"{_LAYER}pre_mlp_layernorm.weight", f"{_LAYER}mlp.linear_fc1.layer_norm_weight"),
         (f"{_HF_LAYER}post_attention_layernorm.weight",),
         ("hidden",),
+        when=_is_sparse,
+    ),
+    Row(
+        (f"{_LAYER}mlp.linear_fc1.layer_norm_weight", f"{_LAYER}pre_mlp_layernorm.weight"),
+        (f"{_HF_LAYER}post_attention_layernorm.weight",),
+        ("hidden",),
+        when=_is_dense,
     ),
     Row((f"{_LAYER}mlp.router.weight",), (f"{_HF_LAYER}mlp.gate.weight",), ("experts", "hidden"), when=_is_sparse),
     Row(
@@ -455,6 +464,25 @@ def _is_made(entry: Entry, outputs: Mapping[str, Output]) -> bool:
         if first.entry.targets[which].index is not None:
             return False
     return bool(entry.targets)
+
+
+def megatron_entries(config: GengramConfig, prefix: str = "gengram") -> dict[str, Entry]:
+    """What a checkpoint with Transformer Engine's names has, by name; `prefix` is the memory's.
+
+    Entries without targets are what a Hugging Face folder lacks: memory of layers where it is not active, and the head
+    of a tied model, which only some pipeline stages have.
+    """
+    entries: dict[str, Entry] = {}
+    made: set[str] = set()
+    for entry in expand(config):
+        if any(target.index is None and target.name in made for target in entry.targets):
+            continue  # another layout of what an earlier row makes
+        names = [name for name in entry.megatron if f".{prefix}." in name]
+        if not entry.targets and names and not config.memory_layers:
+            continue  # a model without memory has none anywhere
+        made.update(target.name for target in entry.targets)
+        entries[names[0] if names else entry.megatron[0]] = entry
+    return entries
 
 
 def dropped_weights(plan: Plan, tensors: Mapping[str, LazyTensor]) -> list[Dropped]:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from . import demo
 from ._version import __version__
-from .conversion_scripts import convert_megatron_to_hf, inspect_checkpoint, verify_conversion
+from .conversion_scripts import (
+    convert_hf_to_megatron,
+    convert_megatron_to_hf,
+    diff_checkpoints,
+    inspect_checkpoint,
+    verify_conversion,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,6 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     to_hf = directions.add_parser("to-hf", help="Megatron checkpoint to Hugging Face folder")
     convert_megatron_to_hf.add_convert_arguments(to_hf)
     to_hf.set_defaults(run=convert_megatron_to_hf.run_convert)
+    to_megatron = directions.add_parser("to-megatron", help="Hugging Face folder to Megatron checkpoint")
+    convert_hf_to_megatron.add_back_arguments(to_megatron)
+    to_megatron.set_defaults(run=convert_hf_to_megatron.run_back)
 
     info = commands.add_parser("info", help="say what a checkpoint or folder is")
     inspect_checkpoint.add_info_arguments(info)
@@ -28,6 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check a converted folder against its record and its source")
     verify_conversion.add_verify_arguments(verify)
     verify.set_defaults(run=verify_conversion.run_verify)
+
+    diff = commands.add_parser("diff", help="compare the weights of two checkpoints or folders")
+    diff_checkpoints.add_diff_arguments(diff)
+    diff.set_defaults(run=diff_checkpoints.run_diff)
 
     demonstrate = commands.add_parser("demo", help="convert, load and use a tiny bundled checkpoint")
     demo.add_demo_arguments(demonstrate)

@@ -252,3 +252,8 @@ def test_accepted_ways_of_saying_the_same(megatron):
     same = dict(moe_layer_freq=[1, 1, 1], moe_expert_capacity_factor=-1.0, mtp_num_layers=0, rotary_percent=1)
     same |= dict(moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"], moe_aux_loss_coeff=[0.0, 0.0])
     assert convert(megatron, **same).to_dict() == plain
+
+
+def test_what_the_way_back_needs_is_recorded():
+    args = RecordedArgs({"tokenizer_type": "x", "decoder_first_pipeline_num_layers": 3, "data_path": "/home/someone"})
+    assert args.as_json() == {"tokenizer_type": "x", "decoder_first_pipeline_num_layers": 3}

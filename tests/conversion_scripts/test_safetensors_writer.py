@@ -1,5 +1,6 @@
 """The incremental writer writes what the safetensors library reads."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,12 +8,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from gengram.conversion_scripts import safetensors_writer
 from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.safetensors_writer import (
     TensorSpec,
+    WeightHash,
     plan_shards,
+    shard_is_intact,
     shard_size,
     tensor_digest,
+    weight_digest,
     write_safetensors,
 )
 
@@ -22,6 +27,15 @@ TENSORS = {
     "c.half": torch.randn(2, 2).half(),
     "d": torch.randn(1, 1),
 }
+
+
+def slow_digest(tensor):
+    def sha256(part):
+        return hashlib.sha256(part.contiguous().view(torch.uint8).numpy().tobytes())
+
+    if tensor.dim() < 3:
+        return sha256(tensor).hexdigest()
+    return hashlib.sha256(b"".join(sha256(part).digest() for part in tensor)).hexdigest()
 
 
 def write(folder, limit):
@@ -45,7 +59,7 @@ def test_round_trip(limit, tmp_path):
             assert opened.metadata() == {"format": "pt"}
     assert set(found) == set(TENSORS)
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
-    assert digests == {name: tensor_digest([tensor]) for name, tensor in TENSORS.items()}
+    assert digests == {name: slow_digest(tensor) for name, tensor in TENSORS.items()}
     index = tmp_path / "model.safetensors.index.json"
     assert index.exists() == (len(files) > 1)
     if len(files) > 1:
@@ -75,3 +89,30 @@ def test_sizes(text, size):
 def test_wrong_sizes(text):
     with pytest.raises(ConversionError, match="max_shard_size"):
         shard_size(text)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 10**6])
+@pytest.mark.parametrize("name", TENSORS)
+def test_the_hash_does_not_depend_on_pieces(name, block, monkeypatch):
+    tensor = TENSORS[name]
+    monkeypatch.setattr(safetensors_writer, "BLOCK", block)
+    for pieces in ([tensor], list(tensor), [tensor.transpose(0, -1).clone().transpose(0, -1)]):
+        assert weight_digest(tensor.shape, tensor.dtype, pieces) == slow_digest(tensor)
+    digest = WeightHash(tuple(tensor.shape), tensor.dtype)
+    parts = [tensor] if tensor.dim() < 3 else list(tensor)
+    assert all(digest.takes(part) for part in parts) and not digest.takes(parts[0].double())
+    for part in parts:
+        digest.add(tensor_digest([part]))
+    assert digest.hexdigest() == slow_digest(tensor)
+
+
+def test_a_file_is_intact_or_not(tmp_path):
+    digests = write(tmp_path, 10**9)
+    specs = sorted((TensorSpec(n, tuple(t.shape), t.dtype) for n, t in TENSORS.items()), key=lambda spec: spec.name)
+    path = tmp_path / "model.safetensors"
+    assert shard_is_intact(path, specs, digests)
+    assert not shard_is_intact(path, specs[:-1], digests) and not shard_is_intact(tmp_path / "x", specs, digests)
+    data = path.read_bytes()
+    for place in range(0, len(data), 13):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert not shard_is_intact(path, specs, digests)

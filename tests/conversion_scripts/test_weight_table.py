@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from gengram.configuration import GengramConfig
 from gengram.conversion_scripts.errors import ConversionError
+from gengram.conversion_scripts.megatron_config import config_from_args
 from gengram.conversion_scripts.weight_table import (
     TABLE,
     FusedQkv,
@@ -15,6 +16,7 @@ from gengram.conversion_scripts.weight_table import (
     Same,
     expand,
     match,
+    megatron_entries,
     parameters,
 )
 from gengram.modeling_gengram.modeling_gengram import GengramForCausalLM
@@ -177,3 +179,22 @@ def test_a_hostile_configuration_does_not_expand(complete):
             match(few, GengramConfig(**fields, memory_layers=[0]))
     with pytest.raises(ConversionError, match="make no sense"):
         match(shapes, GengramConfig(hidden_size=2**24, head_dim=2**24, num_attention_heads=2**20, num_hidden_layers=3))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(experts=0), dict(taps=0), dict(active=()), dict(tied=True), dict(prefix="engram_dna", sizes=(3, 1))],
+)
+def test_names_of_the_way_back(changes, megatron):
+    """One name per tensor: those of Transformer Engine's layers, with the shapes that Megatron has."""
+    shape = megatron.Shape(**changes)
+    expected = {
+        name: tuple(tensor.shape)
+        for name, tensor in megatron.named_for(megatron.canonical(shape), shape, "te").items()
+    }
+    if shape.tied:  # only some pipeline stages have it
+        expected["output_layer.weight"] = (shape.vocab, shape.hidden)
+    entries = megatron_entries(config_from_args(vars(megatron.args(shape))), shape.prefix)
+    assert {name: entry.shape for name, entry in entries.items()} == expected
+    without = [name for name, entry in entries.items() if not entry.targets]
+    assert all(f".{shape.prefix}." in name or name == "output_layer.weight" for name in without)

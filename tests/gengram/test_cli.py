@@ -41,6 +41,17 @@ def test_convert_info_verify(tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
+def test_back_to_megatron_and_diff(tmp_path, capsys):
+    folder, back = str(tmp_path / "hf"), str(tmp_path / "back")
+    assert main(["convert", "to-hf", TINY, folder, "--quiet"]) == 0
+    assert main(["convert", "to-megatron", folder, back, "--name-prefix", "engram_dna"]) == 0
+    assert "the memory is called engram_dna" in capsys.readouterr().out
+    assert main(["diff", TINY, back, "--quiet"]) == 0
+    assert "57 tensors are equal" in capsys.readouterr().out
+    assert main(["convert", "to-megatron", folder, back, "--quiet"]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
 def test_converted_folder_is_complete(tmp_path):
     assert main(["convert", "to-hf", TINY, str(tmp_path / "hf"), "--quiet"]) == 0
     names = {path.name for path in (tmp_path / "hf").iterdir()}

@@ -1,0 +1,253 @@
+"""`gengram diff`: compares the weights of two checkpoints of any kind, by their names in the Hugging Face model.
+
+Tensors stream through memory in pieces, experts one by one. What a checkpoint holds beside the model (optimizer state,
+dead weights) is not compared.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..configuration.configuration_gengram import GengramConfig
+from .errors import ConversionError
+from .hf_folder import StoredTensor, read_json, stored_tensors
+from .megatron_checkpoint import MegatronCheckpoint, open_checkpoint
+from .megatron_config import config_from_args, differing_fields
+from .safetensors_writer import tensor_bytes
+from .weight_table import Move, Output, match
+
+_BLOCK = 2**22  # elements whose difference is taken at once
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the Hugging Face model, wherever it lies; `pieces` follow each other along its first axis."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    pieces: Callable[[], Iterator[torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * getattr(torch, self.dtypes[0]).itemsize
+
+
+@dataclass
+class Difference:
+    """How one tensor differs.
+
+    Args:
+        kind: `"shape"` (values were not compared), `"values"`, or `"dtype"` (equal values, stored differently).
+        largest: The largest absolute difference; `None` where it was not taken or is not finite.
+        elements: How many elements differ.
+    """
+
+    name: str
+    kind: str
+    first: str
+    second: str
+    largest: float | None = None
+    elements: int | None = None
+
+    def __str__(self) -> str:
+        sides = f"{self.first} and {self.second}" if self.first != self.second else self.first
+        if self.kind == "values":
+            largest = "a number that is not finite" if self.largest is None else f"{self.largest:.3g}"
+            return f"{self.name}: {self.elements:,} elements differ, by at most {largest} ({sides})"
+        return f"{self.name}: {self.kind} differs ({sides})"
+
+
+@dataclass
+class DiffReport:
+    """What two checkpoints have in common and what not."""
+
+    first: str
+    second: str
+    equal: int = 0
+    differing: list[Difference] = field(default_factory=list)
+    only_in_first: list[str] = field(default_factory=list)
+    only_in_second: list[str] = field(default_factory=list)
+    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        return not (self.differing or self.only_in_first or self.only_in_second or self.config)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "same": self.same}
+
+    def summary(self) -> str:
+        """The report for people: every difference on a line."""
+        lines = [f"{self.equal} tensors are equal"]
+        lines += [f"differs: {difference}" for difference in self.differing]
+        lines += [f"only in {self.first}: {name}" for name in self.only_in_first]
+        lines += [f"only in {self.second}: {name}" for name in self.only_in_second]
+        lines += [f"config: {name} is {a!r} and {b!r}" for name, (a, b) in self.config.items()]
+        verdict = "the same model" if self.same else "not the same model"
+        return "\n".join([*lines, f"{self.first} and {self.second}: {verdict}"])
+
+
+def diff_checkpoints(first: str | Path, second: str | Path, progress: bool = True) -> DiffReport:
+    """Compares two checkpoints: Megatron's `torch` or `torch_dist`, or a Hugging Face folder, in any combination.
+
+    Values are compared exactly, as numbers: a dtype that holds the same ones is reported as a difference of dtype.
+
+    Raises:
+        ConversionError: if one of them cannot be read.
+    """
+    config_a, weights_a = open_weights(Path(first))
+    config_b, weights_b = open_weights(Path(second))
+    report = DiffReport(str(first), str(second))
+    hf = [_is_hf(Path(path)) for path in (first, second)]
+    for name in differing_fields(config_a, config_b, all_fields=all(hf)):
+        report.config[name] = (getattr(config_a, name), getattr(config_b, name))
+    report.only_in_first = [name for name in weights_a if name not in weights_b]
+    report.only_in_second = [name for name in weights_b if name not in weights_a]
+    # In the order of a Megatron checkpoint, so that what several tensors are made from is read once.
+    order, other = (weights_b, weights_a) if hf[0] else (weights_a, weights_b)
+    shared = [name for name in order if name in other]
+    total = sum(weights_a[name].nbytes for name in shared)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="compare", disable=not progress) as bar:
+        for name in shared:
+            difference = _difference(name, weights_a[name], weights_b[name])
+            if difference is None:
+                report.equal += 1
+            else:
+                report.differing.append(difference)
+            bar.update(weights_a[name].nbytes)
+    return report
+
+
+def open_weights(path: Path) -> tuple[GengramConfig, dict[str, Weight]]:
+    """The configuration and the weights of a checkpoint of any kind, under the names of the Hugging Face model.
+
+    Raises:
+        ConversionError: if it is none, or is damaged.
+    """
+    if _is_hf(path):
+        fields = read_json(path / "config.json")
+        kind = fields.get("model_type") if isinstance(fields, dict) else None
+        if kind != GengramConfig.model_type:
+            raise ConversionError(f"{path} is a folder of model_type {kind!r}, expected {GengramConfig.model_type!r}")
+        try:
+            config = GengramConfig.from_dict(fields)
+        except (ValueError, TypeError) as error:
+            raise ConversionError(f"{path / 'config.json'} is not valid: {error}") from None
+        stored = stored_tensors(path)
+        return config, {name: _stored_weight(tensor) for name, tensor in stored.items()}
+    checkpoint = open_checkpoint(path)
+    config = config_from_args(checkpoint.args)
+    plan = match({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, config)
+    reader = _Reader(checkpoint)
+    return config, {output.name: _planned_weight(output, checkpoint, reader) for output in plan.outputs}
+
+
+def _is_hf(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def _stored_weight(tensor: StoredTensor) -> Weight:
+    return Weight(tensor.shape, (_dtype_name(tensor.dtype),), partial(_stored_pieces, tensor))
+
+
+def _stored_pieces(tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    if ".experts." not in tensor.name:
+        yield tensor.read()
+    else:
+        for index in range(tensor.shape[0]):
+            yield tensor.read(index)
+
+
+def _planned_weight(output: Output, checkpoint: MegatronCheckpoint, reader: "_Reader") -> Weight:
+    dtypes = dict.fromkeys(_dtype_name(checkpoint.tensors[move.source].dtype) for move, _ in output.parts)
+    return Weight(output.shape, tuple(dtypes), partial(_planned_pieces, output, reader))
+
+
+def _planned_pieces(output: Output, reader: "_Reader") -> Iterator[torch.Tensor]:
+    for move, which in output.parts:
+        tensor = reader.read(move)[which]
+        if ".experts." in output.name and move.entry.targets[which].index is None:
+            yield from tensor
+        else:
+            yield tensor
+
+
+class _Reader:
+    """Keeps the parts of the last source tensor: queries, keys and values come from one."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint):
+        self.checkpoint = checkpoint
+        self._last: tuple[str, list[torch.Tensor]] | None = None
+
+    def read(self, move: Move) -> list[torch.Tensor]:
+        if self._last is None or self._last[0] != move.source:
+            self._last = None
+            self._last = (move.source, move.entry.layout.to_hf(self.checkpoint.tensors[move.source].read()))
+        return self._last[1]
+
+
+def _difference(name: str, a: Weight, b: Weight) -> Difference | None:
+    first, second = "/".join(a.dtypes), "/".join(b.dtypes)
+    if a.shape != b.shape:
+        return Difference(name, "shape", f"{first} {list(a.shape)}", f"{second} {list(b.shape)}")
+    elements, largest = 0, 0.0
+    for piece_a, piece_b in zip(a.pieces(), b.pieces(), strict=True):
+        count, most = _compare(piece_a, piece_b)
+        elements += count
+        largest = max(largest, most)
+    if elements:
+        return Difference(name, "values", first, second, largest if math.isfinite(largest) else None, elements)
+    return None if a.dtypes == b.dtypes else Difference(name, "dtype", first, second)
+
+
+def _compare(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
+    """How many elements differ, and by how much at most (infinity where one is not a number); NaN equals NaN."""
+    if a.dtype == b.dtype and tensor_bytes(a) == tensor_bytes(b):
+        return 0, 0.0
+    count, largest = 0, 0.0
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    for start in range(0, len(flat_a), _BLOCK):
+        x, y = (flat[start : start + _BLOCK].double() for flat in (flat_a, flat_b))
+        apart = (x != y) & ~(x.isnan() & y.isnan())
+        if apart.any():
+            count += int(apart.sum())
+            largest = max(largest, float((x - y)[apart].abs().nan_to_num(nan=math.inf, posinf=math.inf).max()))
+    return count, largest
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gengram diff`."""
+    parser.add_argument("first", type=Path, metavar="A", help="Megatron checkpoint or Hugging Face folder")
+    parser.add_argument("second", type=Path, metavar="B", help="another one")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run_diff(arguments: argparse.Namespace) -> int:
+    """Runs `gengram diff`; returns the exit code: 0 the same, 1 different, 2 an error."""
+    try:
+        report = diff_checkpoints(arguments.first, arguments.second, progress=not (arguments.quiet or arguments.json))
+    except (ConversionError, OSError) as error:
+        if arguments.json:
+            print(json.dumps({"error": str(error)}))
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(report.as_json(), indent=1) if arguments.json else report.summary())
+    return 0 if report.same else 1
