@@ -255,7 +255,7 @@ def _write_folder(job: _Job, place: PartialFolder, limit: int, progress: bool) -
     write_remote_code(job.config, folder)
     job.config.save_pretrained(folder)
     generation_config(job.config).save_pretrained(folder)
-    GengramTokenizer().save_pretrained(folder)
+    GengramTokenizer(model_max_length=job.config.max_position_embeddings).save_pretrained(folder)
     shutil.copyfile(MODEL_CARD, folder / "README.md")
     record = _record(job, digests, reader.source_digests)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from transformers import AutoTokenizer
 
 from gengram import GengramForCausalLM, __version__
 from gengram.cli import main
@@ -71,6 +72,7 @@ def test_converted_folder_is_complete(tmp_path):
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_gengram.GengramForCausalLM"
     assert config["architectures"] == ["GengramForCausalLM"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").model_max_length == config["max_position_embeddings"]
     card = (tmp_path / "hf" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\nlicense: apache-2.0\n")
 
