@@ -854,10 +854,11 @@ class GengramForMaskedLM(_LanguageModelLoss, GengramPreTrainedModel):
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: GengramConfig):
+        if config.memory_pooling == "as_trained":
+            raise ValueError('memory_pooling="as_trained" is causal; use "exact" for GengramForMaskedLM.')
         if config.is_causal:
             config = copy.deepcopy(config)
             config.is_causal = False
-            config.validate_memory()
         super().__init__(config)
         self.model = GengramModel(config)
         self.vocab_size = config.vocab_size

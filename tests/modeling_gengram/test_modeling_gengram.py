@@ -432,6 +432,14 @@ def test_sampling_can_be_kept_to_bases():
 # Configuration of the models
 
 
+def test_vocabulary_can_be_resized_below_the_letters():
+    """A toy, but the library's own tests do it: a model can then be built from the resized configuration."""
+    model = tiny_model(GengramForCausalLM)
+    model.resize_token_embeddings(4)
+    for head in (GengramForCausalLM, GengramForMaskedLM):
+        assert head(model.config).get_input_embeddings().num_embeddings == 4
+
+
 def test_masked_model_keeps_other_fields():
     config = tiny_config(num_labels=5)
     masked = GengramForMaskedLM(config)
