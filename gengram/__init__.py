@@ -19,6 +19,7 @@ from .modeling_gengram import (
     GengramModel,
     GengramPreTrainedModel,
 )
+from .operators.memory_path import memory_path
 from .tokenization import GengramTokenizer
 
 register()
@@ -33,5 +34,6 @@ __all__ = [
     "GengramPreTrainedModel",
     "GengramTokenizer",
     "__version__",
+    "memory_path",
     "register",
 ]

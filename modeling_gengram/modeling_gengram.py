@@ -4,11 +4,12 @@ import copy
 import inspect
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -33,7 +34,10 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_gengram import GengramConfig
-from ..operators.folded_memory import FoldedTables, fold_tables, folded_key_value, folded_memory
+from ..operators.folded_memory import FoldedTables, fold_tables
+from ..operators.memory_operators import folded_key_value, folded_memory, gated_memory, ngram_rows_and_runs
+from ..operators.memory_operators import window_features as window_features_operator
+from ..operators.memory_path import LARGEST_IRREGULAR_SHARE, choose_algorithm, folded_layout, uses_native
 from ..operators.motif_memory import (
     NgramPlan,
     dilated_taps,
@@ -43,6 +47,7 @@ from ..operators.motif_memory import (
     running_sum,
     window_mean,
 )
+from ..operators.table_major import packed_rows, rows_to_project, used_rows
 
 logger = logging.get_logger(__name__)
 
@@ -119,34 +124,43 @@ class GengramDepthwiseConv(nn.Module):
 class GengramShortConv(nn.Module):
     """SiLU of a short dilated convolution over the memory's output: causal, or centred for bidirectional use."""
 
-    def __init__(self, config: GengramConfig, layer_idx: int):
+    def __init__(self, config: GengramConfig):
         super().__init__()
-        self.layer_idx = layer_idx
         self.context = config.memory_conv_context
-        self.state = config.memory_states.index("conv_inputs") if self.context else None
         self.conv = GengramDepthwiseConv(config)
 
     def forward(
-        self, x: torch.Tensor, plan: NgramPlan, is_causal: bool, past_key_values: Cache | None = None
+        self, x: torch.Tensor, plan: NgramPlan, is_causal: bool, history: torch.Tensor | None = None
     ) -> torch.Tensor:
-        length = x.shape[1]
-        reach_ahead = self._reach_ahead(is_causal)
-        if past_key_values is not None and self.state is not None:
-            history = past_key_values.update_conv_state(
-                x.transpose(1, 2), self.layer_idx, state_idx=self.state, conv_kernel_size=self.context
-            )
-            x = history.transpose(1, 2)
-        missing = self.context + length - x.shape[1]
-        if missing > 0:
-            x = F.pad(x, (0, 0, missing - reach_ahead, reach_ahead))
-        return F.silu(self.conv(x[:, -(self.context + length) :], self.context - reach_ahead, plan))
+        reach_back = self.reach_back(is_causal)
+        padded = F.pad(x, (0, 0, 0 if history is not None else reach_back, self.context - reach_back))
+        if history is not None:
+            padded = torch.cat([history.to(x.dtype), padded], dim=1)
+        return F.silu(self.conv(padded, reach_back, plan))
 
-    def as_taps(self, is_causal: bool) -> tuple[torch.Tensor, int, int]:
-        """Weight, dilation and how far the first tap looks back, as `dilated_taps` takes them."""
-        return self.conv.weight, self.conv.dilation, self.context - self._reach_ahead(is_causal)
+    def reach_back(self, is_causal: bool) -> int:
+        """How far the first tap looks back."""
+        return self.context if is_causal else self.context - self.context // 2
 
-    def _reach_ahead(self, is_causal: bool) -> int:
-        return 0 if is_causal else self.context // 2
+
+class _Weights(NamedTuple):
+    """The memory's weights where they can be read directly, not only through the modules that hold them."""
+
+    tables: list[torch.Tensor]
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def state(self) -> tuple[tuple[int, int], ...]:
+        """Changes when a weight is replaced, or written in place."""
+        weights = (*self.tables, self.key, self.value)
+        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
+
+
+class _Fold(NamedTuple):
+    tables: FoldedTables
+    dtype: torch.dtype
+    slab_width: int | None
+    made_from: tuple[tuple[int, int], ...]
 
 
 class GengramMotifMemory(nn.Module):
@@ -155,7 +169,7 @@ class GengramMotifMemory(nn.Module):
     With f(t) the concatenated window means of the tables: `key = W_k f`, `value = W_v f`,
     `gate = memory_gate(norm_q(h), norm_k(key))`, `u = gate * value`, result `u + SiLU(conv(u))`. Gate, value and
     convolution are taken in at least float32; with `memory_pooling="as_trained"`, in the dtype of the hidden states
-    and in the original's order.
+    and in the original's order. Which of the equivalent ways is taken is up to `operators/memory_path.py`.
     """
 
     def __init__(self, config: GengramConfig, layer_idx: int):
@@ -164,6 +178,7 @@ class GengramMotifMemory(nn.Module):
         self.as_trained = config.memory_pooling == "as_trained"
         self.window = config.memory_window
         self.ngram_sizes = config.memory_ngram_sizes
+        self.conv_state = config.memory_states.index("conv_inputs") if config.memory_conv_context else None
         self.prefix_state = config.memory_states.index("prefix_sums") if self.as_trained else None
 
         self.embeddings = nn.ModuleList(
@@ -174,9 +189,10 @@ class GengramMotifMemory(nn.Module):
         self.value_proj = nn.Linear(features, config.hidden_size, bias=False)
         self.norm_q = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
         self.norm_k = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
-        self.short_conv = GengramShortConv(config, layer_idx) if config.memory_conv_kernel else None
-        self._folded: FoldedTables | None = None
-        self._folded_from: list[int] = []
+        self.short_conv = GengramShortConv(config) if config.memory_conv_kernel else None
+        self._fold: _Fold | None = None
+        self._is_fold_wanted = False  # by `fold`, which may also name a dtype
+        self._fold_dtype: torch.dtype | None = None
 
     def forward(
         self,
@@ -187,68 +203,194 @@ class GengramMotifMemory(nn.Module):
         output_memory_residual_norms: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Residual (batch, length, hidden), gate and, if wanted, the residual's norm (batch, length)."""
-        dtype = hidden_states.dtype
-        if self._folded is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            folded, tables, key_weight, value_weight = self._current_fold()
-            if past_key_values is None:  # nothing to remember: all at once, without intermediate results
-                residual, gate = folded_memory(
-                    hidden_states,
-                    folded,
-                    plan,
-                    tables,
-                    key_weight,
-                    value_weight,
-                    self.norm_q.weight,
-                    self.norm_k.weight,
-                    self.norm_q.eps,
-                    *(self.short_conv.as_taps(is_causal) if self.short_conv is not None else ()),
-                )
-                return residual, gate, residual.norm(dim=-1) if output_memory_residual_norms else None
-            key, value = folded_key_value(folded, plan, tables, key_weight, value_weight)
+        history = self._conv_history(past_key_values)
+        weights, why_not = self._weights_at_hand(hidden_states.device)
+        algorithm = self._choose(hidden_states, plan, why_not)
+        is_recording = past_key_values is not None and self._records_past(past_key_values)
+        is_native = (
+            why_not is None
+            and not is_recording
+            and uses_native(hidden_states.device, hidden_states.dtype, hidden_states.shape[-1])
+        )
+        tables, top = None, None
+        if weights is not None and algorithm == "folded":
+            tables = self._current_fold(weights, hidden_states)
+        elif weights is not None and algorithm == "table_major":
+            used = None
+            if not torch.compiler.is_compiling():  # their number depends on the data
+                used, top = used_rows(plan)
+            tables = packed_rows(weights.tables, weights.key, weights.value, plan, used)
+        if tables is not None and not is_recording and (algorithm == "folded" or is_native):
+            taps = self._fused_weights(is_causal)
+            residual, gate, gated = folded_memory(hidden_states, tables, plan, *taps, history, top)
         else:
-            features = self._features_as_trained(plan, past_key_values) if self.as_trained else self._features(plan)
-            key, value = self.key_proj(features), self.value_proj(features)
+            if tables is not None:
+                key, value = folded_key_value(tables, plan, top)
+            else:
+                key, value = self._project(plan, past_key_values, weights, is_native)
+            if is_native and not self.as_trained and key.dtype == value.dtype:
+                taps = self._fused_weights(is_causal)
+                residual, gate, gated = gated_memory(hidden_states, key, value, plan, *taps, history)
+            else:
+                residual, gate, gated = self._gate(hidden_states, key, value, plan, is_causal, history)
+        if past_key_values is not None and self.conv_state is not None:
+            assert self.short_conv is not None
+            past_key_values.update_conv_state(
+                gated.transpose(1, 2),
+                self.layer_idx,
+                state_idx=self.conv_state,
+                conv_kernel_size=self.short_conv.context,
+            )
+        work = torch.promote_types(residual.dtype, torch.float32)
+        norm = residual.to(work).norm(dim=-1) if output_memory_residual_norms else None
+        return residual, gate, norm
 
+    def _choose(
+        self,
+        hidden_states: torch.Tensor,
+        plan: NgramPlan,
+        why_not: str | None,
+    ) -> str:
+        return choose_algorithm(
+            can_project=why_not,
+            needs_grad=torch.is_grad_enabled(),
+            is_folded=self._may_fold(plan),
+            tokens=hidden_states.shape[0] * hidden_states.shape[1],
+            rows=rows_to_project(self.ngram_sizes),
+        )
+
+    def _may_fold(self, plan: NgramPlan) -> bool:
+        """Whether folded tables are there or may be made, and are worth it: most windows are full of letters."""
+        if self.training:
+            return False
+        if torch.compiler.is_compiling():
+            return self._fold is not None
+        if self._is_fold_wanted or plan.length <= plan.window:
+            return True
+        runs = plan.runs[:, plan.context :]
+        breaks = (runs[:, :-1] > 0) & (runs[:, 1:] == 0)  # each spoils a window's length
+        return breaks.is_meta or breaks.sum().item() * plan.window <= LARGEST_IRREGULAR_SHARE * breaks.numel()
+
+    def _gate(
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: NgramPlan,
+        is_causal: bool,
+        history: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Residual, gate and the convolution's inputs; `operators.motif_memory.gated_memory` through the modules."""
+        dtype = hidden_states.dtype
         work = dtype if self.as_trained else torch.promote_types(dtype, torch.float32)
         gate = memory_gate(self.norm_q(hidden_states.to(work)), self.norm_k(key.to(work)))  # (batch, length)
-        residual = gate.unsqueeze(-1) * value.to(work)  # (batch, length, hidden)
+        gated = gate.unsqueeze(-1) * value.to(work)  # (batch, length, hidden)
         if plan.exists is not None:  # padding must not reach its neighbours through the convolution
-            residual = residual * plan.exists.unsqueeze(-1).to(work)
+            gated = gated * plan.exists.unsqueeze(-1).to(work)
+        residual = gated
         if self.short_conv is not None:
-            residual = residual + self.short_conv(residual, plan, is_causal, past_key_values)
+            residual = gated + self.short_conv(gated, plan, is_causal, history)
+        return residual.to(dtype), gate, gated
 
-        norm = residual.norm(dim=-1) if output_memory_residual_norms else None
-        return residual.to(dtype), gate, norm
+    def _project(
+        self, plan: NgramPlan, past_key_values: Cache | None, weights: _Weights | None, is_native: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value of every token, each (batch, length, hidden)."""
+        if self.as_trained:
+            features = self._features_as_trained(plan, past_key_values)
+        elif is_native and weights is not None:
+            features = window_features_operator(weights.tables, plan)
+        else:
+            features = self._features(plan)
+        return self.key_proj(features), self.value_proj(features)
+
+    def _fused_weights(self, is_causal: bool) -> tuple[torch.Tensor, float, torch.Tensor | None, int, int]:
+        """Norm weight, epsilon, taps (hidden, taps), dilation and reach, as the fused operators take them."""
+        work = torch.promote_types(self.norm_q.weight.dtype, torch.float32)
+        norm_weight = self.norm_q.weight.to(work) * self.norm_k.weight.to(work)
+        if self.short_conv is None:
+            return norm_weight, self.norm_q.eps, None, 1, 0
+        conv = self.short_conv.conv
+        reach_back = self.short_conv.reach_back(is_causal)
+        return norm_weight, self.norm_q.eps, conv.weight.squeeze(1).to(work), conv.dilation, reach_back
+
+    def _conv_history(self, past_key_values: Cache | None) -> torch.Tensor | None:
+        """Inputs of the convolution before this call, (batch, context, hidden), if there are any."""
+        if past_key_values is None or self.conv_state is None:
+            return None
+        layer: Any = past_key_values.layers[self.layer_idx]
+        if not layer.has_previous_state[self.conv_state]:
+            return None
+        assert self.short_conv is not None
+        states = layer.conv_states[self.conv_state][..., -self.short_conv.context :]
+        return F.pad(states, (self.short_conv.context - states.shape[-1], 0)).transpose(1, 2)
+
+    def _records_past(self, past_key_values: Cache) -> bool:
+        """Whether the cache keeps all inputs of the convolution, to take tokens back later (assisted decoding)."""
+        return bool(getattr(past_key_values.layers[self.layer_idx], "record_past", False))
+
+    # Weights read past their modules, and folded tables.
+
+    def _weights_at_hand(self, device: torch.device) -> tuple[_Weights | None, str | None]:
+        """The weights, or why they cannot be read past the modules that hold them."""
+        if self.as_trained:
+            return None, 'memory_pooling="as_trained" repeats the original\'s operations in their order'
+        tables: list[Any] = list(self.embeddings)
+        projections: list[Any] = [self.key_proj, self.value_proj]
+        others: list[Any] = [self.norm_q, self.norm_k]
+        if self.short_conv is not None:
+            others += [self.short_conv, self.short_conv.conv]
+        for module, kind in [(m, nn.Embedding) for m in tables] + [(m, nn.Linear) for m in projections]:
+            if type(module) is not kind:
+                return None, "the memory's tables or projections are wrapped by adapters; merge these first"
+        for module in (*tables, *projections, *others):
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                return None, "a part of the memory has hooks, which would not be called"
+        weights = _Weights([table.weight for table in tables], self.key_proj.weight, self.value_proj.weight)
+        for weight in (*weights.tables, weights.key, weights.value, *(p for m in others for p in m.parameters(False))):
+            if weight.is_meta:
+                return None, "the memory's weights are offloaded; load them onto a device first"
+            if type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
+                return None, f"the memory's weights are of a special kind, {type(weight).__name__}"
+            if weight.device != device or not weight.numel():
+                return None, "the memory's weights are distributed over devices"
+        return weights, None
 
     @torch.no_grad()
-    def fold(self, dtype: torch.dtype = torch.float16) -> None:
+    def fold(self, dtype: torch.dtype | None = None) -> None:
         """Fold the projections into the tables; see `GengramPreTrainedModel.fold_memory`."""
-        if self.as_trained:
-            raise ValueError('memory_pooling="as_trained" repeats the original\'s operations and cannot be folded.')
-        if not all(type(module) is nn.Linear for module in (self.key_proj, self.value_proj)):
-            raise ValueError("the memory's projections are wrapped by adapters; merge these before folding.")
-        weights = self._weights_to_fold()
-        if any(weight.is_meta for weight in weights):
-            raise ValueError("the memory's weights are offloaded; load them onto a device before folding.")
-        tables, key_weight, value_weight = weights[:-2], weights[-2], weights[-1]
-        self._folded = fold_tables(tables, key_weight, value_weight, self.ngram_sizes, self.window, dtype)
-        self._folded_from = [weight._version for weight in weights]
+        weights, why_not = self._weights_at_hand(next(self.parameters()).device)
+        if weights is None:
+            raise ValueError(f"the memory cannot be folded: {why_not}.")
+        self._is_fold_wanted, self._fold_dtype = True, dtype
+        self._make_fold(weights, weights.key.dtype)
 
     def unfold(self) -> None:
         """Forget what `fold` made."""
-        self._folded = None
+        self._fold, self._is_fold_wanted, self._fold_dtype = None, False, None
 
-    def _weights_to_fold(self) -> list[torch.Tensor]:
-        tables: list[Any] = list(self.embeddings)
-        return [table.weight for table in tables] + [self.key_proj.weight, self.value_proj.weight]
+    def _make_fold(self, weights: _Weights, dtype: torch.dtype) -> _Fold:
+        """Fold for hidden states of a dtype: 16-bit ones get float16 tables, others their own, unless asked."""
+        hidden, device = weights.key.shape[0], weights.key.device
+        stored = self._fold_dtype or (torch.float16 if dtype in (torch.bfloat16, torch.float16) else dtype)
+        slab_width = folded_layout(device, dtype, hidden)
+        tables = fold_tables(
+            weights.tables, weights.key, weights.value, self.ngram_sizes, self.window, stored, slab_width
+        )
+        self._fold = _Fold(tables, dtype, slab_width, weights.state())
+        return self._fold
 
-    def _current_fold(self) -> tuple[FoldedTables, list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """The folded tables, made anew if a weight was changed in place, and the weights that they are made of."""
-        weights = self._weights_to_fold()
-        assert self._folded is not None
-        if self._folded_from != [weight._version for weight in weights]:
-            self.fold(self._folded.rows.dtype)
-        return self._folded, weights[:-2], weights[-2], weights[-1]
+    def _current_fold(self, weights: _Weights, hidden_states: torch.Tensor) -> FoldedTables:
+        """The folded tables, made now if there are none, or anew if a weight or the dtype has changed."""
+        fold = self._fold
+        if torch.compiler.is_compiling() and fold is not None:
+            return fold.tables
+        wanted = folded_layout(hidden_states.device, hidden_states.dtype, hidden_states.shape[-1])
+        if fold is not None and fold.dtype == hidden_states.dtype and fold.slab_width == wanted:
+            if fold.made_from == weights.state():
+                return fold.tables
+        with torch.no_grad():
+            return self._make_fold(weights, hidden_states.dtype).tables
 
     # What changes the weights, or their device or dtype, makes folded tables stale; they are never saved.
 
@@ -262,21 +404,21 @@ class GengramMotifMemory(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}
+        return {**self.__dict__, "_fold": None}
 
     def _features(self, plan: NgramPlan) -> torch.Tensor:
-        """Concatenated window means, (batch, length, sizes * width), in the dtype of the tables."""
+        """Concatenated window means, (batch, length, sizes * width); `window_features` through the modules."""
         means = []
         for index, table in enumerate(self.embeddings):
-            rows = table(plan.rows[index])
+            rows = table(plan.rows(index))
             means.append(window_mean(rows, plan, index).to(rows.dtype))
         return torch.cat(means, dim=-1)
 
     def _features_as_trained(self, plan: NgramPlan, past_key_values: Cache | None) -> torch.Tensor:
         """The same as differences of prefix sums in the dtype of the tables, decoding included."""
-        current = [rows[:, plan.context :] for rows in plan.rows]
-        valid = [valid[:, plan.context :, None] for valid in plan.valid]
-        embedded = [table(rows) for table, rows in zip(self.embeddings, current, strict=True)]
+        sizes = range(len(self.ngram_sizes))
+        valid = [plan.valid(index)[:, plan.context :, None] for index in sizes]
+        embedded = [table(plan.rows(i)[:, plan.context :]) for i, table in enumerate(self.embeddings)]
         rows = torch.cat([e * v.to(e.dtype) for e, v in zip(embedded, valid, strict=True)], dim=-1)
         length, width = rows.shape[1], embedded[0].shape[-1]
         initial = None
@@ -298,7 +440,7 @@ class GengramMotifMemory(nn.Module):
                 means.append(rows[..., part])
                 continue
             total = prefix[:, self.window :, part] - prefix[:, self.window - endings : -endings, part]
-            means.append(total / plan.counts[index].clamp_min(1).unsqueeze(-1).to(total.dtype))
+            means.append(total / plan.counts(index).clamp_min(1).unsqueeze(-1).to(total.dtype))
         return torch.cat(means, dim=-1)
 
 
@@ -477,16 +619,19 @@ class GengramPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
-    def fold_memory(self, dtype: torch.dtype = torch.float16) -> "GengramPreTrainedModel":
-        """Fold the memory's projections into its tables, for faster inference without gradients; returns the model.
+    def fold_memory(self, dtype: torch.dtype | None = None) -> "GengramPreTrainedModel":
+        """Fold the memory's projections into its tables now, not at the first forward pass; returns the model.
 
-        Key and value of a position become a sum of table rows instead of two matrix products; results agree to the
-        rounding of `dtype` (`operators/README.md`). Needs (5**N + 5**(N - 1)) * 2 * hidden numbers per memory layer, N
-        the largest k-mer: 307 MB in float16 for the released model. Forward passes with gradients, and compiled ones,
-        take the unfolded weights. `train()`, `to()` and `unfold_memory()` undo it; nothing of it is saved.
+        Key and value of a position become a sum of table rows instead of two matrix products (`operators/README.md`).
+        A model in `eval()` does this by itself in its first pass without gradients; a compiled model uses folded
+        tables only if they are there before. Needs about (5**N + 2 * 5**(N - 1)) * 2 * hidden numbers per memory
+        layer, N the largest k-mer: 371 MB in float16 for the released model. `train()`, `to()`, `unfold_memory()` and
+        writing to a weight undo it (a write through `weight.data` is not seen: call `unfold_memory()`); nothing of it
+        is saved. `gengram.memory_path("token_major")` or GENGRAM_MEMORY_ALGORITHM=token_major avoids it altogether.
 
         Args:
-            dtype: of the folded tables. float16 is scaled by a power of two and cannot overflow; float32 is exact.
+            dtype: of the folded tables. By default float16 for 16-bit models (scaled by a power of two, so that it
+                cannot overflow), and that of the hidden states for others.
 
         Raises:
             ValueError: if the model is in training mode, or its memory has adapters, is offloaded, or `as_trained`.
@@ -499,7 +644,7 @@ class GengramPreTrainedModel(PreTrainedModel):
         return self
 
     def unfold_memory(self) -> "GengramPreTrainedModel":
-        """Undo `fold_memory`; returns the model."""
+        """Drop the folded tables; the next pass without gradients in `eval()` makes new ones. Returns the model."""
         for module in self.modules():
             if isinstance(module, GengramMotifMemory):
                 module.unfold()
@@ -695,6 +840,7 @@ class GengramModel(GengramPreTrainedModel):
             behind=behind,
             ahead=ahead,
             exists=exists,
+            rows_and_runs=ngram_rows_and_runs,
         )
 
     def _extend_by_history(self, codes: torch.Tensor, past_key_values: Cache) -> torch.Tensor:

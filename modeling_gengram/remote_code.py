@@ -12,10 +12,19 @@ from types import ModuleType
 
 from ..configuration import configuration_gengram
 from ..configuration.configuration_gengram import GengramConfig
-from ..operators import folded_memory, motif_memory
+from ..operators import folded_memory, memory_operators, memory_path, motif_memory, native, table_major
 from . import modeling_gengram
 
-_MODULES: tuple[ModuleType, ...] = (configuration_gengram, motif_memory, folded_memory, modeling_gengram)
+_MODULES: tuple[ModuleType, ...] = (
+    configuration_gengram,
+    motif_memory,
+    folded_memory,
+    table_major,
+    native,
+    memory_path,
+    memory_operators,
+    modeling_gengram,
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_gengram.GengramConfig",

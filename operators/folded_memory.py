@@ -1,10 +1,11 @@
-"""The memory's projections folded into its tables: at inference two matrix products become one sum of table rows.
+"""The memory's projections folded into its tables: two matrix products become one sum of table rows.
 
-`operators/README.md` ("Folding") has the algebra. The exact definition is `motif_memory.py`.
+`operators/README.md` ("Folding") has the algebra. The exact definition is `motif_memory.py`. The same packed
+tables serve inference (`fold_tables`, once) and training (`table_major.py`, every step).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,16 +13,83 @@ import torch.nn.functional as F
 
 from .motif_memory import NgramPlan, dilated_taps, signed_square_root_gate
 
-_CHUNK = 256  # positions per gather: their rows and their sum stay in the processor's cache
+_CHUNK = {"cpu": 256}  # positions at a time: on a CPU their rows and sums stay in its cache
+_OTHER_CHUNK = 8192
 
 
 class FoldedTables(NamedTuple):
     """Projected tables of one memory layer; `rows` holds them times `scale`, a power of two."""
 
-    rows: torch.Tensor  # (5**N + 5**(N - 1), 2 * hidden): A, then B
+    rows: torch.Tensor  # (slabs, rows, slab width): columns 0..hidden-1 are keys, the others values
     scale: float
-    largest: int  # N, the largest n-gram size
-    largest_index: int  # which of the plan's sizes that is
+
+
+class Sections(NamedTuple):
+    """Where the parts of packed tables begin: A at row 0, then C_(N-1) .. C_1, then B (`operators/README.md`)."""
+
+    prefix: tuple[int, ...]  # first row of C_m at index m; C_N is A
+    oldest: int  # first row of B
+    rows: int
+
+
+def table_sections(largest: int, top_rows: int | None = None) -> Sections:
+    """The sections of packed tables for n-grams up to `largest`; `top_rows` is the size of A, 5^N unless given."""
+    begin = 5**largest if top_rows is None else top_rows
+    prefix = [0] * (largest + 1)
+    for size in range(largest - 1, 0, -1):
+        prefix[size] = begin
+        begin += 5**size
+    return Sections(tuple(prefix), begin, begin + (5 ** (largest - 1) if largest > 1 else 0))
+
+
+def project_tables(
+    tables: Sequence[torch.Tensor],
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    ngram_sizes: Sequence[int],
+    window: int,
+    used: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Packed tables (rows, 2 * hidden), in at least float32, differentiable.
+
+    Args:
+        tables: one (5**n, width) per size.
+        key_weight, value_weight: (hidden, sizes * width), the two projections.
+        ngram_sizes: sizes n, in the order of the tables.
+        window: tokens of the window.
+        used: int64 (top rows,), the rows of the largest n-gram that section A is to hold; None is all of them.
+    """
+    weight = torch.cat([key_weight, value_weight])  # (2 * hidden, sizes * width)
+    work = torch.promote_types(weight.dtype, torch.float32)
+    width = tables[0].shape[1]
+    largest = max(ngram_sizes)
+    sections: list[torch.Tensor] = []  # C_1 .. C_N: sums over the sizes up to m, by the m-gram's row
+    for m in range(1, largest + 1):
+        is_restricted = m == largest and used is not None
+        total: torch.Tensor | None = None
+        for index, size in enumerate(ngram_sizes):
+            if size == m:
+                table = F.embedding(used, tables[index]) if used is not None and is_restricted else tables[index]
+                part = weight[:, index * width : (index + 1) * width].to(work) / (window - m + 1)
+                projected = table.to(work) @ part.T
+                total = projected if total is None else total + projected
+        if sections:
+            shorter = sections[-1]
+            if used is not None and is_restricted:
+                shorter = F.embedding(used % 5 ** (m - 1), shorter)
+            else:
+                shorter = shorter.repeat(5, 1)  # row g of an m-gram ends in the (m - 1)-gram g mod 5^(m - 1)
+            total = shorter if total is None else total + shorter
+        if total is None:
+            total = weight.new_zeros(5**m, weight.shape[0], dtype=work)
+        sections.append(total)
+    packed = sections[::-1]
+    if largest > 1:
+        oldest = sections[largest - 2]  # B[q] adds up C_m[q div 5^(N - 1 - m)]
+        for m in range(1, largest - 1):
+            oldest = (oldest.view(5**m, -1, weight.shape[0]) + sections[m - 1].unsqueeze(1)).flatten(0, 1)
+        packed = [*packed, oldest]
+    return torch.cat(packed)
 
 
 def fold_tables(
@@ -31,117 +99,159 @@ def fold_tables(
     ngram_sizes: Sequence[int],
     window: int,
     dtype: torch.dtype = torch.float16,
+    slab_width: int | None = None,
 ) -> FoldedTables:
-    """Project the tables of a memory, so that a whole window's key and value are sums of rows.
+    """Packed tables for inference; arguments as in `project_tables`.
 
     Args:
-        tables: one (5**n, width) per size.
-        key_weight, value_weight: (hidden, sizes * width), the two projections.
-        ngram_sizes: sizes n, in the order of the tables.
-        window: tokens of the window.
         dtype: of the rows. In float16 they are scaled by a power of two so that no window can overflow.
+        slab_width: columns that lie together in memory, a divisor of hidden; None is all of them.
 
     Raises:
         ValueError: if the weights are not finite.
     """
-    weight = torch.cat([key_weight, value_weight])  # (2 * hidden, sizes * width)
-    work = torch.promote_types(weight.dtype, torch.float32)
-    width = tables[0].shape[1]
-    largest = max(ngram_sizes)
-    cumulative: list[torch.Tensor] = []  # C_1 .. C_N: sums over the sizes up to m, by the m-gram's row
-    for m in range(1, largest + 1):
-        total = torch.zeros(5**m, weight.shape[0], dtype=work, device=weight.device)
-        for index, size in enumerate(ngram_sizes):
-            if size == m:
-                part = weight[:, index * width : (index + 1) * width].to(work)
-                total += tables[index].to(work) @ part.T / (window - m + 1)
-        if cumulative:
-            total += cumulative[-1].repeat(5, 1)  # row g of an m-gram ends in the (m - 1)-gram g mod 5^(m - 1)
-        cumulative.append(total)
-    rows = [cumulative[-1]]
-    if largest > 1:
-        oldest = torch.arange(5 ** (largest - 1), device=weight.device)
-        rows.append(
-            torch.stack([cumulative[m - 1][oldest // 5 ** (largest - 1 - m)] for m in range(1, largest)]).sum(0)
-        )
-    packed = torch.cat(rows)
-    bound = packed.abs().max().item() * (window - largest + 2)
-    if not torch.isfinite(packed).all():
+    packed = project_tables(tables, key_weight, value_weight, ngram_sizes, window)
+    largest = packed.abs().max().item()
+    if not math.isfinite(largest):
         raise ValueError("the memory's weights are not finite, so they cannot be folded.")
     scale = 1.0
+    bound = largest * (window - max(ngram_sizes) + 2)  # of a window's sum
     if dtype == torch.float16 and bound > 0:
         while bound * scale > 2.0**15:
             scale /= 2
         while bound * scale < 2.0**14:
             scale *= 2
-    return FoldedTables((packed * scale).to(dtype), scale, largest, list(ngram_sizes).index(largest))
+    rows = (packed * scale).to(dtype)
+    if slab_width is None:
+        return FoldedTables(rows.unsqueeze(0), scale)
+    slabs = rows.view(rows.shape[0], -1, slab_width).transpose(0, 1).contiguous()
+    return FoldedTables(slabs, scale)
 
 
-class _KeyValue:
-    """Key and value at any slice of positions, from folded tables; the unfolded ones where a window is not full."""
+def is_regular(plan: NgramPlan) -> torch.Tensor:
+    """Whether each position's window is full of letters, bool (batch, length): then it is one plain sum of rows."""
+    ends = plan.runs[:, plan.context + plan.last :]
+    missing = plan.length - ends.shape[1]
+    return F.pad(ends, (0, missing)) >= plan.window
 
-    def __init__(
-        self,
-        folded: FoldedTables,
-        plan: NgramPlan,
-        tables: Sequence[torch.Tensor],
-        key_weight: torch.Tensor,
-        value_weight: torch.Tensor,
-    ):
-        self.folded, self.plan, self.tables = folded, plan, tables
-        self.key_weight, self.value_weight = key_weight, value_weight
-        self.work = torch.promote_types(key_weight.dtype, torch.float32)
-        batch, length = plan.counts[0].shape
-        first, last = plan.spans[folded.largest_index]
-        grams = F.pad(plan.rows[folded.largest_index], (max(-first - plan.context, 0), last))
-        start = max(-first, plan.context) + first
-        if length:
-            windows = grams.unfold(1, last - first + 1, 1)[:, start : start + length]  # (batch, length, endings)
-        else:
-            windows = grams.new_zeros(batch, 0, last - first + 1)
-        if folded.largest > 1:  # the first n-gram of the window without its newest letter picks the row of B
-            oldest = windows[..., :1] // 5 + 5**folded.largest
-            windows = torch.cat([oldest, windows], dim=-1)
-        self.windows = windows  # (batch, length, rows per sum)
-        self.is_irregular = plan.counts[folded.largest_index] != last - first + 1  # (batch, length)
 
-    def at(self, row: int, begin: int, end: int) -> torch.Tensor:
-        """(end - begin, 2 * hidden) for positions of one row of the batch."""
-        sums = F.embedding_bag(self.windows[row, begin:end], self.folded.rows, mode="sum").to(self.work)
-        if self.folded.scale != 1:
-            sums /= self.folded.scale
-        places = self.is_irregular[row, begin:end].nonzero().flatten()
-        if len(places):
-            features = _features_at(row, places + begin, self.plan, self.tables).to(self.key_weight.dtype)
-            key, value = F.linear(features, self.key_weight), F.linear(features, self.value_weight)
-            sums[places] = torch.cat([key, value], dim=-1).to(self.work)
-        return sums
+class _Windows:
+    """Sums of packed rows over the windows of any block of positions."""
+
+    def __init__(self, folded: FoldedTables, plan: NgramPlan, top: torch.Tensor | None):
+        self.rows, self.scale, self.plan = folded.rows, folded.scale, plan
+        self.hidden = folded.rows.shape[0] * folded.rows.shape[2] // 2
+        self.largest = max(plan.ngram_sizes)
+        self.endings = plan.window - self.largest + 1
+        other = table_sections(self.largest, 0).rows
+        self.sections = table_sections(self.largest, folded.rows.shape[1] - other)
+        self.top = plan.grams if top is None else top
+        self.regular = is_regular(plan)
+        self.work = torch.promote_types(folded.rows.dtype, torch.float32)
+
+    def row_ids(self, batch: slice, begin: int, end: int) -> torch.Tensor:
+        """Rows of A and B that regular windows add up, int32 (batch, end - begin, rows per sum)."""
+        first = self.plan.context + begin + self.plan.last - self.endings  # ends the (N - 1)-gram of B
+        stop = self.plan.context + end + self.plan.last
+        inside = slice(max(first, 0), min(stop, self.top.shape[1]))
+        pad = (inside.start - first, max(stop - max(inside.stop, inside.start), 0))
+        ids = F.pad(self.top[batch, inside], pad)[:, 1:].unfold(1, self.endings, 1)
+        if self.largest > 1:
+            oldest = F.pad(self.plan.grams[batch, inside], pad)[:, : end - begin] % 5 ** (self.largest - 1)
+            ids = torch.cat([ids, oldest.unsqueeze(-1) + self.sections.oldest], dim=-1)
+        return ids
+
+    def key_value(self, batch: slice, begin: int, end: int) -> torch.Tensor:
+        """(batch, end - begin, 2 * hidden) in at least float32."""
+        ids = self.row_ids(batch, begin, end)
+        count, length, width = ids.shape
+        sums = torch.cat([F.embedding_bag(ids.reshape(-1, width), slab, mode="sum") for slab in self.rows], dim=-1)
+        sums = sums.to(self.work)
+        places = (~self.regular[batch, begin:end]).reshape(-1).nonzero().flatten()
+        for some in places.split(64):  # bounds the memory for their rows
+            in_batch = batch.start + some // length
+            sums[some] = self.irregular(in_batch, begin + some % length)
+        if self.scale != 1:
+            sums /= self.scale
+        return sums.view(count, length, -1)
+
+    def irregular(self, batch: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Sums at positions whose window is not full of letters, (positions, 2 * hidden)."""
+        bags, ids, weights = irregular_rows(self.plan, self.top, self.sections, batch, positions)
+        out = torch.zeros(len(positions), 2 * self.hidden, dtype=self.work, device=self.rows.device)
+        columns = 0
+        for slab in self.rows:
+            part = slab[ids].to(self.work) * weights.unsqueeze(-1).to(self.work)
+            out[:, columns : columns + slab.shape[1]].index_add_(0, bags, part)
+            columns += slab.shape[1]
+        return out
+
+
+def irregular_rows(
+    plan: NgramPlan, top: torch.Tensor, sections: Sections, batch: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows and weights whose sum is a window that is not full of letters.
+
+    With w_n = L_n / count_n for the sizes n of the memory and 0 for others, an ending whose longest usable n-gram has
+    size s adds w_s C_s and, for every m < s, (w_m - w_(m+1)) C_m.
+
+    Args:
+        plan: from `plan_ngrams`.
+        top: int32 (batch, context + length), row within A of every largest n-gram.
+        sections: of the packed tables.
+        batch, positions: int64 (places,), where.
+
+    Returns:
+        One entry per row read: the place, the row in the packed tables (both int64), and the weight (float64).
+    """
+    largest = max(plan.ngram_sizes)
+    here = (positions + plan.context).unsqueeze(1)
+    end = here + plan.last
+    begin = (end - plan.window + 1).clamp_min(0)
+    stop = torch.full_like(end, plan.grams.shape[1])
+    batch = batch.unsqueeze(1)
+    if plan.behind is not None:
+        begin = torch.maximum(begin, here - plan.behind[batch, here])
+    if plan.ahead is not None:
+        stop = torch.minimum(stop, here + plan.ahead[batch, positions.unsqueeze(1)] + 1)
+    endings = end - torch.arange(plan.window, device=end.device)  # (places, window), the newest first
+    is_inside = (endings >= begin) & (endings < stop)
+    safe = endings.clamp(0, plan.grams.shape[1] - 1)
+    longest = torch.minimum(plan.runs[batch, safe].long(), endings - begin + 1).clamp_max(largest)
+    longest = longest.masked_fill(~is_inside, 0)  # size of the longest n-gram that ends here inside the window
+
+    weights = torch.zeros(len(positions), largest + 2, dtype=torch.float64, device=end.device)
+    for size in set(plan.ngram_sizes):
+        weights[:, size] = (plan.window - size + 1) / (longest >= size).sum(1).clamp_min(1).double()
+    sizes = torch.arange(1, largest + 1, device=end.device)  # (places, window, sizes) from here on
+    shorter = (weights[:, 1 : largest + 1] - weights[:, 2:]).unsqueeze(1)
+    full = weights[:, 1 : largest + 1].unsqueeze(1)
+    longest = longest.unsqueeze(-1)
+    factors = torch.where(sizes < longest, shorter, torch.where(sizes == longest, full, 0.0))
+    grams = plan.grams[batch, safe].long().unsqueeze(-1)
+    starts = torch.tensor(sections.prefix[1:], device=end.device)
+    rows = grams % 5**sizes + starts
+    rows[..., -1] = top[batch, safe].long()
+    place, ending, size = factors.nonzero(as_tuple=True)
+    return place, rows[place, ending, size], factors[place, ending, size]
 
 
 def folded_key_value(
-    folded: FoldedTables,
-    plan: NgramPlan,
-    tables: Sequence[torch.Tensor],
-    key_weight: torch.Tensor,
-    value_weight: torch.Tensor,
+    folded: FoldedTables, plan: NgramPlan, top: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value of every position, each (batch, length, hidden) in at least float32.
 
-    Positions whose window is full of letters are one sum of rows. The others (the first of a sequence, and those near
-    a token that is no letter) are taken from the unfolded weights, as the definition does.
-
     Args:
-        folded: from `fold_tables`.
+        folded: from `fold_tables`, or packed tables of `project_tables` with a scale of 1.
         plan: from `plan_ngrams`.
-        tables, key_weight, value_weight: the unfolded weights, as in `fold_tables`.
+        top: int32 (batch, context + length), row within section A of every largest n-gram; None if A has all rows.
     """
-    batch, length = plan.counts[0].shape
-    source = _KeyValue(folded, plan, tables, key_weight, value_weight)
-    out = torch.empty(batch, length, 2 * key_weight.shape[0], dtype=source.work, device=folded.rows.device)
-    for row in range(batch):
-        for begin in range(0, length, _CHUNK):
-            end = min(begin + _CHUNK, length)
-            out[row, begin:end] = source.at(row, begin, end)
+    windows = _Windows(folded, plan, top)
+    out = torch.empty(
+        *plan.grams.shape[:1], plan.length, 2 * windows.hidden, dtype=windows.work, device=folded.rows.device
+    )
+    for batch, begin, end in _blocks(out.shape[0], plan.length, out.device):
+        out[batch, begin:end] = windows.key_value(batch, begin, end)
     key, value = out.chunk(2, dim=-1)
     return key, value
 
@@ -150,73 +260,81 @@ def folded_memory(
     hidden_states: torch.Tensor,
     folded: FoldedTables,
     plan: NgramPlan,
-    tables: Sequence[torch.Tensor],
-    key_weight: torch.Tensor,
-    value_weight: torch.Tensor,
-    query_norm_weight: torch.Tensor,
-    key_norm_weight: torch.Tensor,
+    norm_weight: torch.Tensor,
     norm_eps: float,
     conv_weight: torch.Tensor | None = None,
     dilation: int = 1,
     reach_back: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole memory without history: its residual (batch, length, hidden) and gate (batch, length).
+    history: torch.Tensor | None = None,
+    top: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The whole memory from packed tables, a block of positions at a time, in at least float32.
 
-    Everything is done for a few hundred positions at a time, in at least float32, so that intermediate values stay in
-    the processor's cache. Arguments are those of `folded_key_value`, `memory_gate` and `dilated_taps`; `plan` must
-    have no context.
+    Args:
+        hidden_states: (batch, length, hidden).
+        folded, plan, top: see `folded_key_value`.
+        norm_weight: (hidden,), product of the weights of the two norms.
+        norm_eps: their epsilon.
+        conv_weight, dilation, reach_back: see `dilated_taps`; None for no convolution.
+        history: (batch, reach_back, hidden), inputs of the convolution before the first token; None is none.
+
+    Returns:
+        Residual (batch, length, hidden), gate (batch, length), and the convolution's last inputs, at most as many as
+        it reaches: (batch, min(length, (taps - 1) * dilation), hidden).
     """
-    batch, length, hidden = hidden_states.shape
-    source = _KeyValue(folded, plan, tables, key_weight, value_weight)
-    work = source.work
-    norm_weight = (query_norm_weight.to(work) * key_norm_weight.to(work)) / math.sqrt(hidden)
-    reach_ahead = 0 if conv_weight is None else (conv_weight.shape[-1] - 1) * dilation - reach_back
+    batch_size, length, hidden = hidden_states.shape
+    windows = _Windows(folded, plan, top)
+    work = windows.work
+    scaled_norm = norm_weight.to(work) / math.sqrt(hidden)
+    reach = 0 if conv_weight is None else (conv_weight.shape[-1] - 1) * dilation
+    reach_ahead = reach - reach_back
+    kept = min(length, reach)
     out = torch.empty_like(hidden_states)
-    gates = torch.empty(batch, length, dtype=work, device=hidden_states.device)
-    padded = reach_back + length + reach_ahead
-    gated = torch.zeros(padded, hidden, dtype=work, device=hidden_states.device)  # u of one row, with zeros around it
-    for row in range(batch):
-        done = 0
-        for begin in range(0, length, _CHUNK):
-            end = min(begin + _CHUNK, length)
-            key, value = source.at(row, begin, end).chunk(2, dim=-1)
-            query = hidden_states[row, begin:end].to(work)
-            g = (query * norm_weight * key).sum(-1)
-            g = g * (query.square().mean(-1) + norm_eps).rsqrt() * (key.square().mean(-1) + norm_eps).rsqrt()
-            gate = signed_square_root_gate(g)
-            gates[row, begin:end] = gate
-            if plan.exists is not None:
-                gate = gate * plan.exists[row, begin:end].to(work)
-            torch.mul(gate.unsqueeze(-1), value, out=gated[reach_back + begin : reach_back + end])
+    gates = torch.empty(batch_size, length, dtype=work, device=hidden_states.device)
+    last = torch.empty(batch_size, kept, hidden, dtype=work, device=hidden_states.device)
+    tail = torch.empty(0)  # u from `reach_back` positions before the next one to complete, up to the newest
+    done = 0
+    for batch, begin, end in _blocks(batch_size, length, hidden_states.device):
+        if begin == 0:
+            done = 0
+            count = batch.stop - batch.start
+            tail = torch.zeros(count, reach_back, hidden, dtype=work, device=out.device)
+            if history is not None:
+                tail = history[batch].to(work)
+        key, value = windows.key_value(batch, begin, end).chunk(2, dim=-1)
+        query = hidden_states[batch, begin:end].to(work)
+        g = (query * scaled_norm * key).sum(-1)
+        g = g * (query.square().mean(-1) + norm_eps).rsqrt() * (key.square().mean(-1) + norm_eps).rsqrt()
+        # As wide as a vector, so that a single token takes the same code, and gets the same bits, as many do.
+        gate = signed_square_root_gate(g.unsqueeze(-1).expand(*g.shape, 32).contiguous())[..., 0]
+        gates[batch, begin:end] = gate
+        if plan.exists is not None:
+            gate = gate * plan.exists[batch, begin:end].to(work)
+        gated = torch.cat([tail, gate.unsqueeze(-1) * value], dim=1) if reach else gate.unsqueeze(-1) * value
+        if end == length:
+            last[batch] = gated[:, gated.shape[1] - kept :]
+            gated = F.pad(gated, (0, 0, 0, reach_ahead))
+        complete = gated.shape[1] - reach  # positions whose taps are all there
+        if complete <= 0:
+            tail = gated
+            continue
+        residual = gated[:, reach_back : reach_back + complete]
+        if conv_weight is not None:
+            behind = None if plan.behind is None else plan.behind[batch, plan.context + done :][:, :complete]
+            ahead = None if plan.ahead is None else plan.ahead[batch, done : done + complete]
+            taps = dilated_taps(gated, conv_weight, dilation, reach_back, behind, ahead)
+            residual = residual + F.silu(taps)
+        out[batch, done : done + complete] = residual.to(out.dtype)
+        tail = gated[:, complete:]
+        done += complete
+    return out, gates, last
 
-            complete = length if end == length else max(end - reach_ahead, done)  # all that their taps see is there
-            residual = gated[reach_back + done : reach_back + complete]
-            if conv_weight is not None:
-                behind = None if plan.behind is None else plan.behind[row : row + 1, done:complete]
-                ahead = None if plan.ahead is None else plan.ahead[row : row + 1, done:complete]
-                taps = gated[done : complete + reach_back + reach_ahead].unsqueeze(0)
-                residual = residual + F.silu(dilated_taps(taps, conv_weight, dilation, reach_back, behind, ahead)[0])
-            out[row, done:complete] = residual.to(out.dtype)
-            done = complete
-    return out, gates
 
-
-def _features_at(row: int, positions: torch.Tensor, plan: NgramPlan, tables: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Window means at some positions of one row of the batch, (positions, sizes * width), in at least float32."""
-    total = plan.rows[0].shape[1]
-    here = positions[:, None] + plan.context
-    means = []
-    for index, (table, (first, last)) in enumerate(zip(tables, plan.spans, strict=True)):
-        offsets = torch.arange(first, last + 1, device=positions.device)
-        endings = here + offsets  # (positions, endings)
-        use = (endings >= 0) & (endings < total)
-        endings = endings.clamp(0, total - 1)
-        use &= plan.valid[index][row, endings]
-        if plan.behind is not None:
-            use &= plan.behind[row, here] >= -offsets
-        if plan.ahead is not None:
-            use &= plan.ahead[row, positions[:, None]] >= offsets
-        work = torch.promote_types(table.dtype, torch.float32)
-        sums = (table[plan.rows[index][row, endings]].to(work) * use.unsqueeze(-1).to(work)).sum(1)
-        means.append(sums / plan.counts[index][row, positions].clamp_min(1).unsqueeze(-1).to(work))
-    return torch.cat(means, dim=-1)
+def _blocks(batch_size: int, length: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:
+    """Blocks (rows of the batch, begin, end): many short rows at once, or one long row piece by piece."""
+    chunk = _CHUNK.get(device.type, _OTHER_CHUNK)
+    together = max(chunk // max(length, 1), 1)
+    for first in range(0, batch_size, together):
+        rows = slice(first, min(first + together, batch_size))
+        for begin in range(0, length, chunk):
+            yield rows, begin, min(begin + chunk, length)

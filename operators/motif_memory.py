@@ -5,7 +5,7 @@ Shapes are (batch, length, ...). Nothing here knows a configuration or a model; 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,20 +13,47 @@ import torch.nn.functional as F
 
 
 class NgramPlan(NamedTuple):
-    """Which table rows each position reads: computed once per forward pass, shared by all memory layers.
+    """Which n-grams each window holds: computed once per forward pass, shared by all memory layers.
 
-    The three tuples have one entry per n-gram size. `context` earlier tokens stand in front of the `length` current
-    ones in `rows` and `valid`, so that a decoding step sees its whole window.
+    `context` earlier tokens stand in front of the `length` current ones in `grams`, `runs` and `behind`, so that a
+    decoding step sees its whole window.
     """
 
-    rows: tuple[torch.Tensor, ...]  # int64 (batch, context + length): row of the n-gram that ends here, 0 if invalid
-    valid: tuple[torch.Tensor, ...]  # bool (batch, context + length): all n tokens are letters of one segment
-    counts: tuple[torch.Tensor, ...]  # float32 (batch, length): valid n-grams within the window
-    spans: tuple[tuple[int, int], ...]  # first and last ending pooled, relative to the position
-    context: int
-    behind: torch.Tensor | None  # int64 (batch, context + length): earlier tokens of the same segment; None = all
-    ahead: torch.Tensor | None  # the same for later tokens; only for centred windows
+    grams: torch.Tensor  # int32 (batch, context + length): row of the largest n-gram that ends here, no letter as 0
+    runs: torch.Tensor  # int32 (batch, context + length): consecutive letters of the same segment that end here
+    behind: torch.Tensor | None  # int32 (batch, context + length): earlier tokens of the same segment; None = all
+    ahead: torch.Tensor | None  # int32 (batch, length): later tokens of the same segment; None = all
     exists: torch.Tensor | None  # bool (batch, length): False at padding; None = no padding
+    ngram_sizes: tuple[int, ...]
+    window: int
+    last: int  # how far the window reaches ahead: 0 if causal
+    context: int
+
+    @property
+    def length(self) -> int:
+        """Number of current tokens."""
+        return self.grams.shape[1] - self.context
+
+    def valid(self, index: int) -> torch.Tensor:
+        """Whether all letters of the n-gram that ends here are there; bool (batch, context + length)."""
+        return self.runs >= self.ngram_sizes[index]
+
+    def rows(self, index: int) -> torch.Tensor:
+        """Row of the n-gram that ends here in its table, 0 if it is not valid; int32 (batch, context + length)."""
+        return (self.grams % 5 ** self.ngram_sizes[index]).masked_fill(~self.valid(index), 0)
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First and last ending pooled, relative to the position."""
+        return self.last - (self.window - self.ngram_sizes[index]), self.last
+
+    def counts(self, index: int) -> torch.Tensor:
+        """Valid n-grams within each window; float32 (batch, length)."""
+        ones = self.valid(index).unsqueeze(-1).float()
+        return window_sum(ones, self.span(index), self.behind, self._ahead_of_all())[:, self.context :, 0]
+
+    def _ahead_of_all(self) -> torch.Tensor | None:
+        """`ahead` with the context in front; what it holds there is never used."""
+        return None if self.ahead is None else F.pad(self.ahead, (self.context, 0))
 
 
 def letter_codes(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
@@ -38,16 +65,6 @@ def letter_codes(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Ten
     for digit, token in enumerate(token_ids):
         codes = codes.masked_fill(input_ids == token, digit + 1)
     return codes
-
-
-def window_span(window: int, size: int, is_causal: bool) -> tuple[int, int]:
-    """First and last ending of the n-grams inside a window, relative to its position.
-
-    The causal window is the last `window` tokens. The centred one reaches `(window - 1) // 2` tokens ahead and the
-    rest behind: the causal window, moved.
-    """
-    ahead = 0 if is_causal else (window - 1) // 2
-    return ahead - (window - size), ahead
 
 
 def _shift(x: torch.Tensor, steps: int, reach: torch.Tensor | None) -> torch.Tensor:
@@ -106,6 +123,32 @@ def window_sum(
     return total
 
 
+def ngram_rows_and_runs(
+    codes: torch.Tensor, largest: int, behind: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`grams` and `runs` of a plan.
+
+    Args:
+        codes: int64 (batch, length) from `letter_codes`.
+        largest: the largest n-gram size.
+        behind: int32 (batch, length), see `NgramPlan`.
+
+    Returns:
+        Two int32 tensors (batch, length). An n-gram belongs to the position of its last letter; that letter is the
+        least significant of its base-5 digits.
+    """
+    digits = (codes - 1).clamp_min(0).to(torch.int32).unsqueeze(-1)
+    grams = torch.zeros_like(digits)
+    for back in range(largest):
+        grams = grams + _shift(digits, back, behind) * 5**back
+    places = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device).expand_as(codes)
+    breaks = torch.where(codes > 0, -1, places)
+    runs = places - (breaks.cummax(1).values if codes.shape[1] else breaks)
+    if behind is not None:
+        runs = torch.minimum(runs, (behind + 1).clamp_min(0))
+    return grams.squeeze(-1), runs
+
+
 def plan_ngrams(
     codes: torch.Tensor,
     ngram_sizes: Sequence[int],
@@ -116,11 +159,13 @@ def plan_ngrams(
     behind: torch.Tensor | None = None,
     ahead: torch.Tensor | None = None,
     exists: torch.Tensor | None = None,
+    rows_and_runs: Callable[..., tuple[torch.Tensor, torch.Tensor]] = ngram_rows_and_runs,
 ) -> NgramPlan:
-    """Rows to read and n-grams to count for every position.
+    """The n-grams of every window.
 
-    An n-gram belongs to the position of its last letter; that letter is the least significant of its base-5 digits. It
-    is valid if all its n tokens are letters of the same segment.
+    An n-gram counts if all its n tokens are letters of the position's segment and lie inside the window. The causal
+    window is the last `window` tokens; the centred one reaches `(window - 1) // 2` tokens ahead and the rest behind:
+    the causal window, moved.
 
     Args:
         codes: int64 (batch, context + length) from `letter_codes`.
@@ -129,31 +174,21 @@ def plan_ngrams(
         context: leading tokens of `codes` that are history.
         is_causal: the last `window` tokens if true, else a window centred on the position.
         behind, ahead, exists: see `NgramPlan`.
+        rows_and_runs: computes `grams` and `runs`, as `ngram_rows_and_runs` does.
     """
-    digits = codes - 1
-    row = torch.zeros_like(codes)
-    is_valid = torch.ones_like(codes, dtype=torch.bool)
-    by_size = {}
-    for back in range(max(ngram_sizes)):
-        code = _shift(codes.unsqueeze(-1), back, behind).squeeze(-1) if back else codes
-        digits = code - 1
-        row = row + digits.clamp_min(0) * 5**back
-        is_valid = is_valid & (digits >= 0)
-        by_size[back + 1] = (row.masked_fill(~is_valid, 0), is_valid)
-    spans = tuple(window_span(window, size, is_causal) for size in ngram_sizes)
-    counts = []
-    for size, span in zip(ngram_sizes, spans, strict=True):
-        ones = by_size[size][1].unsqueeze(-1).float()
-        counts.append(window_sum(ones, span, behind, ahead).squeeze(-1)[:, context:])
+    behind = None if behind is None else behind.to(torch.int32)
+    ahead = None if ahead is None else ahead.to(torch.int32)
+    grams, runs = rows_and_runs(codes, max(ngram_sizes), behind)
     return NgramPlan(
-        rows=tuple(by_size[size][0] for size in ngram_sizes),
-        valid=tuple(by_size[size][1] for size in ngram_sizes),
-        counts=tuple(counts),
-        spans=spans,
-        context=context,
+        grams=grams,
+        runs=runs,
         behind=behind,
         ahead=ahead,
         exists=exists,
+        ngram_sizes=tuple(ngram_sizes),
+        window=window,
+        last=0 if is_causal else (window - 1) // 2,
+        context=context,
     )
 
 
@@ -161,17 +196,71 @@ def window_mean(rows: torch.Tensor, plan: NgramPlan, index: int) -> torch.Tensor
     """Mean embedding of the valid n-grams within each window, zero where there is none.
 
     Args:
-        rows: (batch, context + length, width), table rows looked up with `plan.rows[index]`.
+        rows: (batch, context + length, width), table rows looked up with `plan.rows(index)`.
         plan: from `plan_ngrams`.
         index: which of the n-gram sizes.
 
     Returns:
         (batch, length, width) in at least float32: sums of half-precision rows are taken in float32.
     """
-    rows = rows * plan.valid[index].unsqueeze(-1).to(rows.dtype)
+    rows = rows * plan.valid(index).unsqueeze(-1).to(rows.dtype)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    total = window_sum(rows, plan.spans[index], plan.behind, plan.ahead)[:, plan.context :]
-    return total / plan.counts[index].clamp_min(1).unsqueeze(-1).to(total.dtype)
+    total = window_sum(rows, plan.span(index), plan.behind, plan._ahead_of_all())[:, plan.context :]
+    return total / plan.counts(index).clamp_min(1).unsqueeze(-1).to(total.dtype)
+
+
+def window_features(tables: Sequence[torch.Tensor], plan: NgramPlan) -> torch.Tensor:
+    """Concatenated window means of all tables, (batch, length, sizes * width), in the dtype of the tables."""
+    means = [
+        window_mean(F.embedding(plan.rows(index), table), plan, index).to(table.dtype)
+        for index, table in enumerate(tables)
+    ]
+    return torch.cat(means, dim=-1)
+
+
+def window_features_backward(grad: torch.Tensor, plan: NgramPlan) -> list[torch.Tensor]:
+    """Gradients of `window_features` for the tables, each (5**n, width) in at least float32.
+
+    Args:
+        grad: (batch, length, sizes * width).
+        plan: from `plan_ngrams`.
+    """
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    gradients = []
+    for index, part in enumerate(grad.chunk(len(plan.ngram_sizes), dim=-1)):
+        part = part / plan.counts(index).clamp_min(1).unsqueeze(-1).to(part.dtype)
+        part = F.pad(part, (0, 0, plan.context, 0))
+        by_ngram = _window_sum_transposed(part, plan.span(index), plan.behind, plan._ahead_of_all())
+        by_ngram = by_ngram * plan.valid(index).unsqueeze(-1).to(part.dtype)
+        rows = 5 ** plan.ngram_sizes[index]
+        gradients.append(torch.ops.aten.embedding_dense_backward(by_ngram, plan.rows(index), rows, -1, False))
+    return gradients
+
+
+def _window_sum_transposed(
+    x: torch.Tensor, span: tuple[int, int], behind: torch.Tensor | None, ahead: torch.Tensor | None
+) -> torch.Tensor:
+    """What `window_sum` takes from position j, added up at j: the sum of `x[:, t]` over windows t that hold j."""
+    first, last = span
+    if first <= 0 and behind is None and ahead is None:
+        return window_sum(x, (-last, -first))
+    total = torch.zeros_like(x)
+    for offset in range(first, last + 1):
+        part = x * _within(offset, behind, ahead, x.dtype)
+        moved = F.pad(part, (0, 0, max(offset, 0), max(-offset, 0)))
+        start = max(-offset, 0)
+        total = total + moved[:, start : start + x.shape[1]]
+    return total
+
+
+def _within(
+    offset: int, behind: torch.Tensor | None, ahead: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | float:
+    """1 where the token at `offset` belongs to the position's segment, else 0; (batch, length, 1)."""
+    reach = behind if offset < 0 else ahead
+    if offset == 0 or reach is None:
+        return 1.0
+    return (reach >= abs(offset)).unsqueeze(-1).to(dtype)
 
 
 def running_sum(x: torch.Tensor, initial: torch.Tensor | None = None) -> torch.Tensor:
@@ -238,10 +327,127 @@ def dilated_taps(
     for tap in range(taps):
         offset = tap * dilation - reach_back
         part = x[:, tap * dilation : tap * dilation + length].to(work) * weight[:, 0, tap].to(work)
-        if offset < 0 and behind is not None:
-            part = part * (behind >= -offset).unsqueeze(-1).to(work)
-        elif offset > 0 and ahead is not None:
-            part = part * (ahead >= offset).unsqueeze(-1).to(work)
+        part = part * _within(offset, behind, ahead, work)
         total = part if total is None else total + part
     assert total is not None
     return total.to(x.dtype)
+
+
+def gated_memory(
+    hidden_states: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    conv_weight: torch.Tensor | None = None,
+    dilation: int = 1,
+    reach_back: int = 0,
+    history: torch.Tensor | None = None,
+    exists: torch.Tensor | None = None,
+    behind: torch.Tensor | None = None,
+    ahead: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the memory adds to the residual stream, from key and value; everything in at least float32.
+
+    Args:
+        hidden_states, key, value: (batch, length, hidden).
+        norm_weight: (hidden,), product of the weights of the two root-mean-square norms.
+        norm_eps: their epsilon.
+        conv_weight, dilation, reach_back: see `dilated_taps`; None for no convolution.
+        history: (batch, reach_back, hidden), inputs of the convolution before the first token; None is none.
+        exists: bool (batch, length), False at padding.
+        behind, ahead: (batch, length), tokens of the same segment on either side; None is all of them.
+
+    Returns:
+        Residual (batch, length, hidden) in the dtype of the hidden states, gate (batch, length), and the last inputs
+        of the convolution, at most as many as it reaches: (batch, min(length, (taps - 1) * dilation), hidden).
+    """
+    work = torch.promote_types(key.dtype, torch.float32)
+    query, key, value = (x.to(work) for x in (hidden_states, key, value))
+    logit, _, _ = _gate_logit(query, key, norm_weight.to(work), norm_eps)
+    gate = signed_square_root_gate(logit)
+    strength = gate if exists is None else gate * exists.to(work)
+    gated = strength.unsqueeze(-1) * value
+    length = gated.shape[1]
+    if conv_weight is None:
+        return gated.to(hidden_states.dtype), gate, gated[:, length:].clone()
+    reach = (conv_weight.shape[-1] - 1) * dilation
+    padded = F.pad(gated, (0, 0, 0 if history is not None else reach_back, reach - reach_back))
+    if history is not None:
+        padded = torch.cat([history.to(work), padded], dim=1)
+    residual = gated + F.silu(dilated_taps(padded, conv_weight, dilation, reach_back, behind, ahead))
+    return residual.to(hidden_states.dtype), gate, gated[:, length - min(length, reach) :].clone()
+
+
+def _gate_logit(
+    query: torch.Tensor, key: torch.Tensor, norm_weight: torch.Tensor, norm_eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`<RMSNorm(query), RMSNorm(key)> / sqrt(hidden)`, and one over the root mean square of query and key."""
+    query_scale = (query.square().mean(-1) + norm_eps).rsqrt()
+    key_scale = (key.square().mean(-1) + norm_eps).rsqrt()
+    product = (query * norm_weight * key).sum(-1)
+    return product * query_scale * key_scale / math.sqrt(query.shape[-1]), query_scale, key_scale
+
+
+def gated_memory_backward(
+    grad_residual: torch.Tensor,
+    grad_gate: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    conv_weight: torch.Tensor | None = None,
+    dilation: int = 1,
+    reach_back: int = 0,
+    exists: torch.Tensor | None = None,
+    behind: torch.Tensor | None = None,
+    ahead: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of `gated_memory` (without history) for hidden states, key, value, norm weight and conv weight.
+
+    Arguments as in `gated_memory`; `grad_residual` (batch, length, hidden) and `grad_gate` (batch, length) or None.
+    """
+    work = torch.promote_types(key.dtype, torch.float32)
+    query, k, v, grad = (x.to(work) for x in (hidden_states, key, value, grad_residual))
+    weight = norm_weight.to(work)
+    logit, query_scale, key_scale = _gate_logit(query, k, weight, norm_eps)
+    gate = signed_square_root_gate(logit)
+    is_there = torch.ones_like(gate) if exists is None else exists.to(work)
+    grad_conv = None
+    if conv_weight is not None:
+        gated = (gate * is_there).unsqueeze(-1) * v
+        taps = conv_weight[:, 0].to(work)
+        padded = F.pad(gated, (0, 0, reach_back, (taps.shape[1] - 1) * dilation - reach_back))
+        x = dilated_taps(padded, conv_weight.to(work), dilation, reach_back, behind, ahead)
+        sigmoid = x.sigmoid()
+        grad_taps = grad * sigmoid * (1 + x * (1 - sigmoid))
+        by_tap = []
+        length = grad.shape[1]
+        total = F.pad(torch.zeros_like(grad), (0, 0, reach_back, padded.shape[1] - length - reach_back))
+        for tap in range(taps.shape[1]):
+            place = slice(tap * dilation, tap * dilation + length)
+            part = grad_taps * _within(tap * dilation - reach_back, behind, ahead, work)
+            by_tap.append((part * padded[:, place]).sum((0, 1)))
+            total[:, place] += part * taps[:, tap]
+        grad = grad + total[:, reach_back : reach_back + length]
+        grad_conv = torch.stack(by_tap, dim=-1).unsqueeze(1).to(conv_weight.dtype)
+    grad_value = (gate * is_there).unsqueeze(-1) * grad
+    grad_strength = (grad * v).sum(-1) * is_there
+    if grad_gate is not None:
+        grad_strength = grad_strength + grad_gate
+    slope = torch.where(logit.abs() > 1e-6, 0.5 / logit.abs().clamp_min(1e-6).sqrt(), 0.0)
+    grad_logit = grad_strength * gate * (1 - gate) * slope
+    hidden = query.shape[-1]
+    grad_product = (grad_logit * query_scale * key_scale / math.sqrt(hidden)).unsqueeze(-1)
+    pull = grad_logit * logit / hidden  # through the two norms
+    grad_query = grad_product * weight * k - (pull * query_scale.square()).unsqueeze(-1) * query
+    grad_key = grad_product * weight * query - (pull * key_scale.square()).unsqueeze(-1) * k
+    grad_norm = (grad_product * query * k).sum((0, 1))
+    return (
+        grad_query.to(hidden_states.dtype),
+        grad_key.to(key.dtype),
+        grad_value.to(value.dtype),
+        grad_norm.to(norm_weight.dtype),
+        grad_conv,
+    )

@@ -46,7 +46,16 @@ HEADS = {
     GengramForSequenceClassification: AutoModelForSequenceClassification,
     GengramForTokenClassification: AutoModelForTokenClassification,
 }
-SOURCES = {"configuration_gengram.py", "folded_memory.py", "modeling_gengram.py", "motif_memory.py"}
+SOURCES = {
+    "configuration_gengram.py",
+    "folded_memory.py",
+    "memory_operators.py",
+    "memory_path.py",
+    "modeling_gengram.py",
+    "motif_memory.py",
+    "native.py",
+    "table_major.py",
+}
 HUB_REPOSITORY = "someone/gengram-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXT = "ACG[MASK]TNacguRX"  # as in use_without_package.py

@@ -66,6 +66,10 @@ def test_converted_folder_is_complete(tmp_path):
         "model.safetensors",
         "modeling_gengram.py",
         "motif_memory.py",
+        "memory_operators.py",
+        "memory_path.py",
+        "native.py",
+        "table_major.py",
         "tokenizer.json",
         "tokenizer_config.json",
     }

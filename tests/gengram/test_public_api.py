@@ -29,6 +29,7 @@ def test_public_names():
         "GengramPreTrainedModel",
         "GengramTokenizer",
         "__version__",
+        "memory_path",
         "register",
     ]
     assert all(hasattr(gengram, name) for name in gengram.__all__)

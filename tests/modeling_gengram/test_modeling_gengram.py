@@ -183,8 +183,8 @@ def test_masked_base_does_not_leak_into_its_own_prediction():
     ids[0, 15] = 4
     gates = model(ids, output_memory_gates=True).memory_gates
     plan = model.model._plan_memory(model.model._letter_codes(ids, None), None, None, None, False)
-    for size, valid in zip(model.config.memory_ngram_sizes, plan.valid, strict=True):
-        assert not valid[0, 15 : 15 + size].any()
+    for index, size in enumerate(model.config.memory_ngram_sizes):
+        assert not plan.valid(index)[0, 15 : 15 + size].any()
     assert len(gates) == 2
 
 

@@ -78,8 +78,8 @@ def test_plan_equals_the_authors_ngram_ids():
     for case in sorted({name.split("/")[0] for name in outputs}):
         plan = plan_for(config, inputs[f"{case}/input_ids"])
         for index, size in enumerate(config.memory_ngram_sizes):
-            assert torch.equal(plan.rows[index], outputs[f"{case}/ngram_ids.{size}"].T), (case, size)
-            assert torch.equal(plan.valid[index], outputs[f"{case}/ngram_valid.{size}"].T.bool()), (case, size)
+            assert torch.equal(plan.rows(index).long(), outputs[f"{case}/ngram_ids.{size}"].T), (case, size)
+            assert torch.equal(plan.valid(index), outputs[f"{case}/ngram_valid.{size}"].T.bool()), (case, size)
 
 
 @needs_fixtures

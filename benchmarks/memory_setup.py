@@ -1,0 +1,103 @@
+"""What the memory's benchmarks share: a layer with random weights, random bases, the authors' module, results."""
+
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gengram import GengramConfig, __version__
+from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
+from gengram.operators.memory_operators import ngram_rows_and_runs
+from gengram.operators.motif_memory import NgramPlan, letter_codes, plan_ngrams
+from gengram.operators.native import status
+
+
+class Memory(NamedTuple):
+    """A memory layer and how its plans are made."""
+
+    layer: GengramMotifMemory
+    config: GengramConfig
+
+    def plan(self, ids: torch.Tensor, context: int = 0) -> NgramPlan:
+        codes = letter_codes(ids, self.config.memory_token_ids)
+        return plan_ngrams(
+            codes,
+            self.config.memory_ngram_sizes,
+            self.config.memory_window,
+            context=context,
+            rows_and_runs=ngram_rows_and_runs,
+        )
+
+
+def prepare(case: dict) -> tuple[Memory, GengramConfig]:
+    """A layer with the case's `hidden` and `width`; its weights are bfloat16 numbers, the same in every dtype."""
+    config = GengramConfig(
+        hidden_size=case["hidden"], num_hidden_layers=1, memory_layers=[0], memory_embedding_dim=case["width"]
+    )
+    torch.manual_seed(0)
+    layer = GengramMotifMemory(config, 0)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5 if weight.dim() == 2 else 0.5)
+            weight.copy_(weight.bfloat16())
+    return Memory(layer, config), config
+
+
+def random_bases(config: GengramConfig, length: int) -> torch.Tensor:
+    """(1, length) token ids of A, C, G and T."""
+    return torch.tensor(config.memory_token_ids)[torch.randint(4, (1, length))]
+
+
+def reference_module(path: Path, config: GengramConfig) -> Any:
+    """The authors' module; of Megatron it needs one query, the size of the tensor-parallel group."""
+    state = types.ModuleType("megatron.core.parallel_state")
+    state.get_tensor_model_parallel_world_size = lambda: 1  # type: ignore[attr-defined]
+    core = types.ModuleType("megatron.core")
+    core.parallel_state = state  # type: ignore[attr-defined]
+    sys.modules |= {"megatron": types.ModuleType("megatron"), "megatron.core": core, state.__name__: state}
+    spec = importlib.util.spec_from_file_location("reference_gengram", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Gengram(
+        hidden_size=config.hidden_size,
+        dna_token_ids=config.memory_token_ids,
+        ngram_sizes=config.memory_ngram_sizes,
+        embed_dim_per_ngram=config.memory_embedding_dim,
+        active=True,
+        use_short_conv=True,
+        short_conv_kernel_size=config.memory_conv_kernel,
+        short_conv_dilation=config.memory_conv_dilation,
+        window_size=config.memory_window,
+    )
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, threads, versions, commit."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    folder = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
+    changes = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True).stdout
+    return dict(
+        processor=names[0] if names else platform.processor(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        gengram=__version__,
+        native_kernels=status().capability or None,
+        commit=commit,
+        has_uncommitted_changes=bool(changes.strip()),
+    )
+
+
+def write_results(name: str, results: dict[str, Any], output: Path | None = None) -> None:
+    """Write a JSON file, to `benchmarks/results` unless told otherwise."""
+    path = output or Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,0 +1,95 @@
+"""Speed of the memory's forward and backward pass: through tokens, through tables and, if given, the authors' module.
+
+    python benchmarks/memory_training.py [--reference PATH_TO_gengram.py]
+
+The reference is the authors' `megatron/core/transformer/gengram.py`, which is not part of this project. Gradients are
+checked against the definition in float64 before anything is timed; times are medians of interleaved runs, and the
+figures are ratios within one run. The lengths show where projecting rows starts to pay: the threshold in
+`operators/memory_path.py`. Writes `benchmarks/results/memory_training.json`.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from memory_setup import describe_machine, prepare, random_bases, reference_module, write_results
+
+from gengram import memory_path
+from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
+from gengram.operators.native import status
+
+CASES = [dict(hidden=1024, width=256, length=length, dtype="float32") for length in (512, 1024, 2048, 4096, 8192)]
+
+
+def gradients(memory: torch.nn.Module, states: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of the sum of the squares of the output."""
+    memory.zero_grad()
+    states.grad = None
+    output.square().sum().backward()
+    return {"hidden_states": states.grad.clone()} | {n: w.grad.clone() for n, w in memory.named_parameters()}
+
+
+def measure(case: dict, reference: Path | None, rounds: int) -> dict:
+    memory, config = prepare(case)
+    ids = random_bases(config, case["length"])
+    plan = memory.plan(ids)
+    states = torch.randn(1, case["length"], case["hidden"])
+    paths = {}
+    for kernels in ("torch", "native") if status().available else ("torch",):
+        for algorithm in ("token_major", "table_major"):
+
+            def step(algorithm=algorithm, kernels=kernels):
+                with memory_path(algorithm, kernels):
+                    return memory.layer(leaf, memory.plan(ids))[0]
+
+            paths[f"{algorithm}, {kernels}"] = (memory.layer, step, False)
+    if reference is not None:
+        theirs = reference_module(reference, config).train()
+        theirs.load_state_dict(memory.layer.state_dict())
+        paths["reference"] = (theirs, lambda: theirs(leaf, ids), True)
+
+    exact = GengramMotifMemory(config, 0).double()
+    exact.load_state_dict(memory.layer.state_dict())
+    leaf = states.double().requires_grad_()
+    with memory_path("token_major", "torch"):
+        truth = gradients(exact, leaf, exact(leaf, plan)[0])
+    errors, times = {}, {name: [] for name in paths}
+    leaves = {False: states.clone().requires_grad_(), True: states.transpose(0, 1).contiguous().requires_grad_()}
+    for name, (module, step, sequence_first) in paths.items():
+        leaf = leaves[sequence_first]
+        ours = gradients(module, leaf, step())
+        if sequence_first:
+            ours["hidden_states"] = ours["hidden_states"].transpose(0, 1)
+        errors[name] = max(((ours[n].double() - truth[n]).norm() / truth[n].norm()).item() for n in truth)
+        assert name == "reference" or errors[name] < 1e-4, (case, name, errors)
+    for _ in range(rounds):
+        for name, (module, step, sequence_first) in paths.items():
+            leaf = leaves[sequence_first]
+            started = time.perf_counter()
+            module.zero_grad()
+            leaf.grad = None
+            step().square().sum().backward()
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return dict(case=case, seconds=medians, largest_relative_error_of_a_gradient=errors, rounds=rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--reference", type=Path, help="the authors' gengram.py")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="where the results go instead of benchmarks/results")
+    arguments = parser.parse_args()
+    rows = []
+    for case in CASES:
+        row = measure(case, arguments.reference, arguments.rounds)
+        rows.append(row)
+        base = row["seconds"].get("reference", row["seconds"]["token_major, torch"])
+        print(case, *(f"{n} {s:.3f} s ({base / s:.2f}x)" for n, s in row["seconds"].items()), sep="\n  ", flush=True)
+    write_results("memory_training", dict(machine=describe_machine(), rows=rows), arguments.output)
+
+
+if __name__ == "__main__":
+    main()

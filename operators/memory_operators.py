@@ -1,0 +1,683 @@
+"""The memory's operations as PyTorch operators: opaque to `torch.compile` and `torch.export`, native where possible.
+
+`ngram_rows_and_runs`, `window_features`, `gated_memory`, `folded_key_value` and `folded_memory`, each with a schema,
+shapes for tracing, and gradients. What they compute is in `motif_memory.py` and `folded_memory.py`; how (PyTorch or
+native kernels) is chosen by `memory_path.py` at every call. Segments, padding and context travel as plain tensors.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .folded_memory import FoldedTables, irregular_rows, is_regular, table_sections
+from .folded_memory import folded_key_value as torch_folded_key_value
+from .folded_memory import folded_memory as torch_folded_memory
+from .memory_path import uses_native
+from .motif_memory import NgramPlan, gated_memory_backward, window_features_backward, window_sum
+from .motif_memory import gated_memory as torch_gated_memory
+from .motif_memory import ngram_rows_and_runs as torch_ngram_rows_and_runs
+from .motif_memory import window_features as torch_window_features
+
+# A copy of this file in a model's folder (remote code) registers its own operators.
+_NAMESPACE = "gengram"
+if not __name__.startswith("gengram."):
+    _NAMESPACE += "_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
+
+
+def _operator(name: str, function: Any) -> Any:
+    return torch.library.custom_op(f"{_NAMESPACE}::{name}", function, mutates_args=())
+
+
+def _plan(
+    grams: Tensor,
+    runs: Tensor,
+    behind: Tensor | None,
+    ahead: Tensor | None,
+    exists: Tensor | None,
+    sizes: Sequence[int],
+    window: int,
+    last: int,
+    length: int,
+) -> NgramPlan:
+    return NgramPlan(grams, runs, behind, ahead, exists, tuple(sizes), window, last, grams.shape[1] - length)
+
+
+def _native(name: str) -> Any:
+    return getattr(torch.ops.gengram_native, name)
+
+
+# ---- rows and runs
+
+
+def _ngram_rows_and_runs(codes: Tensor, behind: Tensor | None, largest: int) -> tuple[Tensor, Tensor]:
+    if uses_native(codes.device, torch.float32, 16):
+        return _native("ngram_plan")(codes, behind, largest)
+    return torch_ngram_rows_and_runs(codes, largest, behind)
+
+
+_ngram_rows_and_runs_operator = _operator("ngram_rows_and_runs", _ngram_rows_and_runs)
+
+
+@_ngram_rows_and_runs_operator.register_fake
+def _(codes: Tensor, behind: Tensor | None, largest: int) -> tuple[Tensor, Tensor]:
+    return codes.new_empty(codes.shape, dtype=torch.int32), codes.new_empty(codes.shape, dtype=torch.int32)
+
+
+def ngram_rows_and_runs(codes: Tensor, largest: int, behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`motif_memory.ngram_rows_and_runs` as an operator."""
+    return _ngram_rows_and_runs_operator(codes, behind, largest)
+
+
+# ---- window features
+
+
+def _window_features(
+    tables: Sequence[Tensor],
+    grams: Tensor,
+    runs: Tensor,
+    behind: Tensor | None,
+    ahead: Tensor | None,
+    sizes: Sequence[int],
+    window: int,
+    last: int,
+    length: int,
+) -> Tensor:
+    if uses_native(grams.device, tables[0].dtype, tables[0].shape[1]):
+        return _native("window_features")(tables, grams, runs, behind, ahead, sizes, window, last, length)
+    plan = _plan(grams, runs, behind, ahead, None, sizes, window, last, length)
+    return torch_window_features(tables, plan)
+
+
+def _window_features_backward(
+    grad: Tensor,
+    grams: Tensor,
+    runs: Tensor,
+    behind: Tensor | None,
+    ahead: Tensor | None,
+    sizes: Sequence[int],
+    window: int,
+    last: int,
+) -> list[Tensor]:
+    width = grad.shape[-1] // len(sizes)
+    if uses_native(grad.device, grad.dtype, width):
+        return _native("window_features_backward")(grad, grams, runs, behind, ahead, sizes, window, last)
+    plan = _plan(grams, runs, behind, ahead, None, sizes, window, last, grad.shape[1])
+    return window_features_backward(grad, plan)
+
+
+_window_features_operator = _operator("window_features", _window_features)
+_window_features_backward_operator = _operator("window_features_backward", _window_features_backward)
+
+
+@_window_features_operator.register_fake
+def _(tables, grams, runs, behind, ahead, sizes, window, last, length):  # type: ignore[no-untyped-def]
+    return tables[0].new_empty(grams.shape[0], length, sum(table.shape[1] for table in tables))
+
+
+@_window_features_backward_operator.register_fake
+def _(grad, grams, runs, behind, ahead, sizes, window, last):  # type: ignore[no-untyped-def]
+    work = torch.promote_types(grad.dtype, torch.float32)
+    return [grad.new_empty(5**n, grad.shape[-1] // len(sizes), dtype=work) for n in sizes]
+
+
+def _save_window_features(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    tables, grams, runs, behind, ahead, ctx.sizes, ctx.window, ctx.last, _ = inputs
+    ctx.dtype = tables[0].dtype
+    ctx.save_for_backward(grams, runs, behind, ahead)
+
+
+def _differentiate_window_features(ctx: Any, grad: Tensor) -> tuple:
+    grads = _window_features_backward_operator(grad, *ctx.saved_tensors, ctx.sizes, ctx.window, ctx.last)
+    return [grad.to(ctx.dtype) for grad in grads], *[None] * 8
+
+
+_window_features_operator.register_autograd(_differentiate_window_features, setup_context=_save_window_features)
+
+
+def window_features(tables: Sequence[Tensor], plan: NgramPlan) -> Tensor:
+    """`motif_memory.window_features` as an operator."""
+    return _window_features_operator(
+        list(tables),
+        plan.grams,
+        plan.runs,
+        plan.behind,
+        plan.ahead,
+        plan.ngram_sizes,
+        plan.window,
+        plan.last,
+        plan.length,
+    )
+
+
+# ---- gated memory
+
+
+def _gated_memory(
+    hidden_states: Tensor,
+    key: Tensor,
+    value: Tensor,
+    exists: Tensor | None,
+    behind: Tensor | None,
+    ahead: Tensor | None,
+    norm_weight: Tensor,
+    conv_weight: Tensor | None,
+    history: Tensor | None,
+    norm_eps: float,
+    dilation: int,
+    reach_back: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _all_native(hidden_states, key, value):
+        return _native("gated_memory")(
+            hidden_states,
+            key,
+            value,
+            exists,
+            behind,
+            ahead,
+            norm_weight,
+            conv_weight,
+            history,
+            norm_eps,
+            dilation,
+            reach_back,
+        )
+    return torch_gated_memory(
+        hidden_states,
+        key,
+        value,
+        norm_weight,
+        norm_eps,
+        None if conv_weight is None else conv_weight.unsqueeze(1),
+        dilation,
+        reach_back,
+        history,
+        exists,
+        behind,
+        ahead,
+    )
+
+
+def _all_native(*tensors: Tensor) -> bool:
+    return all(uses_native(x.device, x.dtype, x.shape[-1]) for x in tensors)
+
+
+def _gated_memory_backward(
+    grad_residual: Tensor,
+    grad_gate: Tensor | None,
+    hidden_states: Tensor,
+    key: Tensor,
+    value: Tensor,
+    exists: Tensor | None,
+    behind: Tensor | None,
+    ahead: Tensor | None,
+    norm_weight: Tensor,
+    conv_weight: Tensor | None,
+    norm_eps: float,
+    dilation: int,
+    reach_back: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _all_native(hidden_states, key, value):
+        grads = _native("gated_memory_backward")(
+            grad_residual,
+            grad_gate,
+            hidden_states,
+            key,
+            value,
+            exists,
+            behind,
+            ahead,
+            norm_weight,
+            conv_weight,
+            norm_eps,
+            dilation,
+            reach_back,
+        )
+        return (*grads[:4], norm_weight.new_zeros(0) if grads[4] is None else grads[4])
+    *grads, grad_conv = gated_memory_backward(
+        grad_residual,
+        grad_gate,
+        hidden_states,
+        key,
+        value,
+        norm_weight,
+        norm_eps,
+        None if conv_weight is None else conv_weight.unsqueeze(1),
+        dilation,
+        reach_back,
+        exists,
+        behind,
+        ahead,
+    )
+    return (*grads, norm_weight.new_zeros(0) if grad_conv is None else grad_conv.squeeze(1))
+
+
+_gated_memory_operator = _operator("gated_memory", _gated_memory)
+_gated_memory_backward_operator = _operator("gated_memory_backward", _gated_memory_backward)
+
+
+def _fake_memory(hidden_states: Tensor, conv_weight: Tensor | None, dilation: int, work: torch.dtype) -> tuple:
+    batch, length, hidden = hidden_states.shape
+    reach = 0 if conv_weight is None else (conv_weight.shape[-1] - 1) * dilation
+    kept = torch.sym_min(length, reach)
+    return (
+        torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
+        hidden_states.new_empty(batch, length, dtype=work),
+        hidden_states.new_empty(batch, kept, hidden, dtype=work),
+    )
+
+
+@_gated_memory_operator.register_fake
+def _(hidden_states, key, value, exists, behind, ahead, norm_weight, conv_weight, history, norm_eps, dilation, back):  # type: ignore[no-untyped-def]
+    return _fake_memory(hidden_states, conv_weight, dilation, torch.promote_types(key.dtype, torch.float32))
+
+
+@_gated_memory_backward_operator.register_fake
+def _(grad, grad_gate, hidden, key, value, exists, behind, ahead, norm_weight, conv_weight, eps, dilation, back):  # type: ignore[no-untyped-def]
+    conv = norm_weight.new_empty(0) if conv_weight is None else torch.empty_like(conv_weight)
+    return *(torch.empty_like(x) for x in (hidden, key, value, norm_weight)), conv
+
+
+def _save_gated_memory(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, history, ctx.norm_eps, ctx.dilation, ctx.reach_back = inputs
+    if history is not None:
+        raise RuntimeError("gradients through a cached history are not defined; use the PyTorch composition instead.")
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_gated_memory(ctx: Any, grad_residual: Tensor | None, grad_gate: Tensor | None, _: Any) -> tuple:
+    hidden_states = ctx.saved_tensors[0]
+    if grad_residual is None:
+        grad_residual = torch.zeros_like(hidden_states)
+    *grads, grad_conv = _gated_memory_backward_operator(
+        grad_residual, grad_gate, *ctx.saved_tensors, ctx.norm_eps, ctx.dilation, ctx.reach_back
+    )
+    has_conv = ctx.saved_tensors[7] is not None
+    return *grads[:3], None, None, None, grads[3], grad_conv if has_conv else None, None, None, None, None
+
+
+_gated_memory_operator.register_autograd(_differentiate_gated_memory, setup_context=_save_gated_memory)
+
+
+def gated_memory(
+    hidden_states: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: NgramPlan,
+    norm_weight: Tensor,
+    norm_eps: float,
+    conv_weight: Tensor | None = None,
+    dilation: int = 1,
+    reach_back: int = 0,
+    history: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`motif_memory.gated_memory` as an operator; `conv_weight` is (hidden, taps)."""
+    behind = None if plan.behind is None else plan.behind[:, plan.context :]
+    return _gated_memory_operator(
+        hidden_states,
+        key,
+        value,
+        plan.exists,
+        behind,
+        plan.ahead,
+        norm_weight,
+        conv_weight,
+        history,
+        norm_eps,
+        dilation,
+        reach_back,
+    )
+
+
+# ---- key and value from packed tables
+
+
+def _folded_key_value(
+    rows: Tensor,
+    grams: Tensor,
+    runs: Tensor,
+    top: Tensor | None,
+    behind: Tensor | None,
+    ahead: Tensor | None,
+    sizes: Sequence[int],
+    window: int,
+    last: int,
+    length: int,
+    scale: float,
+) -> Tensor:
+    plan = _plan(grams, runs, behind, ahead, None, sizes, window, last, length)
+    key, value = torch_folded_key_value(FoldedTables(rows, scale), plan, top)
+    return torch.cat([key, value], dim=-1)
+
+
+def _folded_key_value_backward(
+    grad: Tensor,
+    grams: Tensor,
+    runs: Tensor,
+    top: Tensor | None,
+    behind: Tensor | None,
+    ahead: Tensor | None,
+    sizes: Sequence[int],
+    window: int,
+    last: int,
+    row_count: int,
+    scale: float,
+) -> Tensor:
+    """Gradient (rows, 2 * hidden) of packed tables; additions in a fixed order, so it is the same every time."""
+    plan = _plan(grams, runs, behind, ahead, None, sizes, window, last, grad.shape[1])
+    largest, columns = max(sizes), grad.shape[-1]
+    endings = window - largest + 1
+    top_rows = row_count - table_sections(largest, 0).rows
+    sections = table_sections(largest, top_rows)
+    above = grams if top is None else top
+    regular = is_regular(plan)
+    by_end = F.pad(grad * regular.unsqueeze(-1), (0, 0, plan.context + last, 0))[:, : grams.shape[1]]
+    pooled = window_sum(by_end, (0, endings - 1))  # by n-gram: the gradients of the windows that hold it
+    parts = [_sum_by_row(pooled, above, top_rows), grad.new_zeros(sections.oldest - top_rows, columns)]
+    if largest > 1:
+        oldest = F.pad(grams % 5 ** (largest - 1), (endings, 0))[:, : grams.shape[1]]
+        parts.append(_sum_by_row(by_end, oldest, 5 ** (largest - 1)))
+    out = torch.cat(parts)
+    batch, positions = (~regular).nonzero(as_tuple=True)
+    for some in torch.arange(len(batch), device=batch.device).split(64):  # bounds the memory for their rows
+        place, rows, weights = irregular_rows(plan, above, sections, batch[some], positions[some])
+        values = grad[batch[some], positions[some]][place] * weights.unsqueeze(-1).to(grad.dtype)
+        if out.is_cuda:  # sorts; `index_add_` would add in any order
+            out.index_put_((rows,), values, accumulate=True)
+        else:
+            out.index_add_(0, rows, values)
+    return out / scale
+
+
+def _sum_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """(count, columns): the sum of the values at the places of each row, in a fixed order."""
+    return torch.ops.aten.embedding_dense_backward(values, rows, count, -1, False)
+
+
+_folded_key_value_operator = _operator("folded_key_value", _folded_key_value)
+_folded_key_value_backward_operator = _operator("folded_key_value_backward", _folded_key_value_backward)
+
+
+@_folded_key_value_operator.register_fake
+def _(rows, grams, runs, top, behind, ahead, sizes, window, last, length, scale):  # type: ignore[no-untyped-def]
+    work = torch.promote_types(rows.dtype, torch.float32)
+    return rows.new_empty(grams.shape[0], length, rows.shape[0] * rows.shape[2], dtype=work)
+
+
+@_folded_key_value_backward_operator.register_fake
+def _(grad, grams, runs, top, behind, ahead, sizes, window, last, row_count, scale):  # type: ignore[no-untyped-def]
+    return grad.new_empty(row_count, grad.shape[-1])
+
+
+def _save_folded_key_value(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    rows, *plan, ctx.sizes, ctx.window, ctx.last, _, ctx.scale = inputs
+    ctx.slabs, ctx.row_count, ctx.slab_width, ctx.dtype = *rows.shape, rows.dtype
+    ctx.save_for_backward(*plan)
+
+
+def _differentiate_folded_key_value(ctx: Any, grad: Tensor) -> tuple:
+    rows = _folded_key_value_backward_operator(
+        grad, *ctx.saved_tensors, ctx.sizes, ctx.window, ctx.last, ctx.row_count, ctx.scale
+    )
+    return _as_slabs(rows, ctx.slabs).to(ctx.dtype), *[None] * 10
+
+
+def _as_slabs(rows: Tensor, slabs: int) -> Tensor:
+    """(rows, columns) seen as (slabs, rows, slab width)."""
+    return rows.view(rows.shape[0], slabs, -1).transpose(0, 1)
+
+
+_folded_key_value_operator.register_autograd(_differentiate_folded_key_value, setup_context=_save_folded_key_value)
+
+
+def folded_key_value(tables: FoldedTables, plan: NgramPlan, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`folded_memory.folded_key_value` as an operator."""
+    both = _folded_key_value_operator(
+        tables.rows,
+        plan.grams,
+        plan.runs,
+        top,
+        plan.behind,
+        plan.ahead,
+        plan.ngram_sizes,
+        plan.window,
+        plan.last,
+        plan.length,
+        tables.scale,
+    )
+    key, value = both.chunk(2, dim=-1)
+    return key, value
+
+
+# ---- the whole memory from packed tables
+
+
+def _folded_memory(
+    hidden_states: Tensor,
+    rows: Tensor,
+    grams: Tensor,
+    runs: Tensor,
+    top: Tensor | None,
+    behind: Tensor | None,
+    ahead: Tensor | None,
+    exists: Tensor | None,
+    norm_weight: Tensor,
+    conv_weight: Tensor | None,
+    history: Tensor | None,
+    sizes: Sequence[int],
+    window: int,
+    last: int,
+    scale: float,
+    norm_eps: float,
+    dilation: int,
+    reach_back: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _all_native(hidden_states) and uses_native(rows.device, rows.dtype, rows.shape[-1]):
+        return _native("folded_memory")(
+            hidden_states,
+            rows,
+            grams,
+            runs,
+            top,
+            behind,
+            ahead,
+            exists,
+            norm_weight,
+            conv_weight,
+            history,
+            sizes,
+            window,
+            last,
+            scale,
+            norm_eps,
+            dilation,
+            reach_back,
+        )
+    plan = _plan(grams, runs, behind, ahead, exists, sizes, window, last, hidden_states.shape[1])
+    return torch_folded_memory(
+        hidden_states,
+        FoldedTables(rows, scale),
+        plan,
+        norm_weight,
+        norm_eps,
+        None if conv_weight is None else conv_weight.unsqueeze(1),
+        dilation,
+        reach_back,
+        history,
+        top,
+    )
+
+
+def _folded_memory_backward(
+    grad_residual: Tensor,
+    grad_gate: Tensor | None,
+    hidden_states: Tensor,
+    rows: Tensor,
+    grams: Tensor,
+    runs: Tensor,
+    top: Tensor | None,
+    behind: Tensor | None,
+    ahead: Tensor | None,
+    exists: Tensor | None,
+    norm_weight: Tensor,
+    conv_weight: Tensor | None,
+    gate: Tensor,
+    sizes: Sequence[int],
+    window: int,
+    last: int,
+    scale: float,
+    norm_eps: float,
+    dilation: int,
+    reach_back: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _all_native(hidden_states) and uses_native(rows.device, rows.dtype, rows.shape[-1]):
+        grads = _native("folded_memory_backward")(
+            grad_residual,
+            grad_gate,
+            hidden_states,
+            rows,
+            grams,
+            runs,
+            top,
+            behind,
+            ahead,
+            exists,
+            norm_weight,
+            conv_weight,
+            sizes,
+            window,
+            last,
+            scale,
+            norm_eps,
+            dilation,
+            reach_back,
+            gate,
+        )
+        return (*grads[:3], norm_weight.new_zeros(0) if grads[3] is None else grads[3])
+    length = hidden_states.shape[1]
+    plan = _plan(grams, runs, behind, ahead, exists, sizes, window, last, length)
+    key, value = torch_folded_key_value(FoldedTables(rows, scale), plan, top)
+    own_behind = None if behind is None else behind[:, plan.context :]
+    grad_hidden, grad_key, grad_value, grad_norm, grad_conv = _gated_memory_backward(
+        grad_residual,
+        grad_gate,
+        hidden_states,
+        key,
+        value,
+        exists,
+        own_behind,
+        ahead,
+        norm_weight,
+        conv_weight,
+        norm_eps,
+        dilation,
+        reach_back,
+    )
+    grad_rows = _folded_key_value_backward(
+        torch.cat([grad_key, grad_value], dim=-1),
+        grams,
+        runs,
+        top,
+        behind,
+        ahead,
+        sizes,
+        window,
+        last,
+        rows.shape[1],
+        scale,
+    )
+    return grad_hidden, _as_slabs(grad_rows, rows.shape[0]), grad_norm, grad_conv
+
+
+_folded_memory_operator = _operator("folded_memory", _folded_memory)
+_folded_memory_backward_operator = _operator("folded_memory_backward", _folded_memory_backward)
+
+
+@_folded_memory_operator.register_fake
+def _(  # type: ignore[no-untyped-def]
+    hidden_states, rows, grams, runs, top, behind, ahead, exists, norm_weight, conv_weight, history, sizes, window,
+    last, scale, norm_eps, dilation, reach_back,
+):  # fmt: skip
+    return _fake_memory(hidden_states, conv_weight, dilation, torch.promote_types(rows.dtype, torch.float32))
+
+
+@_folded_memory_backward_operator.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grad_residual, grad_gate, hidden_states, rows, grams, runs, top, behind, ahead, exists, norm_weight, conv_weight,
+    gate, sizes, window, last, scale, norm_eps, dilation, reach_back,
+):  # fmt: skip
+    slabs, count, width = rows.shape
+    grad_rows = _as_slabs(
+        rows.new_empty(count, slabs * width, dtype=torch.promote_types(rows.dtype, torch.float32)), slabs
+    )
+    conv = norm_weight.new_empty(0) if conv_weight is None else torch.empty_like(conv_weight)
+    return torch.empty_like(hidden_states), grad_rows, torch.empty_like(norm_weight), conv
+
+
+def _save_folded_memory(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, history, sizes, window, last, scale, norm_eps, dilation, reach_back = inputs
+    if history is not None:
+        raise RuntimeError("gradients through a cached history are not defined; use the PyTorch composition instead.")
+    ctx.numbers = (sizes, window, last, scale, norm_eps, dilation, reach_back)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate_folded_memory(ctx: Any, grad_residual: Tensor | None, grad_gate: Tensor | None, _: Any) -> tuple:
+    hidden_states, rows = ctx.saved_tensors[:2]
+    if grad_residual is None:
+        grad_residual = torch.zeros_like(hidden_states)
+    grad_hidden, grad_rows, grad_norm, grad_conv = _folded_memory_backward_operator(
+        grad_residual, grad_gate, *ctx.saved_tensors, *ctx.numbers
+    )
+    has_conv = ctx.saved_tensors[9] is not None
+    return (
+        grad_hidden,
+        grad_rows.to(rows.dtype),
+        *[None] * 6,
+        grad_norm,
+        grad_conv if has_conv else None,
+        *[None] * 8,
+    )
+
+
+_folded_memory_operator.register_autograd(_differentiate_folded_memory, setup_context=_save_folded_memory)
+
+
+def folded_memory(
+    hidden_states: Tensor,
+    tables: FoldedTables,
+    plan: NgramPlan,
+    norm_weight: Tensor,
+    norm_eps: float,
+    conv_weight: Tensor | None = None,
+    dilation: int = 1,
+    reach_back: int = 0,
+    history: Tensor | None = None,
+    top: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`folded_memory.folded_memory` as an operator; `conv_weight` is (hidden, taps)."""
+    return _folded_memory_operator(
+        hidden_states,
+        tables.rows,
+        plan.grams,
+        plan.runs,
+        top,
+        plan.behind,
+        plan.ahead,
+        plan.exists,
+        norm_weight,
+        conv_weight,
+        history,
+        plan.ngram_sizes,
+        plan.window,
+        plan.last,
+        tables.scale,
+        norm_eps,
+        dilation,
+        reach_back,
+    )

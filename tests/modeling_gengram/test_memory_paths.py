@@ -1,0 +1,244 @@
+"""A model gives the same numbers whichever way its memories are computed, and takes the intended way."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import random_ids, tiny_model
+from transformers import DynamicCache
+
+import gengram
+from gengram import GengramForCausalLM, GengramForMaskedLM, memory_path
+from gengram.modeling_gengram import modeling_gengram
+
+CLOSE = dict(rtol=0, atol=1e-5)
+
+
+def memories(model):
+    return [layer.motif_memory for layer in model.model.layers if layer.motif_memory is not None]
+
+
+def folds(model):
+    return [memory._fold for memory in memories(model)]
+
+
+@pytest.fixture
+def algorithms(monkeypatch):
+    """The algorithms taken, one entry per memory layer and pass."""
+    taken = []
+
+    def choose(**arguments):
+        taken.append(original(**arguments))
+        return taken[-1]
+
+    original = modeling_gengram.choose_algorithm
+    monkeypatch.setattr(modeling_gengram, "choose_algorithm", choose)
+    return taken
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", [GengramForCausalLM, GengramForMaskedLM])
+@pytest.mark.parametrize("algorithm", ["folded", "table_major"])
+def test_all_ways_give_the_same_numbers(head, algorithm):
+    model, ids = tiny_model(head), random_ids(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    positions = (torch.arange(60) % 37).expand(2, -1)
+    for inputs in (dict(), dict(attention_mask=mask), dict(position_ids=positions, use_cache=False)):
+        with memory_path("token_major", "torch"):
+            expected = model(ids, **inputs).logits
+        with memory_path(algorithm, "torch"):
+            logits = model(ids, **inputs).logits
+        kept = mask.bool() if "attention_mask" in inputs else torch.ones_like(mask, dtype=torch.bool)
+        assert not torch.equal(logits, expected)  # another way was taken
+        torch.testing.assert_close(logits[kept], expected[kept], **CLOSE)
+
+
+def test_gradients_are_the_same_through_tokens_and_through_tables():
+    model, ids = tiny_model(GengramForCausalLM).train(), random_ids(2, 50)
+    gradients = {}
+    for algorithm in ("token_major", "table_major"):
+        model.zero_grad()
+        with memory_path(algorithm, "torch"):
+            model(ids, labels=ids).loss.backward()
+        gradients[algorithm] = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    for name, truth in gradients["token_major"].items():
+        torch.testing.assert_close(gradients["table_major"][name], truth, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_training_is_the_same_every_time():
+    model, ids = tiny_model(GengramForCausalLM).train(), random_ids(2, 50)
+    runs = []
+    for _ in range(2):
+        model.zero_grad()
+        with memory_path("table_major"):
+            model(ids, labels=ids).loss.backward()
+        runs.append([weight.grad.clone() for weight in model.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_inference_folds_by_itself_and_training_does_not(algorithms):
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 40, non_letters=0)
+    model(ids)
+    assert set(algorithms) == {"token_major"} and folds(model) == [None, None]
+    with torch.no_grad():
+        model(ids)
+        assert algorithms[2:] == ["folded"] * 2 and None not in folds(model)
+        before = folds(model)
+        model(ids)
+        assert all(a is b for a, b in zip(before, folds(model), strict=True))
+        model.train()(ids)
+    assert algorithms[-2:] == ["token_major"] * 2 and folds(model) == [None, None]
+    model(random_ids(8, 1200))
+    assert algorithms[-2:] == ["table_major"] * 2
+
+
+@torch.no_grad()
+def test_few_full_windows_are_not_folded(algorithms):
+    model = tiny_model(GengramForMaskedLM)
+    model(random_ids(1, 200, non_letters=0.3))
+    assert set(algorithms) == {"token_major"}
+
+
+@torch.no_grad()
+def test_folded_tables_follow_the_weights():
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 40, non_letters=0)
+    model(ids)
+    memories(model)[0].key_proj.weight.mul_(-1)
+    changed = model(ids).logits
+    with memory_path("token_major"):
+        torch.testing.assert_close(model(ids).logits, changed, **CLOSE)
+    other = tiny_model(GengramForCausalLM, seed=5)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(ids).logits, other(ids).logits, **CLOSE)
+    assert folds(copy.deepcopy(model)) == [None, None]
+    assert not any("fold" in name for name in model.state_dict())
+    model.double()
+    assert folds(model) == [None, None]
+    assert model(ids).logits.dtype == torch.float64
+    assert {fold.tables.rows.dtype for fold in folds(model)} == {torch.float64}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models_get_float16_tables(dtype):
+    model, ids = tiny_model(GengramForCausalLM).to(dtype), random_ids(1, 40, non_letters=0)
+    memory, hidden = memories(model)[0], torch.randn(1, 40, 32).to(dtype)
+    plan = model.model._plan_memory(model.model._letter_codes(ids, None), None, None, None, True)
+    ours = memory(hidden, plan)[0].double()
+    assert folds(model)[0].tables.rows.dtype == torch.float16
+    with memory_path("token_major", "torch"):
+        exact = memory.double()(hidden.double(), plan)[0]
+    assert (ours - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def test_decoding_equals_prefill():
+    model, ids = tiny_model(GengramForCausalLM).fold_memory(torch.float16), random_ids(2, 40)
+    full, cache = model(ids).logits, DynamicCache(config=model.config)
+    parts = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 1, 20, 1, 10], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("folded", [False, True])
+def test_compiled_model_is_one_graph(folded):
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 50, non_letters=0)
+    with memory_path("token_major"):
+        expected = model(ids, use_cache=False).logits
+    model.unfold_memory()
+    if folded:
+        model.fold_memory()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, **CLOSE)
+
+
+def test_compiled_training_is_one_graph():
+    model, ids = tiny_model(GengramForCausalLM).train(), random_ids(2, 40)
+    for algorithm in ("token_major", "table_major"):
+        with memory_path(algorithm):
+            model.zero_grad()
+            model(ids, labels=ids).loss.backward()
+            expected = memories(model)[0].embeddings[0].weight.grad.clone()
+            model.zero_grad()
+            torch._dynamo.reset()
+            torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss.backward()
+        torch.testing.assert_close(memories(model)[0].embeddings[0].weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_memory_is_exported_with_its_operators():
+    memory = memories(tiny_model(GengramForCausalLM).fold_memory())[0]
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory = memory
+
+        def forward(self, hidden_states, codes):
+            plan = modeling_gengram.plan_ngrams(
+                codes, memory.ngram_sizes, memory.window, rows_and_runs=modeling_gengram.ngram_rows_and_runs
+            )
+            return self.memory(hidden_states, plan)[0]
+
+    arguments = (torch.randn(1, 40, 32), torch.randint(1, 6, (1, 40)))
+    layer = Layer().eval()
+    length = torch.export.Dim("length", min=30, max=1000)
+    program = torch.export.export(layer, arguments, dynamic_shapes=({1: length}, {1: length}))
+    assert "gengram.folded_memory" in str(program.graph)
+    longer = (torch.randn(1, 77, 32), torch.randint(1, 6, (1, 77)))
+    torch.testing.assert_close(program.module()(*longer), layer(*longer), **CLOSE)
+
+
+def test_autocast_trains_through_both_ways():
+    model, ids = tiny_model(GengramForCausalLM).train(), random_ids(2, 60)
+    losses = {}
+    for algorithm in ("token_major", "table_major"):
+        model.zero_grad()
+        with memory_path(algorithm), torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert memories(model)[0].key_proj.weight.grad.dtype == torch.float32
+        losses[algorithm] = loss.item()
+    assert abs(losses["token_major"] - losses["table_major"]) < 0.02
+
+
+def test_what_cannot_be_folded_is_an_error():
+    with pytest.raises(ValueError, match="as_trained"):
+        tiny_model(GengramForCausalLM, memory_pooling="as_trained").fold_memory()
+    model = tiny_model(GengramForCausalLM)
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        copy.deepcopy(model).train().fold_memory()
+    memories(model)[0].key_proj = torch.nn.Sequential(memories(model)[0].key_proj)
+    with pytest.raises(ValueError, match="adapters"):
+        model.fold_memory()
+    with torch.device("meta"):
+        offloaded = GengramForCausalLM(model.config).eval()
+    with pytest.raises(ValueError, match="offloaded"):
+        offloaded.fold_memory()
+
+
+@torch.no_grad()
+def test_hooks_on_parts_of_the_memory_are_called():
+    model, seen = tiny_model(GengramForCausalLM), []
+    memories(model)[0].value_proj.register_forward_hook(lambda *_: seen.append(1))
+    model(random_ids(1, 40, non_letters=0))
+    assert seen == [1]
+
+
+@torch.no_grad()
+def test_forcing_a_way_that_is_not_there_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="algorithm must be one of"), memory_path("fastest"):
+        pass
+    with pytest.raises(ValueError, match="kernels must be one of"), memory_path(kernels="cuda"):
+        pass
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 30)
+    with memory_path("folded"), torch.enable_grad(), pytest.raises(ValueError, match="needs gradients"):
+        model(ids)
+    as_trained = tiny_model(GengramForCausalLM, memory_pooling="as_trained")
+    with memory_path("folded"), pytest.raises(ValueError, match="as_trained"):
+        as_trained(ids)
+    monkeypatch.setattr(gengram.operators.memory_path, "_is_read", False)
+    monkeypatch.setenv("GENGRAM_MEMORY_ALGORITHM", "slow")
+    with pytest.raises(ValueError, match="GENGRAM_MEMORY_ALGORITHM must be one of"):
+        model(ids)

@@ -1,0 +1,95 @@
+"""Random instances of the memory's inputs: sizes in any order, segments, padding, history, non-letters."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from gengram.operators.motif_memory import NgramPlan, letter_codes, plan_ngrams
+
+LETTERS = [8, 5, 6, 7, 9]
+
+
+@dataclass
+class MemoryCase:
+    """One memory layer's weights and inputs, float64."""
+
+    plan: NgramPlan
+    tokens: torch.Tensor  # (batch, context + length)
+    segments: torch.Tensor | None  # (batch, context + length)
+    tables: list[torch.Tensor]
+    key_weight: torch.Tensor
+    value_weight: torch.Tensor
+    hidden_states: torch.Tensor
+    norm_weight: torch.Tensor
+    conv_weight: torch.Tensor | None  # (hidden, taps)
+    dilation: int
+    reach_back: int
+    history: torch.Tensor | None
+    is_causal: bool
+
+    @property
+    def sizes(self) -> list[int]:
+        return list(self.plan.ngram_sizes)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """All that may need gradients."""
+        conv = [] if self.conv_weight is None else [self.conv_weight]
+        return [*self.tables, self.key_weight, self.value_weight, self.hidden_states, self.norm_weight, *conv]
+
+    @property
+    def taps(self) -> torch.Tensor | None:
+        return None if self.conv_weight is None else self.conv_weight.unsqueeze(1)
+
+
+def random_case(
+    seed: int, *, hidden: int = 4, width: int = 3, largest: int = 3, length: int | None = None, context: bool = True
+) -> MemoryCase:
+    """The instance of a seed."""
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sizes = [choose.randint(1, largest) for _ in range(choose.randint(1, 3))]
+    window = max(sizes) + choose.randint(0, 9)
+    length = choose.randint(1, 40) if length is None else length
+    is_causal = choose.random() < 0.5
+    before = window - 1 if context and is_causal and choose.random() < 0.5 else 0
+    total = before + length
+    tokens = torch.tensor(LETTERS)[torch.randint(5, (2, total), generator=generator)]
+    tokens = torch.where(torch.rand(2, total, generator=generator) < choose.choice([0.0, 0.05, 0.3]), 3, tokens)
+    segments = behind = ahead = None
+    if choose.random() < 0.5:
+        segments = (torch.arange(total) // 17).expand(2, -1)
+        behind = (torch.arange(total) % 17).expand(2, -1)
+        ahead = (16 - behind).minimum(torch.arange(total).flip(0))[:, before:]
+    exists = torch.rand(2, length, generator=generator) < 0.9 if choose.random() < 0.3 else None
+    plan = plan_ngrams(
+        letter_codes(tokens, LETTERS),
+        sizes,
+        window,
+        context=before,
+        is_causal=is_causal,
+        behind=behind,
+        ahead=None if is_causal else ahead,
+        exists=exists,
+    )
+    taps, dilation = choose.choice([0, 1, 2, 4]), choose.randint(1, 3)
+    reach = max(taps - 1, 0) * dilation
+    return MemoryCase(
+        plan=plan,
+        tokens=tokens,
+        segments=segments,
+        tables=[normal(5**n, width) for n in sizes],
+        key_weight=normal(hidden, width * len(sizes)),
+        value_weight=normal(hidden, width * len(sizes)),
+        hidden_states=normal(2, length, hidden),
+        norm_weight=normal(hidden),
+        conv_weight=normal(hidden, taps) if taps else None,
+        dilation=dilation,
+        reach_back=reach if is_causal else reach - reach // 2,
+        history=normal(2, reach, hidden) if context and is_causal and reach and choose.random() < 0.5 else None,
+        is_causal=is_causal,
+    )
