@@ -81,7 +81,9 @@ def reference_module(path: Path, config: GengramConfig) -> Any:
 
 def describe_machine() -> dict[str, Any]:
     """Processor, threads, versions, commit."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     folder = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
     changes = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True).stdout

@@ -34,8 +34,8 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_gengram import GengramConfig
-from ..operators.folded_memory import FoldedTables, fold_tables
-from ..operators.memory_operators import folded_key_value, folded_memory, gated_memory, ngram_rows_and_runs
+from ..operators.folded_memory import FoldedTables, fold_tables, folded_key_value
+from ..operators.memory_operators import folded_memory, gated_memory, ngram_rows_and_runs
 from ..operators.memory_operators import window_features as window_features_operator
 from ..operators.memory_path import LARGEST_IRREGULAR_SHARE, choose_algorithm, folded_layout, uses_native
 from ..operators.motif_memory import (
@@ -219,8 +219,9 @@ class GengramMotifMemory(nn.Module):
             used = None
             if not torch.compiler.is_compiling():  # their number depends on the data
                 used, top = used_rows(plan)
-            tables = packed_rows(weights.tables, weights.key, weights.value, plan, used)
-        if tables is not None and not is_recording and (algorithm == "folded" or is_native):
+            slab_width = folded_layout(weights.key.device, hidden_states.dtype, hidden_states.shape[-1])
+            tables = packed_rows(weights.tables, weights.key, weights.value, plan, used, slab_width)
+        if tables is not None and not is_recording:
             taps = self._fused_weights(is_causal)
             residual, gate, gated = folded_memory(hidden_states, tables, plan, *taps, history, top)
         else:

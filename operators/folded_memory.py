@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .motif_memory import NgramPlan, dilated_taps, signed_square_root_gate
+from .motif_memory import NgramPlan, dilated_taps, gated_memory_backward, signed_square_root_gate
 
 _CHUNK = {"cpu": 256}  # positions at a time: on a CPU their rows and sums stay in its cache
 _OTHER_CHUNK = 8192
@@ -49,8 +49,9 @@ def project_tables(
     ngram_sizes: Sequence[int],
     window: int,
     used: torch.Tensor | None = None,
+    slab_width: int | None = None,
 ) -> torch.Tensor:
-    """Packed tables (rows, 2 * hidden), in at least float32, differentiable.
+    """Packed tables (slabs, rows, slab width), in at least float32, differentiable.
 
     Args:
         tables: one (5**n, width) per size.
@@ -58,38 +59,37 @@ def project_tables(
         ngram_sizes: sizes n, in the order of the tables.
         window: tokens of the window.
         used: int64 (top rows,), the rows of the largest n-gram that section A is to hold; None is all of them.
+        slab_width: columns that lie together in memory, a divisor of hidden; None is all of them.
     """
     weight = torch.cat([key_weight, value_weight])  # (2 * hidden, sizes * width)
     work = torch.promote_types(weight.dtype, torch.float32)
     width = tables[0].shape[1]
+    weight = weight.to(work).view(-1, slab_width or weight.shape[0], weight.shape[1])  # (slabs, slab width, features)
     largest = max(ngram_sizes)
     sections: list[torch.Tensor] = []  # C_1 .. C_N: sums over the sizes up to m, by the m-gram's row
     for m in range(1, largest + 1):
-        is_restricted = m == largest and used is not None
+        rows = used if m == largest else None
         total: torch.Tensor | None = None
         for index, size in enumerate(ngram_sizes):
             if size == m:
-                table = F.embedding(used, tables[index]) if used is not None and is_restricted else tables[index]
-                part = weight[:, index * width : (index + 1) * width].to(work) / (window - m + 1)
-                projected = table.to(work) @ part.T
+                table = tables[index] if rows is None else F.embedding(rows, tables[index])
+                part = weight[:, :, index * width : (index + 1) * width] / (window - m + 1)
+                projected = table.to(work) @ part.transpose(1, 2)  # (slabs, rows, slab width)
                 total = projected if total is None else total + projected
         if sections:
-            shorter = sections[-1]
-            if used is not None and is_restricted:
-                shorter = F.embedding(used % 5 ** (m - 1), shorter)
-            else:
-                shorter = shorter.repeat(5, 1)  # row g of an m-gram ends in the (m - 1)-gram g mod 5^(m - 1)
+            shorter = sections[-1]  # row g of an m-gram ends in the (m - 1)-gram g mod 5^(m - 1)
+            shorter = shorter.repeat(1, 5, 1) if rows is None else shorter[:, rows % 5 ** (m - 1)]
             total = shorter if total is None else total + shorter
         if total is None:
-            total = weight.new_zeros(5**m, weight.shape[0], dtype=work)
+            total = weight.new_zeros(weight.shape[0], 5**m, weight.shape[1])
         sections.append(total)
     packed = sections[::-1]
     if largest > 1:
         oldest = sections[largest - 2]  # B[q] adds up C_m[q div 5^(N - 1 - m)]
         for m in range(1, largest - 1):
-            oldest = (oldest.view(5**m, -1, weight.shape[0]) + sections[m - 1].unsqueeze(1)).flatten(0, 1)
+            oldest = (oldest.unflatten(1, (5**m, -1)) + sections[m - 1].unsqueeze(2)).flatten(1, 2)
         packed = [*packed, oldest]
-    return torch.cat(packed)
+    return torch.cat(packed, dim=1)
 
 
 def fold_tables(
@@ -105,12 +105,11 @@ def fold_tables(
 
     Args:
         dtype: of the rows. In float16 they are scaled by a power of two so that no window can overflow.
-        slab_width: columns that lie together in memory, a divisor of hidden; None is all of them.
 
     Raises:
         ValueError: if the weights are not finite.
     """
-    packed = project_tables(tables, key_weight, value_weight, ngram_sizes, window)
+    packed = project_tables(tables, key_weight, value_weight, ngram_sizes, window, slab_width=slab_width)
     largest = packed.abs().max().item()
     if not math.isfinite(largest):
         raise ValueError("the memory's weights are not finite, so they cannot be folded.")
@@ -121,11 +120,7 @@ def fold_tables(
             scale /= 2
         while bound * scale < 2.0**14:
             scale *= 2
-    rows = (packed * scale).to(dtype)
-    if slab_width is None:
-        return FoldedTables(rows.unsqueeze(0), scale)
-    slabs = rows.view(rows.shape[0], -1, slab_width).transpose(0, 1).contiguous()
-    return FoldedTables(slabs, scale)
+    return FoldedTables((packed * scale).to(dtype), scale)
 
 
 def is_regular(plan: NgramPlan) -> torch.Tensor:
@@ -185,6 +180,53 @@ class _Windows:
             out[:, columns : columns + slab.shape[1]].index_add_(0, bags, part)
             columns += slab.shape[1]
         return out
+
+    def gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of the rows, from that of the sums (batch, length, 2 * hidden), which is overwritten."""
+        if self.scale != 1:
+            grad /= self.scale
+        out = torch.zeros(self.rows.shape[1], grad.shape[-1], dtype=grad.dtype, device=grad.device)
+        batch, positions = (~self.regular).nonzero(as_tuple=True)
+        for some in torch.arange(len(batch), device=batch.device).split(64):  # bounds the memory for their rows
+            place, rows, weights = irregular_rows(self.plan, self.top, self.sections, batch[some], positions[some])
+            values = grad[batch[some], positions[some]][place] * weights.unsqueeze(-1).to(grad.dtype)
+            _add_rows(out, rows, values)
+        grad[batch, positions] = 0
+        ahead = self.plan.context + self.plan.last  # position t has the window that ends at token ahead + t
+        tokens = self.top.shape[1]
+        chunk = _CHUNK.get(grad.device.type, _OTHER_CHUNK)
+        for row, windows in enumerate(grad):
+            first = max(1 - self.endings, -ahead)  # the window that ends here would be the first to hold its n-gram
+            for begin in range(first, min(len(windows), tokens - ahead), chunk):
+                end = min(begin + chunk, len(windows), tokens - ahead)
+                held = windows[max(begin, 0) : end + self.endings - 1]
+                missing = (max(-begin, 0), end - begin + self.endings - 1 - max(-begin, 0) - len(held))
+                pooled = _leading_sum(F.pad(held, (0, 0, *missing)) if any(missing) else held, self.endings)
+                _add_rows(out, self.top[row, ahead + begin : ahead + end], pooled)
+                begin = max(begin, self.endings - ahead, 0)  # before, no window is full
+                if self.largest > 1 and begin < end:
+                    grams = self.plan.grams[row, ahead + begin - self.endings : ahead + end - self.endings]
+                    oldest = grams % 5 ** (self.largest - 1) + self.sections.oldest
+                    _add_rows(out, oldest, windows[begin:end])
+        slabs, _, width = self.rows.shape
+        return out.view(-1, slabs, width).transpose(0, 1)
+
+
+def _leading_sum(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Sum of every `length` consecutive rows, by binary doubling; `length - 1` rows fewer than `x`."""
+    count = len(x) - length + 1
+    total: torch.Tensor | None = None
+    taken, width = 0, 1
+    while True:
+        if length & width:
+            part = x[taken : taken + count]
+            total = part if total is None else total + part
+            taken += width
+        if 2 * width > length:
+            assert total is not None
+            return total
+        x = x[:-width] + x[width:]
+        width *= 2
 
 
 def irregular_rows(
@@ -328,6 +370,70 @@ def folded_memory(
         tail = gated[:, complete:]
         done += complete
     return out, gates, last
+
+
+def folded_memory_backward(
+    grad_residual: torch.Tensor,
+    grad_gate: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    folded: FoldedTables,
+    plan: NgramPlan,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    conv_weight: torch.Tensor | None = None,
+    dilation: int = 1,
+    reach_back: int = 0,
+    top: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of `folded_memory` (without history), for hidden states, rows, norm and conv weight.
+
+    Key and value are computed again, a block of positions at a time. Additions are in a fixed order on every device.
+    """
+    windows = _Windows(folded, plan, top)
+    batch_size, length, hidden = hidden_states.shape
+    reach = 0 if conv_weight is None else (conv_weight.shape[-1] - 1) * dilation
+    behind = None if plan.behind is None else plan.behind[:, plan.context :]
+    grad_hidden = torch.empty_like(hidden_states)
+    grad_sums = torch.empty(batch_size, length, 2 * hidden, dtype=windows.work, device=hidden_states.device)
+    grad_norm = torch.zeros_like(norm_weight)
+    grad_conv = None if conv_weight is None else torch.zeros_like(conv_weight)
+
+    def part(x: torch.Tensor | None, batch: slice, around: slice) -> torch.Tensor | None:
+        return None if x is None else x[batch, around]
+
+    for batch, begin, end in _blocks(batch_size, length, hidden_states.device):
+        around = slice(max(begin - reach, 0), min(end + reach, length))
+        key, value = windows.key_value(batch, around.start, around.stop).chunk(2, dim=-1)
+        query, key_gradient, value_gradient, norm, conv = gated_memory_backward(
+            grad_residual[batch, around],
+            part(grad_gate, batch, around),
+            hidden_states[batch, around],
+            key,
+            value,
+            norm_weight,
+            norm_eps,
+            conv_weight,
+            dilation,
+            reach_back,
+            part(plan.exists, batch, around),
+            part(behind, batch, around),
+            part(plan.ahead, batch, around),
+            core=slice(begin - around.start, end - around.start),
+        )
+        grad_hidden[batch, begin:end] = query
+        torch.cat([key_gradient, value_gradient], dim=-1, out=grad_sums[batch, begin:end])
+        grad_norm += norm
+        if grad_conv is not None:
+            grad_conv += conv
+    return grad_hidden, windows.gradient(grad_sums), grad_norm, grad_conv
+
+
+def _add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """`out[rows] += values`, in a fixed order; dim 0."""
+    if out.is_cuda:  # sorts; `index_add_` would add in any order
+        out.index_put_((rows.long(),), values, accumulate=True)
+    else:
+        out.index_add_(0, rows, values)
 
 
 def _blocks(batch_size: int, length: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:

@@ -1,8 +1,8 @@
 """The memory's operations as PyTorch operators: opaque to `torch.compile` and `torch.export`, native where possible.
 
-`ngram_rows_and_runs`, `window_features`, `gated_memory`, `folded_key_value` and `folded_memory`, each with a schema,
-shapes for tracing, and gradients. What they compute is in `motif_memory.py` and `folded_memory.py`; how (PyTorch or
-native kernels) is chosen by `memory_path.py` at every call. Segments, padding and context travel as plain tensors.
+`ngram_rows_and_runs`, `window_features`, `gated_memory` and `folded_memory`, each with a schema, shapes for tracing,
+and gradients. `motif_memory.py` and `folded_memory.py` say what they compute; `memory_path.py` decides at every call how
+(PyTorch or native kernels). Segments, padding and context travel as plain tensors.
 """
 
 import hashlib
@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .folded_memory import FoldedTables, irregular_rows, is_regular, table_sections
-from .folded_memory import folded_key_value as torch_folded_key_value
+from .folded_memory import FoldedTables
 from .folded_memory import folded_memory as torch_folded_memory
+from .folded_memory import folded_memory_backward as torch_folded_memory_backward
 from .memory_path import uses_native
-from .motif_memory import NgramPlan, gated_memory_backward, window_features_backward, window_sum
+from .motif_memory import NgramPlan, gated_memory_backward, window_features_backward
 from .motif_memory import gated_memory as torch_gated_memory
 from .motif_memory import ngram_rows_and_runs as torch_ngram_rows_and_runs
 from .motif_memory import window_features as torch_window_features
@@ -333,126 +332,6 @@ def gated_memory(
     )
 
 
-# ---- key and value from packed tables
-
-
-def _folded_key_value(
-    rows: Tensor,
-    grams: Tensor,
-    runs: Tensor,
-    top: Tensor | None,
-    behind: Tensor | None,
-    ahead: Tensor | None,
-    sizes: Sequence[int],
-    window: int,
-    last: int,
-    length: int,
-    scale: float,
-) -> Tensor:
-    plan = _plan(grams, runs, behind, ahead, None, sizes, window, last, length)
-    key, value = torch_folded_key_value(FoldedTables(rows, scale), plan, top)
-    return torch.cat([key, value], dim=-1)
-
-
-def _folded_key_value_backward(
-    grad: Tensor,
-    grams: Tensor,
-    runs: Tensor,
-    top: Tensor | None,
-    behind: Tensor | None,
-    ahead: Tensor | None,
-    sizes: Sequence[int],
-    window: int,
-    last: int,
-    row_count: int,
-    scale: float,
-) -> Tensor:
-    """Gradient (rows, 2 * hidden) of packed tables; additions in a fixed order, so it is the same every time."""
-    plan = _plan(grams, runs, behind, ahead, None, sizes, window, last, grad.shape[1])
-    largest, columns = max(sizes), grad.shape[-1]
-    endings = window - largest + 1
-    top_rows = row_count - table_sections(largest, 0).rows
-    sections = table_sections(largest, top_rows)
-    above = grams if top is None else top
-    regular = is_regular(plan)
-    by_end = F.pad(grad * regular.unsqueeze(-1), (0, 0, plan.context + last, 0))[:, : grams.shape[1]]
-    pooled = window_sum(by_end, (0, endings - 1))  # by n-gram: the gradients of the windows that hold it
-    parts = [_sum_by_row(pooled, above, top_rows), grad.new_zeros(sections.oldest - top_rows, columns)]
-    if largest > 1:
-        oldest = F.pad(grams % 5 ** (largest - 1), (endings, 0))[:, : grams.shape[1]]
-        parts.append(_sum_by_row(by_end, oldest, 5 ** (largest - 1)))
-    out = torch.cat(parts)
-    batch, positions = (~regular).nonzero(as_tuple=True)
-    for some in torch.arange(len(batch), device=batch.device).split(64):  # bounds the memory for their rows
-        place, rows, weights = irregular_rows(plan, above, sections, batch[some], positions[some])
-        values = grad[batch[some], positions[some]][place] * weights.unsqueeze(-1).to(grad.dtype)
-        if out.is_cuda:  # sorts; `index_add_` would add in any order
-            out.index_put_((rows,), values, accumulate=True)
-        else:
-            out.index_add_(0, rows, values)
-    return out / scale
-
-
-def _sum_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """(count, columns): the sum of the values at the places of each row, in a fixed order."""
-    return torch.ops.aten.embedding_dense_backward(values, rows, count, -1, False)
-
-
-_folded_key_value_operator = _operator("folded_key_value", _folded_key_value)
-_folded_key_value_backward_operator = _operator("folded_key_value_backward", _folded_key_value_backward)
-
-
-@_folded_key_value_operator.register_fake
-def _(rows, grams, runs, top, behind, ahead, sizes, window, last, length, scale):  # type: ignore[no-untyped-def]
-    work = torch.promote_types(rows.dtype, torch.float32)
-    return rows.new_empty(grams.shape[0], length, rows.shape[0] * rows.shape[2], dtype=work)
-
-
-@_folded_key_value_backward_operator.register_fake
-def _(grad, grams, runs, top, behind, ahead, sizes, window, last, row_count, scale):  # type: ignore[no-untyped-def]
-    return grad.new_empty(row_count, grad.shape[-1])
-
-
-def _save_folded_key_value(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    rows, *plan, ctx.sizes, ctx.window, ctx.last, _, ctx.scale = inputs
-    ctx.slabs, ctx.row_count, ctx.slab_width, ctx.dtype = *rows.shape, rows.dtype
-    ctx.save_for_backward(*plan)
-
-
-def _differentiate_folded_key_value(ctx: Any, grad: Tensor) -> tuple:
-    rows = _folded_key_value_backward_operator(
-        grad, *ctx.saved_tensors, ctx.sizes, ctx.window, ctx.last, ctx.row_count, ctx.scale
-    )
-    return _as_slabs(rows, ctx.slabs).to(ctx.dtype), *[None] * 10
-
-
-def _as_slabs(rows: Tensor, slabs: int) -> Tensor:
-    """(rows, columns) seen as (slabs, rows, slab width)."""
-    return rows.view(rows.shape[0], slabs, -1).transpose(0, 1)
-
-
-_folded_key_value_operator.register_autograd(_differentiate_folded_key_value, setup_context=_save_folded_key_value)
-
-
-def folded_key_value(tables: FoldedTables, plan: NgramPlan, top: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`folded_memory.folded_key_value` as an operator."""
-    both = _folded_key_value_operator(
-        tables.rows,
-        plan.grams,
-        plan.runs,
-        top,
-        plan.behind,
-        plan.ahead,
-        plan.ngram_sizes,
-        plan.window,
-        plan.last,
-        plan.length,
-        tables.scale,
-    )
-    key, value = both.chunk(2, dim=-1)
-    return key, value
-
-
 # ---- the whole memory from packed tables
 
 
@@ -560,37 +439,20 @@ def _folded_memory_backward(
         return (*grads[:3], norm_weight.new_zeros(0) if grads[3] is None else grads[3])
     length = hidden_states.shape[1]
     plan = _plan(grams, runs, behind, ahead, exists, sizes, window, last, length)
-    key, value = torch_folded_key_value(FoldedTables(rows, scale), plan, top)
-    own_behind = None if behind is None else behind[:, plan.context :]
-    grad_hidden, grad_key, grad_value, grad_norm, grad_conv = _gated_memory_backward(
+    *grads, grad_conv = torch_folded_memory_backward(
         grad_residual,
         grad_gate,
         hidden_states,
-        key,
-        value,
-        exists,
-        own_behind,
-        ahead,
+        FoldedTables(rows, scale),
+        plan,
         norm_weight,
-        conv_weight,
         norm_eps,
+        None if conv_weight is None else conv_weight.unsqueeze(1),
         dilation,
         reach_back,
-    )
-    grad_rows = _folded_key_value_backward(
-        torch.cat([grad_key, grad_value], dim=-1),
-        grams,
-        runs,
         top,
-        behind,
-        ahead,
-        sizes,
-        window,
-        last,
-        rows.shape[1],
-        scale,
     )
-    return grad_hidden, _as_slabs(grad_rows, rows.shape[0]), grad_norm, grad_conv
+    return (*grads, norm_weight.new_zeros(0) if grad_conv is None else grad_conv.squeeze(1))
 
 
 _folded_memory_operator = _operator("folded_memory", _folded_memory)
@@ -611,9 +473,8 @@ def _(  # type: ignore[no-untyped-def]
     gate, sizes, window, last, scale, norm_eps, dilation, reach_back,
 ):  # fmt: skip
     slabs, count, width = rows.shape
-    grad_rows = _as_slabs(
-        rows.new_empty(count, slabs * width, dtype=torch.promote_types(rows.dtype, torch.float32)), slabs
-    )
+    grad_rows = rows.new_empty(count, slabs, width, dtype=torch.promote_types(rows.dtype, torch.float32))
+    grad_rows = grad_rows.transpose(0, 1)
     conv = norm_weight.new_empty(0) if conv_weight is None else torch.empty_like(conv_weight)
     return torch.empty_like(hidden_states), grad_rows, torch.empty_like(norm_weight), conv
 

@@ -17,9 +17,8 @@ from .native import slab_width, status
 ALGORITHMS = ("auto", "token_major", "table_major", "folded")
 KERNELS = ("auto", "torch", "native")
 
-# Projecting rows costs as much as projecting this many tokens per row (a token has one feature per size, a row one in
-# all); what is left is the crossover measured by `benchmarks/memory_training.py`.
-TABLE_MAJOR_TOKENS_PER_ROW = 0.3
+# Table-major from this many tokens per table row on: the crossover measured by `benchmarks/memory_training.py`.
+TABLE_MAJOR_TOKENS_PER_ROW = 0.15
 # Above this share of windows that are not full of letters, folded tables read more than they save.
 LARGEST_IRREGULAR_SHARE = 0.25
 

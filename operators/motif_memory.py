@@ -246,21 +246,19 @@ def _window_sum_transposed(
         return window_sum(x, (-last, -first))
     total = torch.zeros_like(x)
     for offset in range(first, last + 1):
-        part = x * _within(offset, behind, ahead, x.dtype)
+        part = _within(x, offset, behind, ahead)
         moved = F.pad(part, (0, 0, max(offset, 0), max(-offset, 0)))
         start = max(-offset, 0)
         total = total + moved[:, start : start + x.shape[1]]
     return total
 
 
-def _within(
-    offset: int, behind: torch.Tensor | None, ahead: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor | float:
-    """1 where the token at `offset` belongs to the position's segment, else 0; (batch, length, 1)."""
+def _within(x: torch.Tensor, offset: int, behind: torch.Tensor | None, ahead: torch.Tensor | None) -> torch.Tensor:
+    """`x` (batch, length, width) where the token at `offset` belongs to the position's segment, else 0."""
     reach = behind if offset < 0 else ahead
     if offset == 0 or reach is None:
-        return 1.0
-    return (reach >= abs(offset)).unsqueeze(-1).to(dtype)
+        return x
+    return x * (reach >= abs(offset)).unsqueeze(-1).to(x.dtype)
 
 
 def running_sum(x: torch.Tensor, initial: torch.Tensor | None = None) -> torch.Tensor:
@@ -326,9 +324,9 @@ def dilated_taps(
     total: torch.Tensor | None = None
     for tap in range(taps):
         offset = tap * dilation - reach_back
-        part = x[:, tap * dilation : tap * dilation + length].to(work) * weight[:, 0, tap].to(work)
-        part = part * _within(offset, behind, ahead, work)
-        total = part if total is None else total + part
+        part = _within(x[:, tap * dilation : tap * dilation + length].to(work), offset, behind, ahead)
+        scale = weight[:, 0, tap].to(work)
+        total = part * scale if total is None else torch.addcmul(total, part, scale)
     assert total is not None
     return total.to(x.dtype)
 
@@ -403,51 +401,63 @@ def gated_memory_backward(
     exists: torch.Tensor | None = None,
     behind: torch.Tensor | None = None,
     ahead: torch.Tensor | None = None,
+    core: slice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Gradients of `gated_memory` (without history) for hidden states, key, value, norm weight and conv weight.
 
     Arguments as in `gated_memory`; `grad_residual` (batch, length, hidden) and `grad_gate` (batch, length) or None.
+    With `core`, only the share of those positions is returned, and the others are its neighbourhood: as many as the
+    convolution reaches on either side, if they exist.
     """
     work = torch.promote_types(key.dtype, torch.float32)
-    query, k, v, grad = (x.to(work) for x in (hidden_states, key, value, grad_residual))
+    value, grad = value.to(work), grad_residual.to(work)
     weight = norm_weight.to(work)
-    logit, query_scale, key_scale = _gate_logit(query, k, weight, norm_eps)
+    length = grad.shape[1]
+    begin, end, _ = (core or slice(None)).indices(length)
+    core = slice(begin, end)
+    logit, query_scale, key_scale = _gate_logit(hidden_states.to(work), key.to(work), weight, norm_eps)
     gate = signed_square_root_gate(logit)
-    is_there = torch.ones_like(gate) if exists is None else exists.to(work)
+    strength = gate if exists is None else gate * exists.to(work)
     grad_conv = None
+    grad_gated = grad[:, core]
     if conv_weight is not None:
-        gated = (gate * is_there).unsqueeze(-1) * v
         taps = conv_weight[:, 0].to(work)
-        padded = F.pad(gated, (0, 0, reach_back, (taps.shape[1] - 1) * dilation - reach_back))
-        x = dilated_taps(padded, conv_weight.to(work), dilation, reach_back, behind, ahead)
-        sigmoid = x.sigmoid()
-        grad_taps = grad * sigmoid * (1 + x * (1 - sigmoid))
+        reach = (taps.shape[1] - 1) * dilation
+        gated = F.pad(strength.unsqueeze(-1) * value, (0, 0, reach_back, reach - reach_back))
+        x = dilated_taps(gated, conv_weight.to(work), dilation, reach_back, behind, ahead)
+        grad_taps = torch.ops.aten.silu_backward(grad, x)
         by_tap = []
-        length = grad.shape[1]
-        total = F.pad(torch.zeros_like(grad), (0, 0, reach_back, padded.shape[1] - length - reach_back))
         for tap in range(taps.shape[1]):
-            place = slice(tap * dilation, tap * dilation + length)
-            part = grad_taps * _within(tap * dilation - reach_back, behind, ahead, work)
-            by_tap.append((part * padded[:, place]).sum((0, 1)))
-            total[:, place] += part * taps[:, tap]
-        grad = grad + total[:, reach_back : reach_back + length]
+            offset = tap * dilation - reach_back
+            part = _within(grad_taps, offset, behind, ahead)
+            by_tap.append((part[:, core] * gated[:, tap * dilation + begin : tap * dilation + end]).sum((0, 1)))
+            first, last = max(begin - offset, 0), min(end - offset, length)  # whose tap falls into the core
+            if first < last:
+                spread = part[:, first:last] * taps[:, tap]
+                pad = (first + offset - begin, end - last - offset)
+                grad_gated = grad_gated + (F.pad(spread, (0, 0, *pad)) if any(pad) else spread)
         grad_conv = torch.stack(by_tap, dim=-1).unsqueeze(1).to(conv_weight.dtype)
-    grad_value = (gate * is_there).unsqueeze(-1) * grad
-    grad_strength = (grad * v).sum(-1) * is_there
+    query, key, value = hidden_states[:, core].to(work), key[:, core].to(work), value[:, core]
+    logit, gate, query_scale, key_scale = (x[:, core] for x in (logit, gate, query_scale, key_scale))
+    grad_value = strength[:, core].unsqueeze(-1) * grad_gated
+    grad_strength = (grad_gated * value).sum(-1)
+    if exists is not None:
+        grad_strength = grad_strength * exists[:, core].to(work)
     if grad_gate is not None:
-        grad_strength = grad_strength + grad_gate
+        grad_strength = grad_strength + grad_gate[:, core]
     slope = torch.where(logit.abs() > 1e-6, 0.5 / logit.abs().clamp_min(1e-6).sqrt(), 0.0)
     grad_logit = grad_strength * gate * (1 - gate) * slope
     hidden = query.shape[-1]
-    grad_product = (grad_logit * query_scale * key_scale / math.sqrt(hidden)).unsqueeze(-1)
+    scale = (grad_logit * query_scale * key_scale / math.sqrt(hidden)).unsqueeze(-1)
     pull = grad_logit * logit / hidden  # through the two norms
-    grad_query = grad_product * weight * k - (pull * query_scale.square()).unsqueeze(-1) * query
-    grad_key = grad_product * weight * query - (pull * key_scale.square()).unsqueeze(-1) * k
-    grad_norm = (grad_product * query * k).sum((0, 1))
+    scaled_query, scaled_key = scale * query, scale * key
+    grad_query = torch.addcmul(scaled_key * weight, (pull * query_scale.square()).unsqueeze(-1), query, value=-1)
+    grad_key = torch.addcmul(scaled_query * weight, (pull * key_scale.square()).unsqueeze(-1), key, value=-1)
+    grad_norm = (scaled_query * key).sum((0, 1))
     return (
         grad_query.to(hidden_states.dtype),
-        grad_key.to(key.dtype),
-        grad_value.to(value.dtype),
+        grad_key.to(work),
+        grad_value,
         grad_norm.to(norm_weight.dtype),
         grad_conv,
     )

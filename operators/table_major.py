@@ -37,8 +37,9 @@ def packed_rows(
     value_weight: torch.Tensor,
     plan: NgramPlan,
     used: torch.Tensor | None,
+    slab_width: int | None = None,
 ) -> FoldedTables:
     """Packed tables of one step, differentiable; `used` from `used_rows`, or None for all rows."""
     with torch.autocast(device_type=key_weight.device.type, enabled=False):
-        rows = project_tables(tables, key_weight, value_weight, plan.ngram_sizes, plan.window, used)
-    return FoldedTables(rows.unsqueeze(0), 1.0)
+        rows = project_tables(tables, key_weight, value_weight, plan.ngram_sizes, plan.window, used, slab_width)
+    return FoldedTables(rows, 1.0)

@@ -52,9 +52,9 @@ def test_the_whole_memory_equals_the_definition_in_any_chunks(seed, chunk, monke
 def test_sections_cover_the_packed_tables():
     tables = [torch.randn(5**n, 2) for n in (1, 2, 4)]
     weights = torch.randn(2, 3, 6)
-    assert project_tables(tables, *weights, [1, 2, 4], 9).shape == (5**4 + 5**3 + 5**2 + 5 + 5**3, 6)
+    assert project_tables(tables, *weights, [1, 2, 4], 9).shape == (1, 5**4 + 5**3 + 5**2 + 5 + 5**3, 6)
     assert table_sections(4) == ((0, 775, 750, 625, 0), 780, 905)
-    assert project_tables(tables[:1], *weights[..., :2], [1], 9).shape[0] == table_sections(1).rows == 5
+    assert project_tables(tables[:1], *weights[..., :2], [1], 9).shape[1] == table_sections(1).rows == 5
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])

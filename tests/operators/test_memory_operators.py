@@ -5,6 +5,7 @@ import torch
 from memory_cases import LETTERS, random_case
 from torch.library import opcheck
 
+from gengram.operators import folded_memory
 from gengram.operators import memory_operators as operators
 from gengram.operators import motif_memory as definition
 from gengram.operators.table_major import packed_rows, used_rows
@@ -36,21 +37,19 @@ def token_major(case):
     return operators.gated_memory(case.hidden_states, key, value, case.plan, *numbers)[:2]
 
 
-def table_major(case, only_used=True):
+def table_major(case, only_used=True, slab_width=None):
     used, top = used_rows(case.plan) if only_used else (None, None)
-    rows = packed_rows(case.tables, case.key_weight, case.value_weight, case.plan, used)
-    return composed(case, *operators.folded_key_value(rows, case.plan, top))
+    rows = packed_rows(case.tables, case.key_weight, case.value_weight, case.plan, used, slab_width)
+    numbers = (case.norm_weight, 1e-5, case.conv_weight, case.dilation, case.reach_back, None)
+    return operators.folded_memory(case.hidden_states, rows, case.plan, *numbers, top)[:2]
 
 
 def table_major_of_all_rows(case):
     return table_major(case, only_used=False)
 
 
-def fused(case):
-    used, top = used_rows(case.plan)
-    rows = packed_rows(case.tables, case.key_weight, case.value_weight, case.plan, used)
-    numbers = (case.norm_weight, 1e-5, case.conv_weight, case.dilation, case.reach_back, None)
-    return operators.folded_memory(case.hidden_states, rows, case.plan, *numbers, top)[:2]
+def table_major_in_slabs(case):
+    return table_major(case, slab_width=2)
 
 
 def values_and_gradients(case, way):
@@ -63,10 +62,13 @@ def values_and_gradients(case, way):
     return [residual, gate, *gradients]
 
 
-@pytest.mark.parametrize("way", [token_major, table_major, table_major_of_all_rows, fused])
+@pytest.mark.parametrize("way", [token_major, table_major, table_major_of_all_rows, table_major_in_slabs])
 @pytest.mark.parametrize("seed", range(25))
-def test_values_and_gradients_equal_the_definition(way, seed):
-    case = random_case(seed, context=False)
+@pytest.mark.parametrize("chunk", [7, 256])
+def test_values_and_gradients_equal_the_definition(way, seed, chunk, monkeypatch):
+    monkeypatch.setitem(folded_memory._CHUNK, "cpu", chunk)
+    case = random_case(seed)
+    case.history = None
     ours, truth = values_and_gradients(case, way), values_and_gradients(case, by_definition)
     for mine, theirs in zip(ours, truth, strict=True):
         scale = 1 + theirs.abs().max().item() if theirs.numel() else 1
@@ -82,7 +84,7 @@ def test_gradients_are_those_of_finite_differences():
         tables = len(case.tables)
         case.tables = list(weights[:tables])
         case.key_weight, case.value_weight, case.hidden_states, case.norm_weight, case.conv_weight = weights[tables:]
-        return fused(case)
+        return table_major(case)
 
     leaves = [weight.clone().requires_grad_() for weight in case.weights]
     assert torch.autograd.gradcheck(function, leaves, atol=1e-5, rtol=1e-4)
@@ -115,10 +117,6 @@ def test_operators_are_what_pytorch_expects(seed):
     used, top = used_rows(plan)
     rows = packed_rows(case.tables, case.key_weight, case.value_weight, plan, used).rows.detach().requires_grad_()
     opcheck(
-        operators._folded_key_value_operator,
-        (rows, plan.grams, plan.runs, top, *segments, *numbers, plan.length, 1.0),
-    )
-    opcheck(
         operators._folded_memory_operator,
         (case.hidden_states, rows, plan.grams, plan.runs, top, *segments, plan.exists, case.norm_weight,
          case.conv_weight, None, *numbers, 1.0, *tail),
@@ -141,6 +139,6 @@ def test_float32_gradients_are_close_to_float64():
     for name in ("key_weight", "value_weight", "hidden_states", "norm_weight", "conv_weight"):
         weight = getattr(case, name)
         setattr(case, name, None if weight is None else weight.detach().float())
-    for way in (token_major, table_major, fused):
+    for way in (token_major, table_major):
         for mine, truth in zip(values_and_gradients(case, way), exact, strict=True):
             assert (mine.double() - truth).norm() <= 1e-4 * truth.norm()
