@@ -209,7 +209,7 @@ class _Windows:
                     oldest = grams % 5 ** (self.largest - 1) + self.sections.oldest
                     _add_rows(out, oldest, windows[begin:end])
         slabs, _, width = self.rows.shape
-        return out.view(-1, slabs, width).transpose(0, 1)
+        return out.view(-1, slabs, width).transpose(0, 1).contiguous()
 
 
 def _leading_sum(x: torch.Tensor, length: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The memory's operations as PyTorch operators: opaque to `torch.compile` and `torch.export`, native where possible.
 
 `ngram_rows_and_runs`, `window_features`, `gated_memory` and `folded_memory`, each with a schema, shapes for tracing,
-and gradients. `motif_memory.py` and `folded_memory.py` say what they compute; `memory_path.py` decides at every call how
-(PyTorch or native kernels). Segments, padding and context travel as plain tensors.
+and gradients. `motif_memory.py` and `folded_memory.py` say what they compute; `memory_path.py` decides how at every
+call (PyTorch or native kernels). Segments, padding and context travel as plain tensors.
 """
 
 import hashlib
@@ -220,7 +220,7 @@ def _gated_memory_backward(
     reach_back: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if _all_native(hidden_states, key, value):
-        grads = _native("gated_memory_backward")(
+        return _native("gated_memory_backward")(
             grad_residual,
             grad_gate,
             hidden_states,
@@ -231,11 +231,11 @@ def _gated_memory_backward(
             ahead,
             norm_weight,
             conv_weight,
+            None,  # history
             norm_eps,
             dilation,
             reach_back,
         )
-        return (*grads[:4], norm_weight.new_zeros(0) if grads[4] is None else grads[4])
     *grads, grad_conv = gated_memory_backward(
         grad_residual,
         grad_gate,
@@ -289,13 +289,13 @@ def _save_gated_memory(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate_gated_memory(ctx: Any, grad_residual: Tensor | None, grad_gate: Tensor | None, _: Any) -> tuple:
-    hidden_states = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors  # once: gradient checkpointing allows no second time
     if grad_residual is None:
-        grad_residual = torch.zeros_like(hidden_states)
+        grad_residual = torch.zeros_like(saved[0])
     *grads, grad_conv = _gated_memory_backward_operator(
-        grad_residual, grad_gate, *ctx.saved_tensors, ctx.norm_eps, ctx.dilation, ctx.reach_back
+        grad_residual, grad_gate, *saved, ctx.norm_eps, ctx.dilation, ctx.reach_back
     )
-    has_conv = ctx.saved_tensors[7] is not None
+    has_conv = saved[7] is not None
     return *grads[:3], None, None, None, grads[3], grad_conv if has_conv else None, None, None, None, None
 
 
@@ -355,7 +355,7 @@ def _folded_memory(
     dilation: int,
     reach_back: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _all_native(hidden_states) and uses_native(rows.device, rows.dtype, rows.shape[-1]):
+    if _all_native(hidden_states, rows) and hidden_states.shape[-1] % rows.shape[-1] == 0:
         return _native("folded_memory")(
             hidden_states,
             rows,
@@ -404,7 +404,6 @@ def _folded_memory_backward(
     exists: Tensor | None,
     norm_weight: Tensor,
     conv_weight: Tensor | None,
-    gate: Tensor,
     sizes: Sequence[int],
     window: int,
     last: int,
@@ -413,8 +412,8 @@ def _folded_memory_backward(
     dilation: int,
     reach_back: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _all_native(hidden_states) and uses_native(rows.device, rows.dtype, rows.shape[-1]):
-        grads = _native("folded_memory_backward")(
+    if _all_native(hidden_states, rows) and hidden_states.shape[-1] % rows.shape[-1] == 0:
+        return _native("folded_memory_backward")(
             grad_residual,
             grad_gate,
             hidden_states,
@@ -427,6 +426,7 @@ def _folded_memory_backward(
             exists,
             norm_weight,
             conv_weight,
+            None,  # history
             sizes,
             window,
             last,
@@ -434,9 +434,7 @@ def _folded_memory_backward(
             norm_eps,
             dilation,
             reach_back,
-            gate,
         )
-        return (*grads[:3], norm_weight.new_zeros(0) if grads[3] is None else grads[3])
     length = hidden_states.shape[1]
     plan = _plan(grams, runs, behind, ahead, exists, sizes, window, last, length)
     *grads, grad_conv = torch_folded_memory_backward(
@@ -470,11 +468,9 @@ def _(  # type: ignore[no-untyped-def]
 @_folded_memory_backward_operator.register_fake
 def _(  # type: ignore[no-untyped-def]
     grad_residual, grad_gate, hidden_states, rows, grams, runs, top, behind, ahead, exists, norm_weight, conv_weight,
-    gate, sizes, window, last, scale, norm_eps, dilation, reach_back,
+    sizes, window, last, scale, norm_eps, dilation, reach_back,
 ):  # fmt: skip
-    slabs, count, width = rows.shape
-    grad_rows = rows.new_empty(count, slabs, width, dtype=torch.promote_types(rows.dtype, torch.float32))
-    grad_rows = grad_rows.transpose(0, 1)
+    grad_rows = rows.new_empty(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32))
     conv = norm_weight.new_empty(0) if conv_weight is None else torch.empty_like(conv_weight)
     return torch.empty_like(hidden_states), grad_rows, torch.empty_like(norm_weight), conv
 
@@ -485,17 +481,17 @@ def _save_folded_memory(ctx: Any, inputs: tuple, output: tuple) -> None:
         raise RuntimeError("gradients through a cached history are not defined; use the PyTorch composition instead.")
     ctx.numbers = (sizes, window, last, scale, norm_eps, dilation, reach_back)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate_folded_memory(ctx: Any, grad_residual: Tensor | None, grad_gate: Tensor | None, _: Any) -> tuple:
-    hidden_states, rows = ctx.saved_tensors[:2]
+    saved = ctx.saved_tensors  # once: gradient checkpointing allows no second time
     if grad_residual is None:
-        grad_residual = torch.zeros_like(hidden_states)
+        grad_residual = torch.zeros_like(saved[0])
     grad_hidden, grad_rows, grad_norm, grad_conv = _folded_memory_backward_operator(
-        grad_residual, grad_gate, *ctx.saved_tensors, *ctx.numbers
+        grad_residual, grad_gate, *saved, *ctx.numbers
     )
-    has_conv = ctx.saved_tensors[9] is not None
+    rows, has_conv = saved[1], saved[9] is not None
     return (
         grad_hidden,
         grad_rows.to(rows.dtype),

@@ -3,6 +3,8 @@
 `csrc/README.md` tells how to build it. Nothing else in the package needs a compiler.
 """
 
+import mmap
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,19 +19,33 @@ class NativeStatus(NamedTuple):
     available: bool
     reason: str
     path: Path | None = None
-    capability: str = ""
+    capability: str = ""  # the CPU's instruction set that they use
     has_cuda: bool = False
+
+
+def _torch_version_of(path: Path) -> str:
+    """The version of PyTorch that a library was built with; "unknown" if it does not say."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = re.search(rb"gengram native kernels, built with torch ([^;]+);", content)
+        return found[1].decode() if found else "unknown"
 
 
 def _load() -> NativeStatus:
     found = sorted(Path(__file__).parent.glob("_native*.so"))
     if not found:
-        return NativeStatus(False, "the native kernels are not built (csrc/README.md)")
+        return NativeStatus(False, "the native kernels are not built (csrc/README.md tells how)")
+    path = found[0]
+    version = _torch_version_of(path)
+    if version.split(".")[:2] != torch.__version__.split(".")[:2]:
+        reason = f"they were built with PyTorch {version}, but this is {torch.__version__}; build them again"
+        return NativeStatus(False, reason, path)
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(path)
     except OSError as error:
-        return NativeStatus(False, f"{found[0]} cannot be loaded: {error}", found[0])
-    return NativeStatus(True, "", found[0])
+        return NativeStatus(False, f"{path} cannot be loaded: {error}", path)
+    operators = torch.ops.gengram_native
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("gengram_native::folded_memory", "CUDA")
+    return NativeStatus(True, "", path, operators.capability(), has_cuda)
 
 
 _STATUS = _load()

@@ -1,0 +1,245 @@
+"""The native kernels against the definition: values, gradients, and the same bits whatever the pieces."""
+
+import pytest
+import torch
+from memory_cases import LETTERS, random_case
+
+from gengram import memory_path
+from gengram.operators import memory_operators as operators
+from gengram.operators import motif_memory as definition
+from gengram.operators.folded_memory import fold_tables
+from gengram.operators.native import slab_width, status
+from gengram.operators.table_major import packed_rows, used_rows
+
+pytestmark = pytest.mark.skipif(not status().available, reason=status().reason)
+HIDDEN = [16, 32, 48, 256, 512]
+
+
+def single(case, dtype=torch.float32):
+    """The case with weights in float32, hidden states in `dtype`; all of them numbers that both can hold."""
+    for name in ("key_weight", "value_weight", "norm_weight", "conv_weight", "history"):
+        value = getattr(case, name)
+        setattr(case, name, None if value is None else value.detach().float())
+    case.tables = [table.detach().float() for table in case.tables]
+    case.hidden_states = case.hidden_states.detach().to(dtype)
+    return case
+
+
+def lean_to(case, key):
+    """Hidden states that lean towards the keys: the gate is steep near 0, where any rounding of a key shows."""
+    case.hidden_states = case.hidden_states + 1.5 * key / key.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def exact(case):
+    """Residual, gate and last inputs by the definition in float64."""
+    plan = case.plan
+    features = definition.window_features([t.double() for t in case.tables], plan)
+    key, value = features @ case.key_weight.double().T, features @ case.value_weight.double().T
+    doubles = [None if x is None else x.double() for x in (case.norm_weight, case.taps, case.history)]
+    behind = None if plan.behind is None else plan.behind[:, plan.context :]
+    return definition.gated_memory(
+        case.hidden_states.double(), key, value, doubles[0], 1e-5, doubles[1], case.dilation, case.reach_back,
+        doubles[2], plan.exists, behind, plan.ahead,
+    )  # fmt: skip
+
+
+def prepared(seed, hidden=None, dtype=torch.float32, **changes):
+    hidden = hidden or HIDDEN[seed % len(HIDDEN)]
+    case = random_case(seed, hidden=hidden, width=16, **changes)
+    features = definition.window_features(case.tables, case.plan)
+    case.norm_weight = case.norm_weight.abs() + 0.5
+    lean_to(case, features @ case.key_weight.T)
+    return single(case, dtype)
+
+
+def numbers(case):
+    return case.norm_weight, 1e-5, case.conv_weight, case.dilation, case.reach_back
+
+
+def folded(case, dtype=torch.float32):
+    width = slab_width(case.hidden_states.shape[-1])
+    return fold_tables(case.tables, case.key_weight, case.value_weight, case.sizes, case.plan.window, dtype, width)
+
+
+def assert_near(ours, truth, tolerance):
+    for mine, theirs in zip(ours, truth, strict=True):
+        assert mine.shape == theirs.shape
+        assert (mine.double() - theirs.double()).norm() <= tolerance * theirs.double().norm() + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_folded_memory_equals_the_definition(seed):
+    case = prepared(seed, length=[None, 600, 0][seed % 20 if seed % 20 < 3 else 0])
+    with memory_path(kernels="native"):
+        ours = operators.folded_memory(case.hidden_states, folded(case), case.plan, *numbers(case), case.history)
+    assert_near(ours, exact(case), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [torch.float16, torch.bfloat16, torch.float32])
+def test_16_bit_hidden_states_and_tables(dtype, rows):
+    for seed in range(6):
+        case = prepared(seed, dtype=dtype)
+        with memory_path(kernels="native"):
+            ours = operators.folded_memory(
+                case.hidden_states, folded(case, rows), case.plan, *numbers(case), case.history
+            )
+        assert ours[0].dtype == dtype
+        eps = max(torch.finfo(dtype).eps, torch.finfo(rows).eps)
+        assert_near(ours, exact(case), 2 * eps)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_gated_memory_equals_the_definition(seed):
+    case = prepared(seed)
+    features = definition.window_features(case.tables, case.plan)
+    key, value = features @ case.key_weight.T, features @ case.value_weight.T
+    with memory_path(kernels="native"):
+        ours = operators.gated_memory(case.hidden_states, key, value, case.plan, *numbers(case), case.history)
+    assert_near(ours, exact(case), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(20))
+def test_window_features_equal_the_definition(seed, dtype):
+    case = prepared(seed)
+    tables = [table.to(dtype) for table in case.tables]
+    with memory_path(kernels="native"):
+        ours = operators.window_features(tables, case.plan)
+    truth = definition.window_features([table.double() for table in tables], case.plan)
+    assert ours.dtype == dtype
+    assert_near([ours], [truth], torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plan_equals_the_definition(seed):
+    case = random_case(seed, largest=6)
+    codes = definition.letter_codes(case.tokens, LETTERS)
+    truth = definition.ngram_rows_and_runs(codes, max(case.sizes), case.plan.behind)
+    with memory_path(kernels="native"):
+        ours = operators.ngram_rows_and_runs(codes, max(case.sizes), case.plan.behind)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, truth, strict=True))
+
+
+def through_tables(case):
+    used, top = used_rows(case.plan)
+    width = slab_width(case.hidden_states.shape[-1])
+    rows = packed_rows(case.tables, case.key_weight, case.value_weight, case.plan, used, width)
+    return operators.folded_memory(case.hidden_states, rows, case.plan, *numbers(case), None, top)[:2]
+
+
+def through_tokens(case):
+    features = operators.window_features(case.tables, case.plan)
+    key, value = features @ case.key_weight.T, features @ case.value_weight.T
+    return operators.gated_memory(case.hidden_states, key, value, case.plan, *numbers(case))[:2]
+
+
+def gradients(case, outputs):
+    generator = torch.Generator().manual_seed(0)
+    loss = sum((y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum() for y in outputs)
+    return torch.autograd.grad(loss, case.weights, materialize_grads=True)
+
+
+@pytest.mark.parametrize("way", [through_tables, through_tokens])
+@pytest.mark.parametrize("seed", range(40))
+def test_gradients_equal_those_of_the_definition(seed, way):
+    case = prepared(seed, length=[None, 600][seed % 10 == 0])
+    case.history = None
+    for weight in case.weights:
+        weight.requires_grad_()
+    truth = gradients(case, exact(case)[:2])
+    with memory_path(kernels="native"):
+        ours = gradients(case, way(case))
+        again = gradients(case, way(case))
+    assert_near(ours, truth, 1e-4)
+    assert all(torch.equal(first, second) for first, second in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("way", [through_tables, through_tokens])
+def test_gradients_do_not_depend_on_the_number_of_threads(way):
+    case = prepared(3, hidden=256, length=700)
+    case.history = None
+    for weight in case.weights:
+        weight.requires_grad_()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with memory_path(kernels="native"):
+                outputs = way(case)
+                found.append([*outputs, *gradients(case, outputs)[len(case.tables) + 2 :]])  # not of matrix products
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("rows", [torch.float16, torch.float32])
+@pytest.mark.parametrize("window", [21, 9])
+def test_decoding_gives_the_bits_of_prefill(rows, window):
+    """Token by token, and in pieces of any length, with history: the same bits as all at once."""
+    generator = torch.Generator().manual_seed(1)
+    sizes, hidden, dilation = [1, 2, 3, 4, 5, 6], 48, 6
+    tables = [torch.randn(5**n, 16, generator=generator) for n in sizes]
+    weights = torch.randn(2, hidden, 96, generator=generator)
+    tables = fold_tables(tables, *weights, sizes, window, rows, slab_width(hidden))
+    tokens = torch.tensor(LETTERS)[torch.randint(5, (2, 700), generator=generator)]
+    tokens[0, 50] = tokens[1, 640] = 3
+    codes = definition.letter_codes(tokens, LETTERS)
+    hidden_states = torch.randn(2, 700, hidden, generator=generator).bfloat16()
+    taps, reach = torch.randn(hidden, 4, generator=generator), 3 * dilation
+    layer = (torch.ones(hidden), 1e-5, taps, dilation, reach)
+
+    with memory_path(kernels="native"):
+        whole = operators.folded_memory(hidden_states, tables, definition.plan_ngrams(codes, sizes, window), *layer)[0]
+        history, parts, start = torch.zeros(2, reach, hidden), [], 0
+        padded = torch.nn.functional.pad(codes, (window - 1, 0))
+        for length in [3, 1, 1, 600, *[1] * 60, 35]:
+            piece = padded[:, start : start + window - 1 + length]
+            plan = definition.plan_ngrams(
+                piece, sizes, window, context=window - 1, rows_and_runs=operators.ngram_rows_and_runs
+            )
+            part, _, last = operators.folded_memory(
+                hidden_states[:, start : start + length], tables, plan, *layer, history
+            )
+            history = torch.cat([history, last], dim=1)[:, -reach:]
+            parts.append(part)
+            start += length
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_not_finite_numbers_stay_where_they_are():
+    case = next(c for c in (prepared(seed, length=40) for seed in range(99)) if c.conv_weight is not None)
+    case.history = None
+    case.hidden_states[0, 20] = float("nan")
+    with memory_path(kernels="native"):
+        residual = operators.folded_memory(case.hidden_states, folded(case), case.plan, *numbers(case))[0]
+    assert residual[1].isfinite().all()
+    assert residual[0, : 20 - case.conv_weight.shape[1] * case.dilation].isfinite().all()
+
+
+def test_wrong_arguments_are_errors_not_crashes():
+    case = prepared(0, hidden=32)
+    tables = folded(case)
+    native = torch.ops.gengram_native
+
+    def run(hidden_states=case.hidden_states, rows=tables.rows, grams=case.plan.grams, sizes=case.sizes, norm=None):
+        norm = case.norm_weight if norm is None else norm
+        native.folded_memory(
+            hidden_states, rows, grams, case.plan.runs, None, None, None, None, norm, None, None, sizes,
+            case.plan.window, case.plan.last, 1.0, 1e-5, 1, 0,
+        )  # fmt: skip
+
+    run()
+    for message, wrong in [
+        ("multiple of 16", dict(hidden_states=case.hidden_states[..., :20], norm=case.norm_weight[:20])),
+        ("batch, length, hidden", dict(hidden_states=case.hidden_states[0])),
+        ("packed tables must be", dict(rows=tables.rows[:, :3])),
+        ("packed tables of some rows need `top`", dict(rows=torch.cat([tables.rows, tables.rows], dim=1))),
+        ("grams must be int32", dict(grams=case.plan.grams.long())),
+        ("n-gram sizes must be 1 to 8", dict(sizes=[9])),
+        ("norm_weight must be float32", dict(norm=case.norm_weight.double())),
+        ("expected float32, float16 or bfloat16", dict(hidden_states=case.hidden_states.double())),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            run(**wrong)
