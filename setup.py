@@ -29,6 +29,7 @@ def native_kernels() -> dict:
         def finalize_options(self) -> None:
             super().finalize_options()
             self.build_temp = str(temporary)
+            self.force = True  # setuptools does not see what the sources include
 
         def build_extension(self, extension) -> None:
             for name, flags in sets.items():
@@ -44,7 +45,8 @@ def native_kernels() -> dict:
         "gengram.operators._native",
         ["csrc/cpu/operators.cpp"],
         define_macros=[("GENGRAM_TORCH_VERSION", f'"{torch.__version__}"')],
-        extra_compile_args=["-O2"],
+        extra_compile_args=["-O2", "-fopenmp"],  # PyTorch's parallel_for is written with OpenMP
+        extra_link_args=["-fopenmp"],
         py_limited_api=True,
     )
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=Build.with_options(use_ninja=False)))

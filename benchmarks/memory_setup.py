@@ -1,11 +1,14 @@
 """What the memory's benchmarks share: a layer with random weights, random bases, the authors' module, results."""
 
+import gc
 import importlib.util
 import json
 import platform
+import re
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +80,20 @@ def reference_module(path: Path, config: GengramConfig) -> Any:
         short_conv_dilation=config.memory_conv_dilation,
         window_size=config.memory_window,
     )
+
+
+def extra_memory(step: Callable[[], Any]) -> int:
+    """Bytes by which the process's peak resident size rises above its size before, during one call."""
+    status_file = Path("/proc/self/status")
+
+    def size(name: str) -> int:
+        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status_file.read_text())[1])  # type: ignore[index]
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
+    before = size("VmRSS")
+    step()
+    return size("VmHWM") - before
 
 
 def describe_machine() -> dict[str, Any]:

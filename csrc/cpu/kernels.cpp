@@ -19,6 +19,7 @@ inline namespace GENGRAM_CAPABILITY {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kAhead = 6;  // positions that rows are fetched ahead of their use
 typedef float Vec __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -217,10 +218,33 @@ class WindowSums {
     for (int64_t j = larger(end - g_.endings + 1, 0); j < smaller(end, s_.tokens); j++) push<false>(j, nullptr);
   }
 
+  // One position on its own, without a sweep: the additions of push_row, in its order.
+  void only(const Sequence& s, int64_t t, Vec* out) {
+    s_ = s;
+    if (!kEndings || (kEndings & (kEndings - 1)) || !is_regular(g_, s_, t)) {
+      start(s, t);
+      at(t, out);
+      return;
+    }
+    const int64_t end = window_end(g_, s_, t);
+    const T* oldest = g_.largest > 1 ? row(oldest_row(g_, s_, t)) : nullptr;
+    for (int i = 0; i < vectors_; i++) {
+      Vec sums[kEndings ? kEndings : 1];
+      for (int k = 0; k < kEndings; k++) sums[k] = load(row(s_.top[end - k]) + kLanes * i);
+      for (int count = kEndings / 2; count; count /= 2)
+        for (int k = 0; k < count; k++) sums[k] = sums[2 * k] + sums[2 * k + 1];
+      out[i] = oldest ? sums[0] + load(oldest + kLanes * i) : sums[0];
+      if (factor_ != 1.f) out[i] *= factor_;
+    }
+  }
+
   void at(int64_t t, Vec* out) {
     const int64_t end = window_end(g_, s_, t);
     const bool regular = is_regular(g_, s_, t);
-    if (end + 6 < s_.tokens) prefetch(row(s_.top[end + 6]), vectors_);
+    if (end + kAhead < s_.tokens) {
+      prefetch(row(s_.top[end + kAhead]), vectors_);
+      if (g_.largest > 1 && end + kAhead >= g_.endings) prefetch(row(oldest_row(g_, s_, t + kAhead)), vectors_);
+    }
     if (end < s_.tokens) {
       if (regular)
         push<true>(end, out);
@@ -271,6 +295,7 @@ class Given {
   Given(const T* columns, int64_t hidden, int vectors) : columns_(columns), hidden_(hidden), vectors_(vectors) {}
   void start(const Sequence&, int64_t) {}
   void of_row(const T* columns) { columns_ = columns; }
+  void only(const Sequence&, int64_t t, Vec* out) { at(t, out); }
   void at(int64_t t, Vec* out) {
     for (int i = 0; i < vectors_; i++) out[i] = load(columns_ + t * hidden_ + kLanes * i);
   }
@@ -415,12 +440,16 @@ Blocks blocks_of(int64_t hidden, int64_t width) { return {width, hidden / width,
 
 // Sums of one block for the gates of positions begin..end of a row of the batch.
 template <class X, class Keys>
-void gate_sums(Keys& keys, const X* hidden_states, int64_t hidden, const float* norm_weight, int vectors, int64_t begin,
+void gate_sums(Keys& keys, const Sequence& s, const X* hidden_states, int64_t hidden, const float* norm_weight, int vectors, int64_t begin,
                int64_t end, GateSums* sums, int64_t stride) {
   Vec key[kMaxVectors];
   for (int64_t t = begin; t < end; t++) {
     const X* query = hidden_states + t * hidden;
-    keys.at(t, key);
+    if (t + kAhead < end) prefetch(query + kAhead * hidden, vectors);
+    if (end - begin == 1)
+      keys.only(s, t, key);
+    else
+      keys.at(t, key);
     Vec key_square{}, product{}, query_square{};
     for (int i = 0; i < vectors; i++) {
       const Vec q = load(query + kLanes * i), k = key[i];
@@ -455,8 +484,9 @@ void for_each_gate(const Origin& origin, const Tokens& tokens, const Layer& laye
     const int64_t first = begin + tile * kTile, last = smaller(first + kTile, end), column = block * blocks.width;
     auto keys = origin.keys(0, column, blocks.vectors);
     origin.select(keys, 0, row, column);
-    keys.start(sequence_of(tokens, row), first);
-    gate_sums(keys, hidden_states + row * tokens.length * layer.hidden + column, layer.hidden, layer.norm_weight + column,
+    const Sequence s = sequence_of(tokens, row);
+    if (last - first > 1) keys.start(s, first);
+    gate_sums(keys, s, hidden_states + row * tokens.length * layer.hidden + column, layer.hidden, layer.norm_weight + column,
               blocks.vectors, first, last, &sums[(row * length + first - begin) * blocks.count + block], blocks.count);
   });
   for (int64_t row = 0; row < tokens.batch; row++)
@@ -477,7 +507,8 @@ void value_tile(const ForwardArguments& a, const Origin& origin, const Blocks& b
   X* residual = static_cast<X*>(a.residual) + row * length * hidden + column;
   const float* gates = a.gate + row * length;
   origin.select(values, 1, row, column);
-  values.start(s, larger(begin - reach_back, 0));
+  const bool is_only = length == 1;
+  if (!is_only) values.start(s, larger(begin - reach_back, 0));
   for (int64_t newest = begin - reach_back; newest < end + reach_ahead; newest++) {
     Vec* input = &inputs[(newest + slots) % slots * vectors];
     if (newest < 0) {
@@ -486,7 +517,10 @@ void value_tile(const ForwardArguments& a, const Origin& origin, const Blocks& b
     } else if (newest >= length) {
       for (int i = 0; i < vectors; i++) input[i] = Vec{};
     } else {
-      values.at(newest, input);
+      if (is_only)
+        values.only(s, newest, input);
+      else
+        values.at(newest, input);
       const float strength = s.exists && !s.exists[newest] ? 0.f : gates[newest];
       for (int i = 0; i < vectors; i++) input[i] *= strength;
       if (newest >= length - a.kept && newest >= begin && newest < end) {
