@@ -63,7 +63,7 @@ def measure(case: dict, reference: Path | None, rounds: int, is_decoding: bool =
                 last = folded_memory(states[:, :-1], tables, memory.plan(ids[:, :-1]), *numbers)[2]
             history = last[:, -18:].contiguous()
 
-            def decode(kernels=kernels, tables=tables, history=history):
+            def decode(kernels=kernels, tables=tables, history=history, numbers=numbers):
                 with memory_path(kernels=kernels):
                     plan = memory.plan(ids[:, -21:], context=20)
                     return folded_memory(states[:, -1:], tables, plan, *numbers, history)[0]

@@ -1,24 +1,26 @@
-"""How exact the memory is along a sequence: exact pooling and the original's, against float64.
+"""How exact the memory is along a sequence: every way to compute it and the original's, against float64.
 
-    python benchmarks/memory_precision.py
+    python benchmarks/memory_precision.py [--figure docs/figures/memory_precision.svg]
 
 Prints, and writes to `benchmarks/results/memory_precision.json`, the relative error of the memory's residual by
-position: the root mean square over the positions of a bin, divided by that of the exact values.
+position: the root mean square over the positions of a bin, divided by that of the exact values. The figure needs
+matplotlib.
 """
 
 import argparse
-import json
-import platform
 from pathlib import Path
 
 import torch
+from memory_setup import describe_machine, write_results
 
-from gengram import GengramConfig, __version__
+from gengram import GengramConfig, memory_path
 from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
 from gengram.operators.motif_memory import letter_codes, plan_ngrams
+from gengram.operators.native import status
 
-BINS = [(64, 128), (512, 640), (1024, 1280), (2048, 2560), (4096, 5120), (7168, 8192)]
-RESULTS = Path(__file__).parent / "results" / "memory_precision.json"
+LENGTH = 131_072
+BINS = [(64, 128)] + [(2**k, 2**k + 2 ** (k - 2)) for k in range(9, 17)] + [(LENGTH - 8192, LENGTH)]
+SHORT = torch.float32, torch.bfloat16
 
 
 def memory(pooling: str, hidden: int, width: int) -> tuple[GengramMotifMemory, GengramConfig]:
@@ -27,43 +29,67 @@ def memory(pooling: str, hidden: int, width: int) -> tuple[GengramMotifMemory, G
         hidden_size=hidden, num_hidden_layers=1, memory_layers=[0], memory_embedding_dim=width, memory_pooling=pooling
     )
     torch.manual_seed(0)
-    module = GengramMotifMemory(config, 0)
+    module = GengramMotifMemory(config, 0).eval()
     torch.nn.init.normal_(module.short_conv.conv.weight, std=0.5)
     return module, config
 
 
 @torch.no_grad()
-def residual(pooling: str, dtype: torch.dtype, hidden: int, width: int, length: int) -> torch.Tensor:
+def residual(pooling: str, algorithm: str, kernels: str, dtype: torch.dtype, hidden: int, width: int) -> torch.Tensor:
+    """(length, hidden) in float64, computed in `dtype` from the same bfloat16 numbers."""
     module, config = memory(pooling, hidden, width)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.tensor(config.memory_token_ids)[torch.randint(4, (1, length), generator=generator)]
-    states = torch.randn(1, length, hidden, generator=generator).bfloat16()
-    for weight in module.parameters():  # the same numbers in every dtype
+    ids = torch.tensor(config.memory_token_ids)[torch.randint(4, (1, LENGTH), generator=generator)]
+    states = torch.randn(1, LENGTH, hidden, generator=generator).bfloat16()
+    for weight in module.parameters():
         weight.copy_(weight.bfloat16())
     plan = plan_ngrams(letter_codes(ids, config.memory_token_ids), config.memory_ngram_sizes, config.memory_window)
-    return module.to(dtype)(states.to(dtype), plan)[0][0].double()
+    with memory_path(algorithm, kernels):
+        return module.to(dtype)(states.to(dtype), plan)[0][0].double()
+
+
+def draw(rows: dict[str, list[float]], path: Path) -> None:
+    """The errors by position, one line per way."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, errors in rows.items():
+        style = "--" if "as_trained" in name else "-"
+        axes.loglog([(a + b) / 2 for a, b in BINS], errors, style, marker="o", markersize=3, label=name)
+    axes.set(xlabel="position (bases)", ylabel="relative error of the memory's residual")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--width", type=int, default=64, help="memory_embedding_dim")
+    parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
-    sizes = dict(hidden=arguments.hidden, width=arguments.width, length=8192)
-    exact = residual("exact", torch.float64, **sizes)
+    sizes = dict(hidden=arguments.hidden, width=arguments.width)
+    exact = residual("exact", "token_major", "torch", torch.float64, **sizes)
+    ways = [("exact", "token_major", "torch"), ("exact", "folded", "torch"), ("as_trained", "auto", "torch")]
+    if status().available:
+        ways.insert(2, ("exact", "folded", "native"))
     rows = {}
-    for pooling in ("exact", "as_trained"):
-        for dtype in (torch.float32, torch.bfloat16):
-            ours = residual(pooling, dtype, **sizes)
-            rows[f"{pooling} {str(dtype).removeprefix('torch.')}"] = [
+    for pooling, algorithm, kernels in ways:
+        for dtype in SHORT:
+            ours = residual(pooling, algorithm, kernels, dtype, **sizes)
+            name = f"{pooling}, {algorithm}, {kernels}" if pooling == "exact" else pooling
+            rows[f"{name}, {str(dtype).removeprefix('torch.')}"] = [
                 ((ours[a:b] - exact[a:b]).square().mean() / exact[a:b].square().mean()).sqrt().item() for a, b in BINS
             ]
-    print(f"{'positions':22}" + "".join(f"{f'{a}-{b}':>12}" for a, b in BINS))
     for name, errors in rows.items():
-        print(f"{name:22}" + "".join(f"{error:12.1e}" for error in errors))
-    machine = dict(processor=platform.processor() or platform.machine(), torch=torch.__version__, gengram=__version__)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(dict(machine=machine, shapes=sizes, bins=BINS, errors=rows), indent=1) + "\n")
+        print(f"{name:40}" + "".join(f"{error:10.1e}" for error in errors), flush=True)
+    if arguments.figure:
+        draw(rows, arguments.figure)
+    write_results(
+        "memory_precision",
+        dict(machine=describe_machine(), shapes=sizes | dict(length=LENGTH), bins=BINS, errors=rows),
+    )
 
 
 if __name__ == "__main__":

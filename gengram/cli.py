@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import demo
+from . import demo, doctor
 from ._version import __version__
 from .conversion_scripts import (
     convert_hf_to_megatron,
@@ -45,6 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     demonstrate = commands.add_parser("demo", help="convert, load and use a tiny bundled checkpoint")
     demo.add_demo_arguments(demonstrate)
     demonstrate.set_defaults(run=demo.run_demo)
+
+    examine = commands.add_parser("doctor", help="say what runs here: versions, devices, native kernels")
+    doctor.add_doctor_arguments(examine)
+    examine.set_defaults(run=doctor.run_doctor)
     return parser
 
 

@@ -263,8 +263,8 @@ def irregular_rows(
     longest = longest.masked_fill(~is_inside, 0)  # size of the longest n-gram that ends here inside the window
 
     weights = torch.zeros(len(positions), largest + 2, dtype=torch.float64, device=end.device)
-    for size in set(plan.ngram_sizes):
-        weights[:, size] = (plan.window - size + 1) / (longest >= size).sum(1).clamp_min(1).double()
+    for n in set(plan.ngram_sizes):
+        weights[:, n] = (plan.window - n + 1) / (longest >= n).sum(1).clamp_min(1).double()
     sizes = torch.arange(1, largest + 1, device=end.device)  # (places, window, sizes) from here on
     shorter = (weights[:, 1 : largest + 1] - weights[:, 2:]).unsqueeze(1)
     full = weights[:, 1 : largest + 1].unsqueeze(1)
@@ -423,7 +423,7 @@ def folded_memory_backward(
         grad_hidden[batch, begin:end] = query
         torch.cat([key_gradient, value_gradient], dim=-1, out=grad_sums[batch, begin:end])
         grad_norm += norm
-        if grad_conv is not None:
+        if grad_conv is not None and conv is not None:
             grad_conv += conv
     return grad_hidden, windows.gradient(grad_sums), grad_norm, grad_conv
 

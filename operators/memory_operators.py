@@ -113,12 +113,12 @@ _window_features_backward_operator = _operator("window_features_backward", _wind
 
 
 @_window_features_operator.register_fake
-def _(tables, grams, runs, behind, ahead, sizes, window, last, length):  # type: ignore[no-untyped-def]
+def _(tables, grams, runs, behind, ahead, sizes, window, last, length):
     return tables[0].new_empty(grams.shape[0], length, sum(table.shape[1] for table in tables))
 
 
 @_window_features_backward_operator.register_fake
-def _(grad, grams, runs, behind, ahead, sizes, window, last):  # type: ignore[no-untyped-def]
+def _(grad, grams, runs, behind, ahead, sizes, window, last):
     work = torch.promote_types(grad.dtype, torch.float32)
     return [grad.new_empty(5**n, grad.shape[-1] // len(sizes), dtype=work) for n in sizes]
 
@@ -236,7 +236,7 @@ def _gated_memory_backward(
             dilation,
             reach_back,
         )
-    *grads, grad_conv = gated_memory_backward(
+    hidden, grad_key, grad_value, grad_norm, grad_conv = gated_memory_backward(
         grad_residual,
         grad_gate,
         hidden_states,
@@ -251,7 +251,8 @@ def _gated_memory_backward(
         behind,
         ahead,
     )
-    return (*grads, norm_weight.new_zeros(0) if grad_conv is None else grad_conv.squeeze(1))
+    conv = norm_weight.new_zeros(0) if grad_conv is None else grad_conv.squeeze(1)
+    return hidden, grad_key, grad_value, grad_norm, conv
 
 
 _gated_memory_operator = _operator("gated_memory", _gated_memory)
@@ -270,12 +271,12 @@ def _fake_memory(hidden_states: Tensor, conv_weight: Tensor | None, dilation: in
 
 
 @_gated_memory_operator.register_fake
-def _(hidden_states, key, value, exists, behind, ahead, norm_weight, conv_weight, history, norm_eps, dilation, back):  # type: ignore[no-untyped-def]
+def _(hidden_states, key, value, exists, behind, ahead, norm_weight, conv_weight, history, norm_eps, dilation, back):
     return _fake_memory(hidden_states, conv_weight, dilation, torch.promote_types(key.dtype, torch.float32))
 
 
 @_gated_memory_backward_operator.register_fake
-def _(grad, grad_gate, hidden, key, value, exists, behind, ahead, norm_weight, conv_weight, eps, dilation, back):  # type: ignore[no-untyped-def]
+def _(grad, grad_gate, hidden, key, value, exists, behind, ahead, norm_weight, conv_weight, eps, dilation, back):
     conv = norm_weight.new_empty(0) if conv_weight is None else torch.empty_like(conv_weight)
     return *(torch.empty_like(x) for x in (hidden, key, value, norm_weight)), conv
 
@@ -437,7 +438,7 @@ def _folded_memory_backward(
         )
     length = hidden_states.shape[1]
     plan = _plan(grams, runs, behind, ahead, exists, sizes, window, last, length)
-    *grads, grad_conv = torch_folded_memory_backward(
+    hidden, grad_rows, grad_norm, grad_conv = torch_folded_memory_backward(
         grad_residual,
         grad_gate,
         hidden_states,
@@ -450,7 +451,8 @@ def _folded_memory_backward(
         reach_back,
         top,
     )
-    return (*grads, norm_weight.new_zeros(0) if grad_conv is None else grad_conv.squeeze(1))
+    conv = norm_weight.new_zeros(0) if grad_conv is None else grad_conv.squeeze(1)
+    return hidden, grad_rows, grad_norm, conv
 
 
 _folded_memory_operator = _operator("folded_memory", _folded_memory)
@@ -458,7 +460,7 @@ _folded_memory_backward_operator = _operator("folded_memory_backward", _folded_m
 
 
 @_folded_memory_operator.register_fake
-def _(  # type: ignore[no-untyped-def]
+def _(
     hidden_states, rows, grams, runs, top, behind, ahead, exists, norm_weight, conv_weight, history, sizes, window,
     last, scale, norm_eps, dilation, reach_back,
 ):  # fmt: skip
@@ -466,7 +468,7 @@ def _(  # type: ignore[no-untyped-def]
 
 
 @_folded_memory_backward_operator.register_fake
-def _(  # type: ignore[no-untyped-def]
+def _(
     grad_residual, grad_gate, hidden_states, rows, grams, runs, top, behind, ahead, exists, norm_weight, conv_weight,
     sizes, window, last, scale, norm_eps, dilation, reach_back,
 ):  # fmt: skip

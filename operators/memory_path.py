@@ -48,7 +48,8 @@ def forced_path() -> MemoryPath:
     """What the environment or `memory_path` asks for."""
     global _forced, _is_read
     if not _is_read:
-        _forced = _checked(*(os.environ.get(name) or "auto" for name in _ENVIRONMENT), _ENVIRONMENT)
+        algorithm, kernels = (os.environ.get(name) or "auto" for name in _ENVIRONMENT)
+        _forced = _checked(algorithm, kernels, _ENVIRONMENT)
         _is_read = True
     return _forced
 

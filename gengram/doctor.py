@@ -1,0 +1,70 @@
+"""`gengram doctor`: what runs here, and why."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from ._version import __version__
+from .operators.memory_path import forced_path
+from .operators.native import status
+
+_PACKAGES = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "datasets", "peft")
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gengram doctor`."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, and which kernels the memory uses."""
+    library, forced = status(), forced_path()
+    return {
+        "gengram": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: _version(package) for package in _PACKAGES},
+        "threads": torch.get_num_threads(),
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "native_kernels": {
+            "available": library.available,
+            "reason": library.reason or None,
+            "library": str(library.path) if library.path else None,
+            "instruction_set": library.capability or None,
+            "cuda": library.has_cuda,
+        },
+        "memory_path": {"algorithm": forced.algorithm, "kernels": forced.kernels},
+    }
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """Print what `examine` finds."""
+    found = examine()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    native, path = found.pop("native_kernels"), found.pop("memory_path")
+    for name, value in found.items():
+        if name == "cuda_devices":
+            value = ", ".join(value) or "none"
+        print(f"{name:16} {value if value is not None else 'not installed'}")
+    kernels = f"yes, {native['instruction_set']}" if native["available"] else f"no: {native['reason']}"
+    print(f"{'native kernels':16} {kernels}")
+    if native["available"]:
+        print(f"{'':16} on {'CPU and CUDA' if native['cuda'] else 'the CPU only'}, from {native['library']}")
+    print(
+        f"{'memory':16} algorithm {path['algorithm']}, kernels {path['kernels']} "
+        "(GENGRAM_MEMORY_ALGORITHM, GENGRAM_MEMORY_KERNELS, gengram.memory_path)"
+    )
+    return 0
