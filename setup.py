@@ -29,6 +29,8 @@ def native_kernels() -> dict:
         def finalize_options(self) -> None:
             super().finalize_options()
             self.build_temp = str(temporary)
+            if self.inplace:
+                self.build_lib = str(temporary / "lib")
             self.force = True  # setuptools does not see what the sources include
 
         def build_extension(self, extension) -> None:

@@ -97,11 +97,13 @@ def measure(case: dict, reference: Path | None, rounds: int, is_decoding: bool =
         limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
         assert name == "reference" or errors[name] < limit, (case, name, errors)
         extra[name] = extra_memory(path)
-    for _ in range(rounds * (20 if is_decoding else 1)):
+    repeats = 20 if is_decoding else 1  # a token follows another
+    for _ in range(rounds):
         for name, path in paths.items():
             started = time.perf_counter()
-            path()
-            times[name].append(time.perf_counter() - started)
+            for _ in range(repeats):
+                path()
+            times[name].append((time.perf_counter() - started) / repeats)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return dict(
         case=case,

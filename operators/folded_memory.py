@@ -13,8 +13,10 @@ import torch.nn.functional as F
 
 from .motif_memory import NgramPlan, dilated_taps, gated_memory_backward, signed_square_root_gate
 
-_CHUNK = {"cpu": 256}  # positions at a time: on a CPU their rows and sums stay in its cache
-_OTHER_CHUNK = 8192
+
+def _positions_at_a_time(device: torch.device, hidden: int) -> int:
+    """As many as keep their rows and sums in a CPU's cache; elsewhere as many as bound the memory."""
+    return max(2**20 // hidden, 64) if device.type == "cpu" else 8192
 
 
 class FoldedTables(NamedTuple):
@@ -194,7 +196,7 @@ class _Windows:
         grad[batch, positions] = 0
         ahead = self.plan.context + self.plan.last  # position t has the window that ends at token ahead + t
         tokens = self.top.shape[1]
-        chunk = _CHUNK.get(grad.device.type, _OTHER_CHUNK)
+        chunk = _positions_at_a_time(grad.device, self.hidden)
         for row, windows in enumerate(grad):
             first = max(1 - self.endings, -ahead)  # the window that ends here would be the first to hold its n-gram
             for begin in range(first, min(len(windows), tokens - ahead), chunk):
@@ -292,7 +294,7 @@ def folded_key_value(
     out = torch.empty(
         *plan.grams.shape[:1], plan.length, 2 * windows.hidden, dtype=windows.work, device=folded.rows.device
     )
-    for batch, begin, end in _blocks(out.shape[0], plan.length, out.device):
+    for batch, begin, end in _blocks(out.shape[0], plan.length, out.device, windows.hidden):
         out[batch, begin:end] = windows.key_value(batch, begin, end)
     key, value = out.chunk(2, dim=-1)
     return key, value
@@ -336,7 +338,7 @@ def folded_memory(
     last = torch.empty(batch_size, kept, hidden, dtype=work, device=hidden_states.device)
     tail = torch.empty(0)  # u from `reach_back` positions before the next one to complete, up to the newest
     done = 0
-    for batch, begin, end in _blocks(batch_size, length, hidden_states.device):
+    for batch, begin, end in _blocks(batch_size, length, hidden_states.device, hidden):
         if begin == 0:
             done = 0
             count = batch.stop - batch.start
@@ -401,7 +403,7 @@ def folded_memory_backward(
     def part(x: torch.Tensor | None, batch: slice, around: slice) -> torch.Tensor | None:
         return None if x is None else x[batch, around]
 
-    for batch, begin, end in _blocks(batch_size, length, hidden_states.device):
+    for batch, begin, end in _blocks(batch_size, length, hidden_states.device, hidden):
         around = slice(max(begin - reach, 0), min(end + reach, length))
         key, value = windows.key_value(batch, around.start, around.stop).chunk(2, dim=-1)
         query, key_gradient, value_gradient, norm, conv = gated_memory_backward(
@@ -436,9 +438,9 @@ def _add_rows(out: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> No
         out.index_add_(0, rows, values)
 
 
-def _blocks(batch_size: int, length: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:
+def _blocks(batch_size: int, length: int, device: torch.device, hidden: int) -> Iterator[tuple[slice, int, int]]:
     """Blocks (rows of the batch, begin, end): many short rows at once, or one long row piece by piece."""
-    chunk = _CHUNK.get(device.type, _OTHER_CHUNK)
+    chunk = _positions_at_a_time(device, hidden)
     together = max(chunk // max(length, 1), 1)
     for first in range(0, batch_size, together):
         rows = slice(first, min(first + together, batch_size))

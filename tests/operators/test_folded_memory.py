@@ -36,7 +36,7 @@ def test_key_and_value_equal_the_definition(seed):
 @pytest.mark.parametrize("chunk", [1, 5, 256])
 @pytest.mark.parametrize("seed", range(30))
 def test_the_whole_memory_equals_the_definition_in_any_chunks(seed, chunk, monkeypatch):
-    monkeypatch.setitem(folding._CHUNK, "cpu", chunk)
+    monkeypatch.setattr(folding, "_positions_at_a_time", lambda device, hidden: chunk)
     case = random_case(seed)
     plan = case.plan
     folded = fold_tables(case.tables, case.key_weight, case.value_weight, case.sizes, plan.window, torch.float64)
