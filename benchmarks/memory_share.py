@@ -4,7 +4,8 @@
 
 Four layers of the released model's shape (hidden 4096, 8 experts of 8192, two per token), one of them with a memory as
 in three of its twelve, random bfloat16 weights; the time inside the memory (its plan included) over that of the whole
-pass, for every way to compute it. The long pass is one memory layer of hidden 256 in float32, tables too. Writes `benchmarks/results/memory_share.json`.
+pass, for every way to compute it. The long pass is one memory layer of hidden 256 in float32, tables too. Writes
+`benchmarks/results/memory_share.json`.
 """
 
 import statistics
