@@ -13,6 +13,7 @@ from .conversion_scripts import (
     inspect_checkpoint,
     verify_conversion,
 )
+from .data_preparation import prepare_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,6 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     diff = commands.add_parser("diff", help="compare the weights of two checkpoints or folders")
     diff_checkpoints.add_diff_arguments(diff)
     diff.set_defaults(run=diff_checkpoints.run_diff)
+
+    prepare = commands.add_parser("prepare", help="FASTA files to a tokenized data set")
+    prepare_command.add_prepare_arguments(prepare)
+    prepare.set_defaults(run=prepare_command.run_prepare)
 
     demonstrate = commands.add_parser("demo", help="convert, load and use a tiny bundled checkpoint")
     demo.add_demo_arguments(demonstrate)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, logging
 
 from .conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from .fasta import read_fasta
+from .data_preparation.fasta import read_fasta
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 LONGEST = 512  # the tiny model's context, in bases

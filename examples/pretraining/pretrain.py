@@ -1,0 +1,225 @@
+"""Train a Gengram model from scratch, or go on with one, on a data set that `gengram prepare` wrote.
+
+    python pretrain.py --config gengram-mini.json --dataset DATASET --output_dir OUTPUT --max_steps 1000
+
+Everything that `transformers.TrainingArguments` knows is an option here (`--learning_rate`, `--bf16`, `--save_steps`,
+`--torch_compile`, ...), and so many GPUs, FSDP or DeepSpeed are a matter of the launcher: `torchrun --nproc-per-node 8
+pretrain.py ...` or `accelerate launch --config_file fsdp.yaml pretrain.py ...`. A run that was cut off goes on from its
+last checkpoint when it is started again with the same command.
+
+Left in the output folder: the model, `log.jsonl` (a line per log or evaluation), `training.json` (what was run, on
+what, for how long).
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from gengram import GengramConfig, GengramForCausalLM, GengramForMaskedLM, GengramTokenizer
+from gengram.data_preparation import DataCollatorForGenomeModeling
+
+
+@dataclass
+class ModelArguments:
+    config: str | None = field(default=None, metadata={"help": "JSON file of GengramConfig's fields, to start anew"})
+    overrides: str = field(default="{}", metadata={"help": "JSON object of fields that differ from the file's"})
+    model: str | None = field(default=None, metadata={"help": "folder or Hub id of a model to go on with"})
+    objective: str = field(default="causal", metadata={"help": "causal or masked"})
+    mask_probability: float = field(default=0.15, metadata={"help": "share of hidden bases (masked)"})
+
+
+@dataclass
+class DataArguments:
+    dataset: str = field(metadata={"help": "folder that `gengram prepare` wrote, or Hub id"})
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    validation_split: str = field(default="validation", metadata={"help": "split to evaluate on"})
+    streaming: bool = field(default=False, metadata={"help": "read as it goes; needs --max_steps"})
+    validation_examples: int | None = field(default=None, metadata={"help": "evaluate on the first so many only"})
+
+
+def build_model(arguments: ModelArguments) -> GengramForCausalLM | GengramForMaskedLM:
+    """A new model of a configuration file, or a trained one."""
+    model_classes = {"causal": GengramForCausalLM, "masked": GengramForMaskedLM}
+    if arguments.objective not in model_classes:
+        raise ValueError(f"--objective must be causal or masked, got {arguments.objective!r}.")
+    if (arguments.config is None) == (arguments.model is None):
+        raise ValueError("give exactly one of --config (start anew) and --model (go on).")
+    overrides = json.loads(arguments.overrides)
+    if arguments.model is not None:
+        return model_classes[arguments.objective].from_pretrained(arguments.model, dtype=torch.float32, **overrides)
+    config = GengramConfig(**{**json.loads(Path(arguments.config).read_text()), **overrides})
+    if config.num_local_experts > 1:
+        config.output_router_logits = True  # adds the router's losses, and shows what the router does
+    return model_classes[arguments.objective](config)
+
+
+class PretrainingTrainer(Trainer):
+    """Also logs what the router does: its losses, each expert's share of the tokens, the entropy of its choice."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._router: dict[str, torch.Tensor] = {}
+        self._router_steps = 0
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training and outputs.get("router_logits"):
+            for name, value in router_statistics(outputs, self.model.config).items():
+                self._router[name] = self._router.get(name, 0) + value
+            self._router_steps += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._router_steps:
+            logs |= {name: (value / self._router_steps).tolist() for name, value in self._router.items()}
+            self._router, self._router_steps = {}, 0
+        super().log(logs, *args, **kwargs)
+
+
+@torch.no_grad()
+def router_statistics(outputs: Any, config: GengramConfig) -> dict[str, torch.Tensor]:
+    """Load-balancing loss, z-loss, share of the tokens per expert (layers, experts), mean entropy in bits."""
+    logits = torch.stack([layer.float() for layer in outputs["router_logits"]])  # (layers, tokens, experts)
+    chosen = logits.topk(config.num_experts_per_tok, dim=-1).indices
+    shares = torch.nn.functional.one_hot(chosen, logits.shape[-1]).float().mean((1, 2))
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean() / math.log(2)
+    return {
+        "router_load_balancing_loss": outputs["aux_loss"].detach(),
+        "router_z_loss": outputs["z_loss"].detach(),
+        "router_entropy_bits": entropy,
+        "router_tokens_per_expert": shares,
+    }
+
+
+class JsonLog(TrainerCallback):
+    """Appends every log to `log.jsonl`, with losses in bits per base; the plots are drawn from it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.start = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        line = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **logs}
+        if "eval_loss" in line:  # without router losses: the trainer's evaluation is of the model's own loss
+            line["eval_bits_per_base"] = line["eval_loss"] / math.log(2)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class LanguageModelingLoss:
+    """Mean cross-entropy of an evaluation, without the router's losses that the model's own loss may hold."""
+
+    def __init__(self, is_causal: bool):
+        self.is_causal = is_causal
+        self.total, self.count = 0.0, 0
+
+    def __call__(self, prediction: Any, compute_result: bool) -> dict[str, float]:
+        losses, labels = prediction.predictions, prediction.label_ids
+        self.total += float(losses.double().sum())
+        self.count += int((labels[:, 1:] if self.is_causal else labels).ne(-100).sum())
+        if not compute_result:
+            return {}
+        mean = self.total / max(self.count, 1)
+        self.total, self.count = 0.0, 0
+        return {"bits_per_base": mean / math.log(2)}
+
+    def token_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of each token, 0 where there is none; what an evaluation gathers instead of logits."""
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        if self.is_causal:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
+    model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
+    set_seed(arguments.seed)
+    model = build_model(model_arguments)
+    if model.config.num_local_experts > 1:
+        print(f"{model.num_parameters():,} parameters, {model.config.num_local_experts} experts")
+    data = load_dataset(data_arguments.dataset, streaming=data_arguments.streaming)
+    validation = data.get(data_arguments.validation_split)
+    if validation is not None and data_arguments.validation_examples is not None:
+        validation = validation.take(data_arguments.validation_examples)
+    elif validation is None and arguments.eval_strategy != "no":
+        raise ValueError(f"no split {data_arguments.validation_split!r} in {data_arguments.dataset}: {list(data)}.")
+
+    is_causal = model_arguments.objective == "causal"
+    tokenizer = GengramTokenizer(model_max_length=model.config.max_position_embeddings)
+    metric = LanguageModelingLoss(is_causal)
+    arguments.batch_eval_metrics = True
+    arguments.include_num_input_tokens_seen = "all"
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    trainer = PretrainingTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data[data_arguments.train_split].with_format("numpy"),
+        eval_dataset=None if validation is None else validation.with_format("numpy"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForGenomeModeling(
+            tokenizer, None if is_causal else model_arguments.mask_probability, arguments.data_seed or arguments.seed
+        ),
+        compute_metrics=metric,
+        preprocess_logits_for_metrics=metric.token_losses,
+        callbacks=[JsonLog(output / "log.jsonl")],
+    )
+    checkpoint = arguments.resume_from_checkpoint or get_last_checkpoint(arguments.output_dir)
+    start = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.monotonic() - start
+    evaluated = trainer.evaluate() if validation is not None else {}
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        summary = {
+            "model": vars(model_arguments),
+            "data": vars(data_arguments),
+            "training": {
+                name: value
+                for name, value in arguments.to_dict().items()
+                if value != getattr(TrainingArguments(), name, None)
+            },
+            "parameters": model.num_parameters(),
+            "trained_tokens": trainer.state.num_input_tokens_seen,
+            "seconds_of_this_run": seconds,
+            "resumed_from": checkpoint,
+            "final": {**result.metrics, **evaluated},
+            "machine": describe_machine(),
+        }
+        (output / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, versions and commit, for the record."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    processor = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("gengram", "torch", "transformers", "datasets")},
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+if __name__ == "__main__":
+    main()
