@@ -3,9 +3,9 @@
     python pretrain.py --config gengram-mini.json --dataset DATASET --output_dir OUTPUT --max_steps 1000
 
 Everything that `transformers.TrainingArguments` knows is an option here (`--learning_rate`, `--bf16`, `--save_steps`,
-`--torch_compile`, ...), and so many GPUs, FSDP or DeepSpeed are a matter of the launcher: `torchrun --nproc-per-node 8
-pretrain.py ...` or `accelerate launch --config_file fsdp.yaml pretrain.py ...`. A run that was cut off goes on from its
-last checkpoint when it is started again with the same command.
+`--torch_compile`, ...), and so many GPUs, FSDP or DeepSpeed are a matter of the launcher: `torchrun --nproc-per-node
+8 pretrain.py ...` or `accelerate launch --config_file fsdp.yaml pretrain.py ...`. A run that was cut off goes on from
+its last checkpoint when it is started again with the same command.
 
 Left in the output folder: the model, `log.jsonl` (a line per log or evaluation), `training.json` (what was run, on
 what, for how long).
@@ -45,7 +45,9 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     validation_split: str = field(default="validation", metadata={"help": "split to evaluate on"})
     streaming: bool = field(default=False, metadata={"help": "read as it goes; needs --max_steps"})
-    validation_examples: int | None = field(default=None, metadata={"help": "evaluate on the first so many only"})
+    validation_examples: int | None = field(
+        default=None, metadata={"help": "evaluate on so many only, drawn once (streaming: the first)"}
+    )
 
 
 def build_model(arguments: ModelArguments) -> GengramForCausalLM | GengramForMaskedLM:
@@ -154,6 +156,8 @@ def main() -> None:
     data = load_dataset(data_arguments.dataset, streaming=data_arguments.streaming)
     validation = data.get(data_arguments.validation_split)
     if validation is not None and data_arguments.validation_examples is not None:
+        if not data_arguments.streaming:
+            validation = validation.shuffle(seed=0)
         validation = validation.take(data_arguments.validation_examples)
     elif validation is None and arguments.eval_strategy != "no":
         raise ValueError(f"no split {data_arguments.validation_split!r} in {data_arguments.dataset}: {list(data)}.")

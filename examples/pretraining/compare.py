@@ -1,0 +1,244 @@
+"""The controlled comparison: the same tokens, steps, data order and seeds, with and without the memory.
+
+    python compare.py --dataset DATASET --output OUTPUT              # runs what is missing, then reports
+    python compare.py --output OUTPUT --report benchmarks/results/memory_comparison.json --figure docs/figures/...svg
+
+`comparison.json` holds the architectures, arms, ablations, seeds and training options. Every run is one call of
+`pretrain.py`; a run that is done is not done again, and one that was cut off starts anew. "widened baseline" has no memory
+either, but a feed-forward so wide that it has as many parameters as the arm with memory: it computes more per token.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gengram import GengramConfig, GengramForCausalLM
+
+HERE = Path(__file__).parent
+AS_MEMORY = "as many parameters as memory"
+
+
+def parameters(fields: dict[str, Any]) -> tuple[int, int]:
+    """All parameters of a model, and those that a token uses: chosen experts, and of the tables the window's rows."""
+    config = GengramConfig(**fields)
+    with torch.device("meta"):
+        model = GengramForCausalLM(config)
+    used = 0
+    for name, weight in model.named_parameters():
+        share = 1.0
+        if ".experts." in name:
+            share = config.num_experts_per_tok / config.num_local_experts
+        elif ".embeddings." in name:
+            share = min(1.0, config.memory_window / weight.shape[0])
+        used += round(weight.numel() * share)
+    return model.num_parameters(), used
+
+
+def as_wide_as(fields: dict[str, Any], wanted: int) -> int:
+    """The feed-forward width, a multiple of 8, with which a model's parameters are nearest to `wanted`."""
+    one, two = (parameters({**fields, "intermediate_size": width})[0] for width in (8, 16))
+    return 8 * max(1, round(1 + (wanted - one) / (two - one)))
+
+
+def planned_runs(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every run of the plan, seed by seed, the ablations last: its names and its model's fields."""
+    runs = []
+    for seed in plan["seeds"]:
+        for architecture, changes in plan["architectures"].items():
+            with_memory = {**plan["base"], **changes}
+            for arm, arm_changes in plan["arms"].items():
+                fields = {**with_memory, **arm_changes}
+                if fields["intermediate_size"] == AS_MEMORY:
+                    fields["intermediate_size"] = as_wide_as(fields, parameters(with_memory)[0])
+                runs.append({"architecture": architecture, "arm": arm, "seed": seed, "fields": fields})
+    ablations = plan["ablations"]
+    with_memory = {**plan["base"], **plan["architectures"][ablations["architecture"]]}
+    for seed in ablations["seeds"]:
+        for variant, changes in ablations["variants"].items():
+            run = {"architecture": ablations["architecture"], "arm": f"memory, {variant}", "seed": seed}
+            runs.append({**run, "fields": {**with_memory, **changes}})
+    return runs
+
+
+def run_name(run: dict[str, Any]) -> str:
+    return f"{run['architecture']}--{run['arm']}--{run['seed']}".replace(", ", "-").replace(" ", "_")
+
+
+def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path) -> None:
+    """One call of `pretrain.py`; leaves `RUN.json` when it has ended well."""
+    folder = output / "work" / run_name(run)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "config.in.json").write_text(json.dumps(run["fields"]))
+    options = {**plan["training"], "seed": run["seed"], "data_seed": run["seed"]}
+    command = [sys.executable, str(HERE / "pretrain.py"), "--config", str(folder / "config.in.json")]
+    command += ["--dataset", dataset, "--output_dir", str(folder), "--save_strategy", "no", "--report_to", "none"]
+    command += ["--disable_tqdm", "true"]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    with open(folder / "output.txt", "w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        sys.exit(f"{run_name(run)} failed:\n{(folder / 'output.txt').read_text()[-2000:]}")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "training.json").read_text())
+    kept = ("step", "loss", "router_load_balancing_loss", "router_z_loss", "router_entropy_bits")
+    total, used = parameters(run["fields"])
+    result = {
+        **run,
+        "parameters": total,
+        "parameters_used_per_token": used,
+        "bits_per_base": summary["final"]["eval_bits_per_base"],
+        "trained_tokens": summary["trained_tokens"],
+        "seconds": summary["seconds_of_this_run"],
+        "log": [{name: line[name] for name in kept if name in line} for line in lines if "loss" in line],
+        "machine": summary["machine"],
+    }
+    (output / f"{run_name(run)}.json").write_text(json.dumps(result) + "\n")
+    shutil.rmtree(folder)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval over seeds (Student's t); the half width is nan for one value."""
+    from scipy.stats import t
+
+    mean, count = sum(values) / len(values), len(values)
+    if count < 2:
+        return mean, math.nan
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    return mean, float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+
+
+def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
+    """A row per architecture and arm, with the paired difference from the arm with memory of the same seeds."""
+    results = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
+    by_key = {(r["architecture"], r["arm"], r["seed"]): r for r in results}
+    rows = []
+    for architecture, arm in dict.fromkeys((run["architecture"], run["arm"]) for run in planned_runs(plan)):
+        found = [by_key[architecture, arm, seed] for seed in plan["seeds"] if (architecture, arm, seed) in by_key]
+        if not found:
+            continue
+        mean, half = interval([run["bits_per_base"] for run in found])
+        paired = [
+            run["bits_per_base"] - by_key[architecture, "memory", run["seed"]]["bits_per_base"]
+            for run in found
+            if (architecture, "memory", run["seed"]) in by_key
+        ]
+        difference, difference_half = interval(paired) if paired else (math.nan, math.nan)
+        rows.append(
+            {
+                "architecture": architecture,
+                "arm": arm,
+                "seeds": [run["seed"] for run in found],
+                "bits_per_base": mean,
+                "half_width_95": half,
+                "minus_memory": difference,
+                "minus_memory_half_width_95": difference_half,
+                "parameters": found[0]["parameters"],
+                "parameters_used_per_token": found[0]["parameters_used_per_token"],
+                "trained_tokens": found[0]["trained_tokens"],
+                "seconds": sum(run["seconds"] for run in found) / len(found),
+            }
+        )
+    return {"plan": plan, "rows": rows, "runs": results}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The report as Markdown."""
+    lines = ["| architecture | arm | seeds | bits per base | difference from memory | parameters | used per token |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        lines.append(
+            f"| {row['architecture']} | {row['arm']} | {len(row['seeds'])} | {row['bits_per_base']:.4f} ± "
+            f"{row['half_width_95']:.4f} | {row['minus_memory']:+.4f} ± {row['minus_memory_half_width_95']:.4f} | "
+            f"{row['parameters']:,} | {row['parameters_used_per_token']:,} |"
+        )
+    return "\n".join(lines).replace("nan", "-")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Held-out bits per base with error bars, and the routers' load-balancing loss over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    main = [row for row in found["rows"] if row["arm"] in found["plan"]["arms"]]
+    others = [row for row in found["rows"] if row["arm"] not in found["plan"]["arms"]]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    architectures = list(found["plan"]["architectures"])
+    arms = list(found["plan"]["arms"])
+    for place, arm in enumerate(arms):
+        rows = [row for row in main if row["arm"] == arm]
+        axes[0].errorbar(
+            [architectures.index(row["architecture"]) + 0.2 * (place - 1) for row in rows],
+            [row["bits_per_base"] for row in rows],
+            [0.0 if math.isnan(row["half_width_95"]) else row["half_width_95"] for row in rows],
+            fmt="o",
+            capsize=4,
+            label=arm,
+        )
+    axes[0].set_xticks(range(len(architectures)), architectures)
+    axes[0].set_ylabel("held-out bits per base (95 % interval over seeds)")
+    axes[0].set_title("with and without memory")
+    axes[0].legend()
+    reference = [row for row in main if row["architecture"] == found["plan"]["ablations"]["architecture"]]
+    shown = [row for row in reference if row["arm"] != "widened baseline"] + others
+    axes[1].barh([row["arm"] for row in shown], [row["bits_per_base"] for row in shown], color="tab:gray")
+    if shown:
+        values = [row["bits_per_base"] for row in shown]
+        axes[1].set_xlim(min(values) - 0.01, max(values) + 0.01)
+    axes[1].invert_yaxis()
+    axes[1].set_xlabel("held-out bits per base")
+    axes[1].set_title(f"ablations, {found['plan']['ablations']['architecture']}")
+    colours = {arm: f"C{place}" for place, arm in enumerate(arms)}
+    labelled = set()
+    for run in found["runs"]:
+        points = [(line["step"], line["router_load_balancing_loss"]) for line in run["log"] if len(line) > 2]
+        if points and run["arm"] in colours:
+            label = None if run["arm"] in labelled else run["arm"]
+            labelled.add(run["arm"])
+            axes[2].plot(*zip(*points, strict=True), color=colours[run["arm"]], alpha=0.5, label=label)
+    axes[2].set_xlabel("step")
+    axes[2].set_ylabel("load-balancing loss")
+    axes[2].set_title("routers of the MoE runs")
+    if labelled:
+        axes[2].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=HERE / "comparison.json", help="what to compare")
+    parser.add_argument("--dataset", help="data set of `gengram prepare`; without it nothing is trained")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs' results")
+    parser.add_argument("--report", type=Path, help="write all results to this JSON file")
+    parser.add_argument("--figure", type=Path, help="draw this SVG or PNG")
+    arguments = parser.parse_args()
+    plan = json.loads(arguments.plan.read_text())
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    runs = planned_runs(plan)
+    missing = [run for run in runs if not (arguments.output / f"{run_name(run)}.json").exists()]
+    if arguments.dataset:
+        for number, run in enumerate(missing, start=1):
+            print(f"{number} of {len(missing)}: {run_name(run)}", flush=True)
+            train(run, plan, arguments.dataset, arguments.output)
+    elif missing:
+        print(f"{len(missing)} of {len(runs)} runs are missing; give --dataset to do them")
+    found = report(plan, arguments.output)
+    print(table(found["rows"]))
+    if arguments.report:
+        arguments.report.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.figure:
+        draw(found, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
