@@ -3,8 +3,8 @@
     python compare.py --dataset DATASET --output OUTPUT              # runs what is missing, then reports
     python compare.py --output OUTPUT --report benchmarks/results/memory_comparison.json --figure docs/figures/...svg
 
-`comparison.json` holds the architectures, arms, ablations, seeds and training options. Every run is one call of
-`pretrain.py`; a run that is done is not done again, and one that was cut off starts anew. "widened baseline" has no memory
+`comparison.json` holds the architectures, arms, ablations, seeds and training options. Every run is one call
+of `pretrain.py`; one that is done is not done again, one that was cut off starts anew. "widened baseline" has no memory
 either, but a feed-forward so wide that it has as many parameters as the arm with memory: it computes more per token.
 """
 

@@ -1,0 +1,129 @@
+"""Fine-tuning of a whole model, or of a low-rank adapter, for one class per sequence."""
+
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from .classifiers import HELD_OUT_SHARE, held_out
+from .labelled_data import LabelledSequences
+
+
+@dataclass(frozen=True)
+class FineTuningOptions:
+    """How a model is fine-tuned; the epoch with the smallest loss on held-out training rows is kept.
+
+    Args:
+        epochs: passes over the training rows.
+        learning_rate: the highest one, after 5 % of the steps; then it falls to 0 along a cosine.
+        batch_size: sequences of a step.
+        weight_decay: of AdamW.
+        lora_rank: of the adapters, for LoRA.
+        bf16: compute in bfloat16 where that is safe.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 3e-4
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    lora_rank: int = 8
+    bf16: bool = False
+
+
+def fine_tune(
+    model_name: str,
+    train: LabelledSequences,
+    test: LabelledSequences,
+    options: FineTuningOptions,
+    seed: int,
+    with_lora: bool = False,
+    progress: bool = True,
+    **loading: Any,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Class probabilities of the test rows, (rows, classes), and what was done.
+
+    Args:
+        model_name: anything that `AutoModelForSequenceClassification` loads.
+        train, test: labelled sequences.
+        options: see `FineTuningOptions`.
+        seed: of the new head, the order of the rows and the held-out part.
+        with_lora: train rank-`lora_rank` adapters of all linear layers and the new head only; needs `peft`.
+        progress: show bars.
+        loading: further arguments of `from_pretrained`, as `revision` and `trust_remote_code`.
+    """
+    set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_name, **loading)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_name, num_labels=len(train.classes), dtype=torch.float32, **loading
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if with_lora:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        adapters = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=options.lora_rank,
+            lora_alpha=2 * options.lora_rank,
+            target_modules="all-linear",
+        )
+        model = get_peft_model(model, adapters)
+    context = min(getattr(model.config, "max_position_embeddings", 10**9), tokenizer.model_max_length)
+    fit_rows, choose_rows = held_out(train.labels, train.groups, seed, HELD_OUT_SHARE / 2)
+
+    def tokenized(rows: LabelledSequences) -> Dataset:
+        encoded = tokenizer(rows.sequences, truncation=True, max_length=context)
+        columns = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
+        return Dataset.from_dict({**columns, "labels": rows.labels.tolist()})
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                folder,
+                num_train_epochs=options.epochs,
+                learning_rate=options.learning_rate,
+                per_device_train_batch_size=options.batch_size,
+                per_device_eval_batch_size=2 * options.batch_size,
+                weight_decay=options.weight_decay,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.05,
+                bf16=options.bf16,
+                eval_strategy="epoch",
+                save_strategy="epoch",
+                save_total_limit=1,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_loss",
+                logging_strategy="epoch",
+                train_sampling_strategy="group_by_length",
+                seed=seed,
+                report_to="none",
+                disable_tqdm=not progress,
+                dataloader_pin_memory=torch.cuda.is_available(),
+            ),
+            train_dataset=tokenized(train.take(fit_rows)),
+            eval_dataset=tokenized(train.take(choose_rows)),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        logits = torch.as_tensor(trainer.predict(tokenized(test)).predictions[: len(test)])
+        best = trainer.state.best_metric
+    longest = max(map(len, train.sequences + test.sequences))
+    details = {
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "best_held_out_loss": best,
+        "truncated_to": context if longest > context else None,
+    }
+    return logits.double().softmax(-1).numpy(), details

@@ -1,0 +1,59 @@
+"""Trivial models of labelled sequences: counts of k-mers, and one-hot positions."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import sparse
+
+_DIGITS = np.full(256, 4, dtype=np.int64)
+for _digit, _base in enumerate("ACGT"):
+    _DIGITS[ord(_base)] = _digit
+
+
+def _digits(sequence: str) -> np.ndarray:
+    return _DIGITS[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
+
+
+def kmer_counts(sequences: Sequence[str], largest: int) -> sparse.csr_matrix:
+    """log(1 + count) of every k-mer of A, C, G, T, k = 1..largest: (sequences, sum of 4**k)."""
+    offsets = np.cumsum([0] + [4**k for k in range(1, largest + 1)])
+    columns, values, starts = [], [], [0]
+    for sequence in sequences:
+        digits = _digits(sequence)
+        found = []
+        codes = np.zeros(len(digits), dtype=np.int64)
+        is_valid = np.ones(len(digits), dtype=bool)
+        for k in range(1, largest + 1):
+            shifted, fits = np.zeros_like(codes), np.zeros_like(is_valid)
+            shifted[k - 1 :] = digits[: len(digits) - k + 1] % 4 * 4 ** (k - 1)
+            fits[k - 1 :] = digits[: len(digits) - k + 1] < 4
+            codes, is_valid = codes + shifted, is_valid & fits
+            found.append(codes[is_valid] + offsets[k - 1])
+        names, counts = np.unique(np.concatenate(found), return_counts=True)
+        columns.append(names)
+        values.append(np.log1p(counts))
+        starts.append(starts[-1] + len(names))
+    shape = (len(sequences), int(offsets[-1]))
+    return sparse.csr_matrix((np.concatenate(values), np.concatenate(columns), starts), shape=shape)
+
+
+def positional_one_hot(sequences: Sequence[str]) -> sparse.csr_matrix:
+    """One column per position and base, (sequences, 4 * length).
+
+    Raises:
+        ValueError: if the sequences differ in length: then positions mean nothing.
+    """
+    length = len(sequences[0])
+    if any(len(sequence) != length for sequence in sequences):
+        raise ValueError("positional one-hot needs sequences of one length; these differ.")
+    digits = np.stack([_digits(sequence) for sequence in sequences])  # (sequences, length)
+    rows, places = np.nonzero(digits < 4)
+    columns = places * 4 + digits[rows, places]
+    return sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(sequences), 4 * length))
+
+
+FEATURES: dict[str, Callable[[Sequence[str]], sparse.csr_matrix]] = {
+    "kmer": lambda sequences: kmer_counts(sequences, 6),
+    "kmer4": lambda sequences: kmer_counts(sequences, 4),
+    "positional": positional_one_hot,
+}

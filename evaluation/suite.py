@@ -1,0 +1,175 @@
+"""Suites: what to evaluate, on which data, by which metric; declared in a YAML file."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .metrics import METRICS
+
+BUILT_IN = Path(__file__).parent / "suites"
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """One class per sequence.
+
+    Args:
+        name: of the task.
+        train, test: sources of `labelled_data.read_labelled`. Without `test`, `fold` names a column of `train`, and
+            each of its values is tested once by a classifier of all the others.
+        sequence, label: columns.
+        metric: the one that tables and plots show; all are reported.
+        protocols: names of `protocols.CLASSIFICATION`.
+        classifiers: what the protocol `frozen` chooses among: logistic, mlp, xgboost.
+        both_strands: embed the reverse complement too.
+        fine_tuning: options of `fine_tuning.FineTuningOptions`.
+        most_train: fit on so many rows only, drawn by the seed.
+    """
+
+    name: str
+    train: Any
+    test: Any = None
+    fold: str | None = None
+    sequence: str = "sequence"
+    label: str = "label"
+    metric: str = "mcc"
+    protocols: tuple[str, ...] = ("frozen", "baseline-kmer", "baseline-kmer-xgboost", "baseline-positional")
+    classifiers: tuple[str, ...] = ("logistic", "mlp")
+    both_strands: bool = True
+    fine_tuning: dict[str, Any] = field(default_factory=dict)
+    most_train: int | None = None
+
+    def __post_init__(self):
+        if (self.test is None) == (self.fold is None):
+            raise ValueError(f"task {self.name!r}: expected exactly one of test and fold.")
+        if self.metric not in METRICS:
+            raise ValueError(f"task {self.name!r}: expected a metric of {list(METRICS)}, got {self.metric!r}.")
+
+
+@dataclass(frozen=True)
+class VariantTask:
+    """Substitutions with a label, scored without training.
+
+    Args:
+        name: of the task.
+        variants: CSV, TSV or Parquet file.
+        fasta: the reference; its first record.
+        first_base: position that the table gives to the first base of the FASTA: 1 if positions are 1-based and the
+            FASTA starts the chromosome.
+        position, reference, alternative, label: columns.
+        positive: the value of `label` that a low likelihood should mean.
+        negative: the value it is compared with; by default all others.
+        flank: bases of context on either side.
+        metric, protocols: as for `ClassificationTask`; protocols of `protocols.VARIANTS`.
+    """
+
+    name: str
+    variants: str
+    fasta: str
+    first_base: int = 1
+    position: str = "pos"
+    reference: str = "ref"
+    alternative: str = "alt"
+    label: str = "label"
+    positive: str = "1"
+    negative: str | None = None
+    flank: int = 256
+    metric: str = "auc"
+    protocols: tuple[str, ...] = ("zero-shot", "baseline-transversion")
+
+
+@dataclass(frozen=True)
+class LikelihoodTask:
+    """Bits per base of held-out sequence.
+
+    Args:
+        name: of the task.
+        dataset: folder that `gengram prepare` wrote.
+        test: split to measure on.
+        train, validation: splits that Markov models count, and choose their smoothing on.
+        examples: measure on so many examples only, drawn once.
+        metric: always bits per base.
+        protocols: names of `protocols.LIKELIHOOD`.
+    """
+
+    name: str
+    dataset: str
+    test: str = "test"
+    train: str = "train"
+    validation: str = "validation"
+    examples: int | None = None
+    metric: str = "bits_per_base"
+    protocols: tuple[str, ...] = ("likelihood", "baseline-markov-5", "baseline-markov-11")
+
+
+Task = ClassificationTask | VariantTask | LikelihoodTask
+_KINDS: dict[str, type] = {
+    "classification": ClassificationTask,
+    "variants": VariantTask,
+    "likelihood": LikelihoodTask,
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named list of tasks."""
+
+    name: str
+    description: str
+    tasks: tuple[Task, ...]
+
+
+def read_suite(name: str | Path) -> Suite:
+    """A suite of this package by its name, or one of a YAML file.
+
+    Raises:
+        ValueError: if a field is unknown, missing or of the wrong kind; the message names the task.
+        FileNotFoundError: if there is no such file and no suite of that name.
+    """
+    path = Path(name)
+    if not path.suffix:
+        path = BUILT_IN / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(found.stem for found in BUILT_IN.glob("*.yaml"))
+        raise FileNotFoundError(f"no suite {str(name)!r}: give a YAML file, or one of {', '.join(known)}.")
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, Mapping) or set(content) - {"name", "description", "tasks"} or not content.get("tasks"):
+        raise ValueError(f"{path}: expected name, description and a list of tasks.")
+    tasks = tuple(_task(task, path) for task in content["tasks"])
+    names = [task.name for task in tasks]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path}: two tasks have the same name: {repeated}.")
+    return Suite(str(content.get("name", path.stem)), str(content.get("description", "")), tasks)
+
+
+def _task(content: Any, path: Path) -> Task:
+    if not isinstance(content, Mapping) or content.get("kind", "classification") not in _KINDS:
+        raise ValueError(f"{path}: expected a task with a kind of {list(_KINDS)}, got {content!r}.")
+    given = dict(content)
+    kind = _KINDS[given.pop("kind", "classification")]
+    known = {found.name: found for found in fields(kind)}
+    for name in given:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"{path}: task {given.get('name')!r} has an unknown field {name!r}{hint}")
+    required = [
+        name
+        for name, found in known.items()
+        if found.default is MISSING and found.default_factory is MISSING and name not in given
+    ]
+    if required:
+        raise ValueError(f"{path}: task {given.get('name')!r} lacks {', '.join(required)}.")
+    for name in ("protocols", "classifiers"):
+        if name in given:
+            given[name] = tuple(given[name])
+    for name in ("positive", "negative"):
+        if given.get(name) is not None:
+            given[name] = str(given[name])
+    task: Task = kind(**given)
+    return task
