@@ -234,7 +234,7 @@ def prepare_genome_dataset(
     sketch_scale: int = 16,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a data set that `datasets.load_dataset(output)` reads, cached or with `streaming=True`; returns its record.
+    """Write a data set that `datasets.load_dataset(output)` reads, cached or streaming; returns its record.
 
     The folder appears when it is whole. Beside Parquet files it holds `preparation.json`: options, rules, files with
     hashes, what each split got, and, for every split but "train", which share of its 31-mers (either strand) also
@@ -365,7 +365,7 @@ def _card(record: dict[str, Any], splits: list[str]) -> str:
     )
     return (
         f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\ntags:\n- dna\n- gengram\n---\n\n"
-        "# Tokenized DNA\n\nMade by `gengram prepare`; `preparation.json` says from what and how. `input_ids` are token "
-        "ids of `GengramTokenizer`, `origin` the bases they are from (0-based, half-open, forward strand; on `(-)` the "
-        f"example is their reverse complement).\n\n| split | examples | tokens |\n|---|---|---|\n{rows}\n"
+        "# Tokenized DNA\n\nMade by `gengram prepare`; `preparation.json` says from what and how. `input_ids` are "
+        "token ids of `GengramTokenizer`, `origin` the bases they are from (0-based, half-open, forward strand; on "
+        f"`(-)` the example is their reverse complement).\n\n| split | examples | tokens |\n|---|---|---|\n{rows}\n"
     )

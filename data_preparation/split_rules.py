@@ -1,5 +1,6 @@
 """Which part of which sequence belongs to which split: a table of rules, the first that matches wins."""
 
+import itertools
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -105,7 +106,7 @@ def parts_of_record(rules: list[SplitRule] | tuple[SplitRule, ...], file: str, r
         cuts.update(min(cut, length) for cut in (rule.start, rule.end) if cut is not None)
     parts: list[Part] = []
     bounds = sorted(cuts)
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         for rule in matching:
             if (rule.start or 0) <= start and (rule.end is None or end <= rule.end):
                 break

@@ -1,0 +1,1 @@
+"""Evaluation of models: suites of tasks, protocols, metrics, baselines."""

@@ -1,6 +1,5 @@
-"""`gengram bench`: runs a suite on models and baselines, and reports."""
+"""Runs a suite on models and baselines, and reports."""
 
-import argparse
 import fnmatch
 import hashlib
 import json
@@ -11,62 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data_preparation.whole_output import write_whole
 from .protocols import RUNNERS, EvaluatedModel, needs_model
 from .report import write_report
-from .suite import Suite, Task, read_suite
-
-
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gengram bench`."""
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="folders or Hub ids; none runs the baselines only")
-    parser.add_argument("--suite", required=True, help="YAML file, or the name of a suite of this package")
-    parser.add_argument("--data", type=Path, default=Path(), help="folder that the suite's paths are relative to")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results; what is there is not redone")
-    parser.add_argument("--tasks", default="*", help="shell pattern of the tasks to run")
-    parser.add_argument("--protocols", help="comma-separated; by default those of the suite")
-    parser.add_argument("--seeds", default="0", help="comma-separated (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, ...; by default the first GPU if there is one")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--revision", help="of the models on the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that a model folder brings")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def run_bench(arguments: argparse.Namespace) -> int:
-    """Run `gengram bench`; returns the exit code."""
-    try:
-        suite = read_suite(arguments.suite)
-        models = [
-            EvaluatedModel(
-                name,
-                arguments.device,
-                getattr(torch, arguments.dtype),
-                revision=arguments.revision,
-                trust_remote_code=arguments.trust_remote_code,
-            )
-            for name in arguments.models
-        ]
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
-        protocols = arguments.protocols.split(",") if arguments.protocols else None
-        results = bench(
-            suite,
-            models,
-            arguments.data,
-            arguments.output,
-            tasks=arguments.tasks,
-            protocols=protocols,
-            seeds=seeds,
-            progress=not arguments.quiet,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print((arguments.output / "report.md").read_text())
-    print(f"wrote results.parquet, results.json, report.md and report.svg of {len(results)} runs to {arguments.output}")
-    return 0
+from .suite import Suite, Task
 
 
 def bench(
@@ -161,7 +108,4 @@ def _weights(name: str) -> list[Any] | None:
     folder = Path(name)
     if not folder.is_dir():
         return None
-    return [
-        [path.name, hashlib.sha256(path.read_bytes()).hexdigest() if path.stat().st_size < 1 << 28 else path.stat().st_mtime]
-        for path in sorted(folder.glob("*.safetensors"))
-    ]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))]

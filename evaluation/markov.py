@@ -41,7 +41,7 @@ class MarkovModel:
         if not 0 <= order <= HIGHEST_ORDER:
             raise ValueError(f"order must lie in 0..{HIGHEST_ORDER}, got {order}.")
         self.order = order
-        self.counts = np.zeros(4 ** (order + 1), dtype=np.int64)  # of (order + 1)-mers, the last base least significant
+        self.counts = np.zeros(4 ** (order + 1), dtype=np.int64)  # of (order + 1)-mers, last base least
         self._short = [np.zeros(4 ** (k + 1), dtype=np.int64) for k in range(order)]  # of contexts that were cut short
         self._tables: tuple[float, list[np.ndarray]] | None = None
 

@@ -27,9 +27,7 @@ def _auprc(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return _mean_over_classes(sk.average_precision_score, labels, probabilities)
 
 
-def _mean_over_classes(
-    metric: Callable[..., float], labels: np.ndarray, probabilities: np.ndarray
-) -> float:
+def _mean_over_classes(metric: Callable[..., float], labels: np.ndarray, probabilities: np.ndarray) -> float:
     if len(np.unique(labels)) < 2:
         return float("nan")
     if probabilities.shape[1] == 2:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from ..data_preparation.fasta import read_fasta
-from .classifiers import choose, choosing_score, held_out
+from .classifiers import choose
 from .embeddings import POOLINGS, SequenceEncoder
 from .fine_tuning import FineTuningOptions, fine_tune
 from .labelled_data import LabelledSequences, overlap, read_labelled
@@ -34,9 +34,7 @@ class EvaluatedModel:
         loading: further arguments of `from_pretrained`, as `revision` and `trust_remote_code`.
     """
 
-    def __init__(
-        self, name: str, device: str | None = None, dtype: torch.dtype = torch.float32, **loading: Any
-    ):
+    def __init__(self, name: str, device: str | None = None, dtype: torch.dtype = torch.float32, **loading: Any):
         self.name, self.dtype, self.loading = name, dtype, loading
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._embedded: dict[tuple[int, str, bool], dict[str, np.ndarray]] = {}
@@ -181,7 +179,9 @@ def run_classification(
         splits = [(train, read_labelled(task.test, data, classes=train.classes, **columns))]
     else:
         assert train.groups is not None
-        splits = [(train.take(train.groups != fold), train.take(train.groups == fold)) for fold in np.unique(train.groups)]
+        splits = [
+            (train.take(train.groups != fold), train.take(train.groups == fold)) for fold in np.unique(train.groups)
+        ]
     labels, probabilities, details, overlaps = [], [], [], []
     for fit, test in splits:
         overlaps.append(overlap(fit, test))
@@ -213,9 +213,7 @@ def zero_shot(
     return -score_variants(causal, tokenizer, sequence, variants, task.flank, model.name if progress else None).llr
 
 
-def transversion(
-    model: None, task: VariantTask, sequence: str, variants: list[Variant], progress: bool
-) -> np.ndarray:
+def transversion(model: None, task: VariantTask, sequence: str, variants: list[Variant], progress: bool) -> np.ndarray:
     """1 for a transversion (purine to pyrimidine or back), 0 for anything else."""
     purines = {"A", "G"}
     return np.array(

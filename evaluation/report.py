@@ -66,7 +66,10 @@ def markdown(suite: Suite, results: Sequence[dict[str, Any]]) -> str:
             text = f"{means[way]:.3f}"
             cells.append((f"**{text}**" if means[way] == best else text) + f" ({low:.3f} to {high:.3f})")
         lines.append(f"| {task} | {metric[task]} | " + " | ".join(cells) + " |")
-    lines += ["", "Value and 95 % bootstrap interval of the test rows; with several seeds, the mean of each. Bold: best."]
+    lines += [
+        "",
+        "Value and 95 % bootstrap interval of the test rows; with several seeds, the mean of each. Bold: best.",
+    ]
     seen = set()
     for result in results:
         repeated, shared = result.get("duplicates_in_train", 0), result.get("test_rows_in_train", 0)

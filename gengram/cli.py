@@ -14,6 +14,7 @@ from .conversion_scripts import (
     verify_conversion,
 )
 from .data_preparation import prepare_command
+from .evaluation import bench_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="FASTA files to a tokenized data set")
     prepare_command.add_prepare_arguments(prepare)
     prepare.set_defaults(run=prepare_command.run_prepare)
+
+    evaluate = commands.add_parser("bench", help="evaluate models on a suite of tasks, beside baselines")
+    bench_command.add_bench_arguments(evaluate)
+    evaluate.set_defaults(run=bench_command.run_bench)
 
     demonstrate = commands.add_parser("demo", help="convert, load and use a tiny bundled checkpoint")
     demo.add_demo_arguments(demonstrate)

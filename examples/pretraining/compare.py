@@ -3,9 +3,9 @@
     python compare.py --dataset DATASET --output OUTPUT              # runs what is missing, then reports
     python compare.py --output OUTPUT --report benchmarks/results/memory_comparison.json --figure docs/figures/...svg
 
-`comparison.json` holds the architectures, arms, ablations, seeds and training options. Every run is one call
-of `pretrain.py`; one that is done is not done again, one that was cut off starts anew. "widened baseline" has no memory
-either, but a feed-forward so wide that it has as many parameters as the arm with memory: it computes more per token.
+`comparison.json` holds the architectures, arms, ablations, seeds and training options. Every run is one call of
+`pretrain.py`; one that is done is not done again, one that was cut off starts anew. "widened baseline" has no memory
+either, but a feed-forward so wide that it has as many parameters as the arm with memory: more computing per token.
 """
 
 import argparse
