@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from ..data_preparation.fasta import read_fasta
-from .classifiers import choose
+from .classifiers import choose, score_of_features
 from .embeddings import POOLINGS, SequenceEncoder
 from .fine_tuning import FineTuningOptions, fine_tune
 from .labelled_data import LabelledSequences, overlap, read_labelled
@@ -84,9 +84,7 @@ def frozen(
     rows = train.sample(_ROWS_FOR_CHOICE, seed)
     choices = [(layer, pooling) for layer in range(model.encoder.layers) for pooling in POOLINGS]
     found = model.embed(rows.sequences, choices, task.both_strands, progress)
-    scores = {
-        choice: choose(["logistic"], vectors, rows.labels, seed, rows.groups)[2] for choice, vectors in found.items()
-    }
+    scores = {choice: score_of_features(vectors, rows.labels, seed, rows.groups) for choice, vectors in found.items()}
     best = max(scores, key=lambda choice: scores[choice])
     return _on_embeddings(model, task, train, test, seed, progress, best, task.classifiers)
 

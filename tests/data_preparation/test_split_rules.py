@@ -1,0 +1,56 @@
+import pytest
+
+from gengram.data_preparation.split_rules import Part, SplitRule, parts_of_record, read_split_rules
+
+
+def test_the_first_rule_that_matches_wins_base_by_base():
+    rules = [
+        SplitRule("*:chr1", "test", 10, 20),
+        SplitRule("*:chr1", "-", 15, 30),
+        SplitRule("*", "train", keep=0.5),
+    ]
+    assert parts_of_record(rules, "a.fa", "chr1", 40) == [
+        Part(0, 10, "train", 0.5),
+        Part(10, 20, "test"),
+        Part(30, 40, "train", 0.5),
+    ]
+    assert parts_of_record(rules, "a.fa", "chr2", 40) == [Part(0, 40, "train", 0.5)]
+    assert parts_of_record(rules, "a.fa", "chr1", 12) == [Part(0, 10, "train", 0.5), Part(10, 12, "test")]
+
+
+def test_a_region_is_held_out_for_all_species_together():
+    rules = [SplitRule("*.ENm002.*:*", "test"), SplitRule("*", "train")]
+    for species in ("human", "chimp", "mouse"):
+        assert parts_of_record(rules, f"{species}.ENm002.fa.gz", "whatever", 5) == [Part(0, 5, "test")]
+        assert parts_of_record(rules, f"{species}.ENm001.fa.gz", "whatever", 5) == [Part(0, 5, "train")]
+
+
+def test_bases_without_a_rule_are_an_error():
+    with pytest.raises(ValueError, match=r"no rule .* matches a\.fa:chr1, bases 5 to 9"):
+        parts_of_record([SplitRule("*", "train", 0, 5)], "a.fa", "chr1", 9)
+
+
+def test_reading_a_table(tmp_path):
+    path = tmp_path / "splits.tsv"
+    path.write_text("# comment\npattern\tsplit\tstart\tend\tkeep\n*:a\ttest\t5\t.\t\n\n*\ttrain\t\t\t0.25\n")
+    assert read_split_rules(path) == [SplitRule("*:a", "test", 5), SplitRule("*", "train", keep=0.25)]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("pattern\tsplitt\n", "line 1: expected a header"),
+        ("pattern\n", "line 1: expected a header"),
+        ("pattern\tsplit\n", "at least one rule"),
+        ("pattern\tsplit\n*\n", "line 2"),
+        ("pattern\tsplit\tstart\n*\ttrain\tx\n", "line 2"),
+        ("pattern\tsplit\tkeep\n*\ttrain\t0\n", "0 < keep <= 1"),
+        ("pattern\tsplit\tstart\tend\n*\ttrain\t5\t5\n", "start < end"),
+        ("pattern\tsplit\n*\ttrain\tmore\n", "line 2"),
+    ],
+)
+def test_bad_tables_name_the_line(text, message, tmp_path):
+    path = tmp_path / "splits.tsv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_split_rules(path)
