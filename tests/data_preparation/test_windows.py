@@ -39,6 +39,8 @@ def test_windows_reach_to_the_end_and_are_long_enough(start, size, length, strid
         assert covered >= set(range(start, start + size - shortest + 1))
 
 
-@pytest.mark.parametrize("size, expected", [(10, [(0, 4), (4, 8), (8, 10)]), (8, [(0, 4), (4, 8)]), (9, [(0, 4), (4, 8)])])
+@pytest.mark.parametrize(
+    "size, expected", [(10, [(0, 4), (4, 8), (8, 10)]), (8, [(0, 4), (4, 8)]), (9, [(0, 4), (4, 8)])]
+)
 def test_a_short_last_window(size, expected):
     assert list(window_bounds(0, size, 4, 4, 2)) == expected

@@ -1,0 +1,119 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gengram.cli import main
+from gengram.data_preparation import SplitRule, WindowOptions, prepare_genome_dataset
+
+
+def random_sequence(generator: np.random.Generator, length: int) -> str:
+    return "".join(generator.choice(list("ACGT"), length))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A set that a motif separates, variants, a genome whose bases follow from those before, and their suite."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    rows = []
+    for label in [0, 1] * 60:
+        sequence = random_sequence(generator, 40)
+        rows.append((sequence[:18] + ("TATAAA" if label else "GCGCGC") + sequence[24:], label, len(rows) % 3))
+    table = pd.DataFrame(rows, columns=["sequence", "label", "fold"])
+    table[:80].to_csv(folder / "train.csv", index=False)
+    pd.concat([table[80:], table[:4]]).to_csv(folder / "test.csv", index=False)
+    table.to_csv(folder / "folds.csv", index=False)
+    genome = random_sequence(generator, 200)
+    (folder / "genome.fa").write_text(f">g\n{genome}\n")
+    variants = [
+        (i + 101, genome[i], "ACGT"["ACGT".index(genome[i]) ^ (1 + i // 10 % 3)], i // 10 % 2)
+        for i in range(0, 200, 10)
+    ]
+    pd.DataFrame(variants, columns=["pos", "ref", "alt", "label"]).to_csv(folder / "variants.csv", index=False)
+    (folder / "repeats.fa").write_text("".join(f">{name}\n{'ACGTTGCA' * 40}\n" for name in ("a", "b", "c")))
+    rules = [SplitRule("*:a", "train"), SplitRule("*:b", "validation"), SplitRule("*:c", "test")]
+    prepare_genome_dataset([folder / "repeats.fa"], folder / "prepared", WindowOptions(40), rules, progress=False)
+    (folder / "suite.yaml").write_text(
+        """
+name: small
+tasks:
+- {name: motif, train: train.csv, test: test.csv, metric: auc, protocols: [frozen, baseline-positional, baseline-kmer],
+   classifiers: [logistic]}
+- {name: folds, train: folds.csv, fold: fold, protocols: [linear]}
+- {name: effects, kind: variants, variants: variants.csv, fasta: genome.fa, first_base: 101, flank: 12}
+- {name: repeats, kind: likelihood, dataset: prepared}
+"""
+    )
+    return folder
+
+
+def test_a_suite_of_every_kind_and_what_it_leaves(data, tiny_folder, tmp_path, capsys, monkeypatch):
+    words = ["bench", str(tiny_folder), "--suite", str(data / "suite.yaml"), "--data", str(data), "--quiet"]
+    assert main([*words, "--output", str(tmp_path)]) == 0
+    report = capsys.readouterr().out
+    results = {(r["task"], r["protocol"]): r for r in json.loads((tmp_path / "results.json").read_text())}
+    assert set(results) == {
+        ("motif", "frozen"),
+        ("motif", "baseline-positional"),
+        ("motif", "baseline-kmer"),
+        ("folds", "linear"),
+        ("effects", "zero-shot"),
+        ("effects", "baseline-transversion"),
+        ("repeats", "likelihood"),
+        ("repeats", "baseline-markov-5"),
+        ("repeats", "baseline-markov-11"),
+    }
+    assert results["motif", "baseline-positional"]["metrics"]["auc"]["value"] > 0.99
+    assert results["motif", "baseline-kmer"]["metrics"]["auc"]["value"] > 0.9
+    assert results["motif", "frozen"]["metrics"]["auc"]["value"] > 0.8
+    assert results["motif", "frozen"]["test_rows_in_train"] == 4
+    assert results["folds", "linear"]["test_rows"] == 120
+    assert results["repeats", "baseline-markov-5"]["metrics"]["bits_per_base"]["value"] < 0.2
+    assert results["repeats", "likelihood"]["metrics"]["bits_per_base"]["value"] > 1
+    assert "4 of 44 test rows also stand in the training rows" in report
+    table = pd.read_parquet(tmp_path / "results.parquet")
+    assert len(table) == 4 * 4 + 2 * 2 + 3
+    assert (tmp_path / "report.svg").stat().st_size > 1000
+
+    def fail(*arguments, **named):
+        raise AssertionError("a run that is there was done again")
+
+    monkeypatch.setattr("gengram.evaluation.bench.RUNNERS", {kind: (known, fail) for kind, (known, _) in _runners()})
+    assert main([*words, "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == report
+
+
+def _runners():
+    from gengram.evaluation.bench import RUNNERS
+
+    return list(RUNNERS.items())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--tasks", "nothing"], "no task matches 'nothing'"),
+        (["--protocols", "magic"], "unknown protocols"),
+        (["--protocols", "frozen", "--tasks", "motif"], "nothing to run"),
+    ],
+)
+def test_what_cannot_be_run_is_a_clear_error(words, message, data, tmp_path, capsys):
+    common = ["bench", "--suite", str(data / "suite.yaml"), "--data", str(data), "--output", str(tmp_path), "--quiet"]
+    assert main([*common, *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["fine-tuned", "lora"])
+def test_fine_tuning_learns_a_motif(protocol, data, tiny_folder, tmp_path):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        "tasks: [{name: motif, train: train.csv, test: test.csv, metric: auc, "
+        "fine_tuning: {epochs: 20, learning_rate: 0.01, batch_size: 8, lora_rank: 4}}]"
+    )
+    words = ["bench", str(tiny_folder), "--suite", str(suite), "--data", str(data), "--quiet"]
+    assert main([*words, "--output", str(tmp_path / "out"), "--protocols", protocol]) == 0
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["metrics"]["auc"]["value"] > 0.8

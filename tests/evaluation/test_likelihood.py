@@ -1,0 +1,43 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from gengram import GengramForCausalLM, GengramTokenizer
+from gengram.evaluation.likelihood import bits_of_examples, digits_of, interval_of_mean
+
+TEXTS = ["ACGTTGCAAATTGAC<EOD>ACNT", "GGCTA", "TTT"]
+
+
+def examples() -> Dataset:
+    return Dataset.from_dict({"input_ids": [GengramTokenizer()(text)["input_ids"] for text in TEXTS]})
+
+
+def test_bits_are_those_of_bases_alone(tiny_folder):
+    model = GengramForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    bits, bases = bits_of_examples(model, examples(), batch_size=2)
+    for text, found, count in zip(TEXTS, bits, bases, strict=True):
+        ids = GengramTokenizer()(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            probabilities = model(ids).logits[0].double().log_softmax(-1)
+        expected = [
+            -float(probabilities[i, token]) / math.log(2)
+            for i, token in enumerate(ids[0, 1:])
+            if token in (5, 6, 7, 8)
+        ]
+        assert count == len(expected)
+        assert found == pytest.approx(sum(expected), abs=1e-4)
+
+
+def test_digits_are_the_alphabet():
+    assert [row.tolist() for row in digits_of(examples())][1:] == [[2, 2, 1, 3, 0], [3, 3, 3]]
+    assert next(digits_of(examples())).tolist()[-5:] == [4, 0, 1, 4, 3]
+
+
+def test_the_interval_is_around_the_weighted_mean():
+    bases = np.array([10, 1000, 1000])
+    mean, low, high = interval_of_mean(np.array([1.9, 1.8, 1.6]) * bases, bases)
+    assert mean == pytest.approx((19 + 1800 + 1600) / 2010)
+    assert low < mean < high
