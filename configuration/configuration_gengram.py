@@ -89,7 +89,7 @@ class GengramConfig(PreTrainedConfig):
     """
 
     model_type = "gengram"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     default_theta = 10000.0
     attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012
 

@@ -51,6 +51,16 @@ from ..operators.table_major import packed_rows, rows_to_project, used_rows
 
 logger = logging.get_logger(__name__)
 
+# Transformers 5.24 renamed `past_key_values` to `cache`: in its functions and outputs, and where `generate` calls us.
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, given by its older or its newer name."""
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument; give only one of them.")
+    return past_key_values if cache is None else cache
+
 
 @dataclass
 class GengramModelOutput(MoeModelOutputWithPast):
@@ -542,8 +552,10 @@ class GengramDecoderLayer(GradientCheckpointingLayer):
         memory_plan: NgramPlan | None = None,
         is_causal: bool = True,
         output_memory_residual_norms: bool = False,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        past_key_values = _one_cache(past_key_values, cache)
         if self.motif_memory is not None:
             assert memory_plan is not None
             memory, _, _ = self.motif_memory(
@@ -560,8 +572,8 @@ class GengramDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             is_causal=is_causal,
+            **{_CACHE: past_key_values},
             **kwargs,
         )
         hidden_states = hidden_states + attended
@@ -575,7 +587,7 @@ class GengramPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GengramDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -702,6 +714,7 @@ class GengramModel(GengramPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         memory_input_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GengramModelOutput:
         """Hidden states of a batch of token ids.
@@ -713,7 +726,8 @@ class GengramModel(GengramPreTrainedModel):
             position_ids: (batch, length). Where they start again at 0 a new segment begins, and the memory does not
                 look across; nor does attention, if there is no cache (`use_cache=False`). Without them a row is one
                 segment.
-            past_key_values: a cache; build it with `DynamicCache(config=model.config)`.
+            past_key_values: a cache; build it with `DynamicCache(config=model.config)`. `cache`, the name that
+                Transformers gives it since 5.24, means the same.
             inputs_embeds: (batch, length, hidden) instead of ids. The memory reads the letters whose embedding rows
                 occur exactly, any other vector is "not a letter"; `memory_input_ids` overrides this.
             memory_input_ids: (batch, length), the ids that the memory reads if they differ from `input_ids`.
@@ -726,6 +740,7 @@ class GengramModel(GengramPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        past_key_values = _one_cache(past_key_values, cache)
         is_causal = kwargs.pop("is_causal", self.config.is_causal)
         output_memory_residual_norms = kwargs.pop(
             "output_memory_residual_norms", getattr(self.config, "output_memory_residual_norms", False)
@@ -754,7 +769,7 @@ class GengramModel(GengramPreTrainedModel):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                _CACHE: past_key_values,
                 "position_ids": position_ids,
             }
             masks = {
@@ -778,16 +793,16 @@ class GengramModel(GengramPreTrainedModel):
                 hidden_states,
                 attention_mask=masks["full_attention"],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 memory_plan=memory_plan,
                 is_causal=is_causal,
                 output_memory_residual_norms=output_memory_residual_norms,
+                **{_CACHE: past_key_values},  # by the library's name: gradient checkpointing looks for it
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
-        return GengramModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return GengramModelOutput(last_hidden_state=hidden_states, **{_CACHE: past_key_values})
 
     def _letter_codes(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Letter codes (batch, length) of the ids, or of embeddings that equal a letter's row exactly."""
@@ -947,6 +962,7 @@ class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationM
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GengramCausalLMOutput:
         """Next-token logits, and the loss if labels are given; other arguments as in `GengramModel.forward`.
@@ -963,7 +979,7 @@ class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationM
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=_one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
@@ -981,12 +997,12 @@ class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationM
             aux_loss=aux_loss,
             z_loss=z_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             memory_gates=outputs.memory_gates,
             memory_residual_norms=outputs.memory_residual_norms,
+            **{_CACHE: getattr(outputs, _CACHE)},
         )
 
 

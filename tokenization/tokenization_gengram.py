@@ -406,6 +406,9 @@ class GengramTokenizer(TokenizersBackend):
     def _encode_plus(  # type: ignore[override]
         self, text, text_pair=None, return_soft_mask=False, **options
     ) -> BatchEncoding:
+        if isinstance(text, (list, tuple)) and not text and not text_pair and not options.get("is_split_into_words"):
+            one = self._encode_plus([""], return_soft_mask=return_soft_mask, **options)
+            return BatchEncoding({name: rows[:0] for name, rows in one.items()}, [], n_sequences=1)
         if self.unknown_characters == "error":
             self._refuse_unknown_characters(text, text_pair, **options)
         encoded = None

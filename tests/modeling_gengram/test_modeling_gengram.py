@@ -65,6 +65,22 @@ def test_cached_equals_full_whatever_the_chunks(variant):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("head", [GengramModel, GengramForCausalLM], ids=lambda head: head.__name__)
+def test_a_cache_has_two_names(head):
+    """`past_key_values`, and `cache` since Transformers 5.24; whatever the library is, both work."""
+    model, ids = tiny_model(head), random_ids(1, 20)
+    full = model(ids)[0]
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache(config=model.config)
+        first = model(ids[:, :13], **{name: cache})
+        assert model(ids[:, 13:14], **{name: cache})[1] is cache
+        torch.testing.assert_close(first[0], full[:, :13], **FP32)
+        torch.testing.assert_close(model(ids[:, 14:], **{name: cache})[0], full[:, 14:], **FP32)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(ids, cache=cache, past_key_values=cache)
+
+
+@torch.no_grad()
 def test_static_cache_equals_full(variant):
     model, ids = tiny_model(GengramForCausalLM, **variant), random_ids(2, 24)
     cache = StaticCache(config=model.config, max_cache_len=32)

@@ -674,3 +674,14 @@ def test_docstring_example():
     (test,) = finder.find(GengramTokenizer, "GengramTokenizer", globs={})
     assert test.examples
     assert doctest.DocTestRunner().run(test).failed == 0
+
+
+@pytest.mark.parametrize("use_lookup", [True, False])
+def test_a_batch_of_nothing(tokenizer, monkeypatch, use_lookup):
+    monkeypatch.setattr(GengramTokenizer, "use_lookup", use_lookup)
+    assert tokenizer([]) == {"input_ids": [], "attention_mask": []}
+    options = dict(return_offsets_mapping=True, return_soft_mask=True, return_length=True)
+    fields = ("input_ids", "attention_mask", "offset_mapping", "soft_mask", "length")
+    assert tokenizer([], **options) == {field: [] for field in fields}
+    tensors = tokenizer([], padding=True, return_tensors="pt")
+    assert tensors["input_ids"].shape == (0, 0) and tensors["input_ids"].dtype == torch.int64
