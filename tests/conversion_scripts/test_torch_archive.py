@@ -6,8 +6,9 @@ import zipfile
 import pytest
 import torch
 
+from gengram.conversion_scripts.byte_range import FileRange
 from gengram.conversion_scripts.errors import ConversionError
-from gengram.conversion_scripts.torch_archive import FileRange, TorchArchive
+from gengram.conversion_scripts.torch_archive import TorchArchive
 
 
 def tensors():
