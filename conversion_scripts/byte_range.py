@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
-from .hub_path import HubPath, SourcePath, size_of
+from .hub_path import PARALLEL_PARTS, PART, HubPath, SourcePath, size_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class ByteRange(io.RawIOBase):
     Raises:
         ConversionError: if the file does not have these bytes.
     """
+
+    read_size = 2**20  # bytes that are best read at once: a processor cache holds them
 
     def __init__(self, path: SourcePath, size: int, start: int, length: int | None):
         self.path = path
@@ -99,6 +101,8 @@ class FileRange(ByteRange):
 
 class HubRange(ByteRange):
     """A range of a file on the Hub; no byte outside it is fetched."""
+
+    read_size = PART * PARALLEL_PARTS
 
     def __init__(self, path: HubPath, start: int = 0, length: int | None = None):
         super().__init__(path, size_of(path), start, length)

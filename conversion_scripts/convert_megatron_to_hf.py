@@ -16,7 +16,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,11 +39,13 @@ from .fetch_plan import FETCH, FetchPlan, plan_fetch
 from .hub_path import HubPath, HubRepository, SourcePath, open_source, relative_name, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, open_checkpoint, summary_of_dropped
 from .megatron_config import RecordedArgs, config_from_args
-from .partial_folder import FinishedFile, PartialFolder, check_output_is_free, leftover, partial_path
+from .partial_folder import FinishedFile, FinishedPart, PartialFolder, check_output_is_free, leftover, partial_path
 from .safetensors_writer import (
     DTYPE_NAMES,
     HashedTensor,
+    StartedFile,
     TensorSpec,
+    intact_start,
     plan_shards,
     shard_is_intact,
     shard_names,
@@ -56,6 +59,7 @@ RECORD = "conversion.json"
 MODEL_CARD = Path(__file__).with_name("model_card.md")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_READ_AHEAD = 256 * 2**20  # bytes of a tensor that is read while the one before is written
+READS_FROM_HUB = 4  # tensors that are fetched at once
 OUTPUT_DTYPES = ("float32", "bfloat16")
 
 
@@ -133,7 +137,7 @@ def convert_to_hf(
     if not partial_path(output).exists():
         check_output_is_free(output)
     job = _prepare(source, dtype, revision, fetch)
-    with PartialFolder(output, _identity(job, limit), restart) as place:
+    with PartialFolder(output, _identity(job, limit), restart, keep_parts=job.repository is not None) as place:
         if not place.published:
             check_output_is_free(output)
             _write_folder(job, place, limit, progress, fetch)
@@ -225,9 +229,13 @@ class _Job:
         return dict(zip(shard_names(len(shards)), shards, strict=True))
 
     def sources(self, specs: Sequence[TensorSpec]) -> list[str]:
-        """The tensors that are read for some outputs, in the order of reading."""
-        names = [move.source for spec in specs for move, _ in self.outputs[spec.name].parts]
-        return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+        """The tensors that are read for some outputs, in the order of their use, once for each."""
+        return [move.source for spec in specs for move, _ in self.outputs[spec.name].parts]
+
+    def sources_of(self, tensor: str, index: int | None) -> list[str]:
+        """The tensors that an output, or a slice of it, is made of."""
+        parts = self.outputs[tensor].parts
+        return [move.source for move, _ in (parts if index is None else parts[index : index + 1])]
 
     def relative_name(self, file: SourcePath) -> str:
         """A file's name inside the checkpoint."""
@@ -278,26 +286,34 @@ def _write_folder(job: _Job, place: PartialFolder, limit: int, progress: bool, f
     shards = job.shards(limit)
     order = {name: job.sources(shard) for name, shard in shards.items()}
     kept = _intact_files(place, shards, progress)
+    started, parts = _intact_parts(place, shards, progress)
     there = [spec for name in kept for spec in shards[name]]
-    there_bytes = sum(spec.nbytes for spec in there)
-    place.begin(kept, job.nbytes - there_bytes)
-    reading = job.sources([spec for name, shard in shards.items() if name not in kept for spec in shard])
-    _fetch_files(job, fetch, reading, progress)
-    with _Progress(job.nbytes, there_bytes, len(job.specs), len(there), progress) as bar:
-        with _PlanReader(job.checkpoint, job.plan, reading) as reader:
-            for entry in kept.values():
+    there_bytes = sum(spec.nbytes for spec in there) + sum(start.nbytes for start in started.values())
+    place.begin(kept, parts, job.nbytes - there_bytes)
+    uses = _to_be_read(job, shards, kept, started)
+    _fetch_files(job, fetch, list(dict.fromkeys(uses)), progress)
+    done = len(there) + sum(len(start.tensors) for start in started.values())
+    with _Progress(job.nbytes, there_bytes, len(job.specs), done, progress) as bar:
+        with _PlanReader(job, uses) as reader:
+            for entry in (*kept.values(), *parts):
                 reader.source_digests.update(entry.sources)
 
-            def pieces(spec: TensorSpec) -> Iterator[torch.Tensor | HashedTensor]:
-                yield from reader.pieces(spec)
+            def pieces(spec: TensorSpec, first: int) -> Iterator[torch.Tensor | HashedTensor]:
+                yield from reader.pieces(spec, first)
                 bar.tensors += 1
+
+            def on_part(file: str, tensor: str, index: int | None, digest: str) -> None:
+                sources = {source: reader.digest(source) for source in job.sources_of(tensor, index)}
+                place.record_part(FinishedPart(file, tensor, index, digest, sources))
 
             def on_shard(name: str, digests: dict[str, str]) -> None:
                 sources = {source: reader.source_digests[source] for source in order[name]}
                 place.record(FinishedFile(name, digests, sources))
 
             finished = {name: entry.tensors for name, entry in kept.items()}
-            digests = write_safetensors(place.folder, job.specs, pieces, limit, bar.update, finished, on_shard)
+            digests = write_safetensors(
+                place.folder, job.specs, pieces, limit, bar.update, finished, started, on_shard, on_part
+            )
             reader.check_tied_copies()
     folder = place.folder
     write_remote_code(job.config, folder)
@@ -336,6 +352,44 @@ def _intact_files(
         }
 
 
+def _intact_parts(
+    place: PartialFolder, shards: dict[str, list[TensorSpec]], progress: bool
+) -> tuple[dict[str, StartedFile], list[FinishedPart]]:
+    """How far the weight file that an earlier run was writing is right, and the notes of these parts."""
+    name = place.parts[0].file if place.parts else ""
+    if name not in shards:
+        return {}, []
+    tensors = {part.tensor: part.sha256 for part in place.parts if part.index is None}
+    slices: dict[str, list[str]] = {}
+    for part in place.parts:
+        if part.index is not None and part.index == len(slices.setdefault(part.tensor, [])):
+            slices[part.tensor].append(part.sha256)
+    with tqdm(unit="B", unit_scale=True, desc="checking", disable=not progress) as bar:
+        start = intact_start(place.folder / name, shards[name], tensors, slices, bar.update)
+    if not start.nbytes:
+        return {}, []
+    following = shards[name][len(start.tensors)].name if len(start.tensors) < len(shards[name]) else ""
+    parts = [
+        part
+        for part in place.parts
+        if part.tensor in start.tensors
+        or (part.tensor == following and part.index is not None and part.index < len(start.slices))
+    ]
+    return {name: start}, parts
+
+
+def _to_be_read(
+    job: _Job, shards: dict[str, list[TensorSpec]], kept: Container[str], started: dict[str, StartedFile]
+) -> list[str]:
+    """The tensors of the source that what is still to be written needs, in the order of their use, once for each."""
+    names: list[str] = []
+    for name, shard in shards.items():
+        if name not in kept:
+            start = started.get(name, StartedFile())
+            names += job.sources(shard[len(start.tensors) :])[len(start.slices) :]
+    return names
+
+
 class _Progress:
     """A bar on stderr: bytes, rate, tensors."""
 
@@ -358,18 +412,25 @@ class _Progress:
 
 
 class _PlanReader:
-    """Reads each source tensor when the writer asks for it, in the order told, one ahead; hashes it once."""
+    """Reads each source tensor at its first use, some ahead, hashes it once, and keeps it until its last use.
 
-    def __init__(self, checkpoint: MegatronCheckpoint, plan: Plan, order: Sequence[str]):
-        self.checkpoint = checkpoint
-        self.plan = plan
+    Args:
+        uses: The tensors in the order of their use, once for each.
+    """
+
+    def __init__(self, job: _Job, uses: Sequence[str]):
+        self.checkpoint = job.checkpoint
+        self.plan = job.plan
         self.source_digests: dict[str, str] = {}
-        self._outputs = {output.name: output for output in plan.outputs}
-        self._current: tuple[str, list[torch.Tensor]] | None = None
-        self._order: Iterator[str] = iter(order)
-        self._ahead: tuple[str, Future[torch.Tensor]] | None = None
+        self._outputs = job.outputs
+        self._uses = Counter(uses)
+        self._held: dict[str, list[torch.Tensor]] = {}
+        self._order: Iterator[str] = iter(dict.fromkeys(uses))
+        self._next: str | None = next(self._order, None)
+        self._ahead: dict[str, Future[torch.Tensor]] = {}
         self._hashes: dict[str, Future[str]] = {}
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._most_ahead = 1 if job.repository is None else READS_FROM_HUB
+        self._reading = ThreadPoolExecutor(self._most_ahead, thread_name_prefix="read")
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
     def __enter__(self) -> "_PlanReader":
@@ -381,8 +442,8 @@ class _PlanReader:
         self._reading.shutdown(cancel_futures=True)
         self._hashing.shutdown(cancel_futures=True)
 
-    def pieces(self, spec: TensorSpec) -> Iterator[torch.Tensor | HashedTensor]:
-        for move, which in self._outputs[spec.name].parts:
+    def pieces(self, spec: TensorSpec, first: int = 0) -> Iterator[torch.Tensor | HashedTensor]:
+        for move, which in self._outputs[spec.name].parts[first:]:
             values = self._parts(move)[which]
             # Moved as a whole: what is written has the hash of what was read.
             whole = isinstance(move.entry.layout, Same)
@@ -397,28 +458,31 @@ class _PlanReader:
         return self.source_digests[source]
 
     def _parts(self, move: Move) -> list[torch.Tensor]:
-        if self._current is None or self._current[0] != move.source:
-            self._current = None  # frees the last tensor before the one after the next is read
-            self._current = (move.source, move.entry.layout.to_hf(self._read(move.source)))
-        return self._current[1]
+        # Queries, keys and values come from one tensor; in a file, other weights are between them.
+        parts = self._held.pop(move.source, None) or move.entry.layout.to_hf(self._read(move.source))
+        self._uses[move.source] -= 1
+        if self._uses[move.source]:
+            self._held[move.source] = parts
+        return parts
 
     def _read(self, source: str) -> torch.Tensor:
-        if self._ahead is None:
-            self._start(next(self._order))
-        assert self._ahead is not None and self._ahead[0] == source, "the writer's order is not the one told"
-        tensor = self._ahead[1].result()
-        self._ahead = None
+        if source not in self._ahead:
+            assert self._next == source, "the writer's order is not the one told"
+            self._start()
+        tensor = self._ahead.pop(source).result()
         if source not in self.source_digests:
             self._hashes[source] = self._hashing.submit(tensor_digest, [tensor])
-        following = next(self._order, None)
-        if following is not None and self.checkpoint.tensors[following].nbytes <= MOST_READ_AHEAD:
-            self._start(following)
-        elif following is not None:
-            self._order = chain([following], self._order)
+        tensors = self.checkpoint.tensors
+        while self._next is not None and len(self._ahead) < self._most_ahead:
+            if sum(tensors[name].nbytes for name in (*self._ahead, self._next)) > MOST_READ_AHEAD:
+                break
+            self._start()
         return tensor
 
-    def _start(self, source: str) -> None:
-        self._ahead = (source, self._reading.submit(self.checkpoint.tensors[source].read))
+    def _start(self) -> None:
+        assert self._next is not None
+        self._ahead[self._next] = self._reading.submit(self.checkpoint.tensors[self._next].read)
+        self._next = next(self._order, None)
 
     def check_tied_copies(self) -> None:
         """A head that a tied model stores beside its embedding must equal it before it is left out."""

@@ -376,6 +376,12 @@ def size_of(path: SourcePath) -> int:
     return path.file.size if isinstance(path, HubPath) else path.stat().st_size
 
 
+def fetch_now(path: SourcePath) -> None:
+    """Fetches a file on the Hub whole, so that it is read from the cache."""
+    if isinstance(path, HubPath):
+        path.repository.fetch_whole(str(path.relative))
+
+
 def relative_name(path: SourcePath, folder: SourcePath) -> str:
     """The name of a file inside a folder that holds it."""
     inside = path.relative if isinstance(path, HubPath) else path

@@ -19,7 +19,7 @@ import torch
 
 from .byte_range import Span
 from .errors import ConversionError, quoted, shortened
-from .hub_path import SourcePath, size_of
+from .hub_path import SourcePath, fetch_now, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, args_of, argument, iteration_of
 from .safe_pickle import MAX_PICKLE_BYTES, ForeignObject, TensorReference, load_pickle
 from .torch_archive import LazyTensor, TorchArchive, empty_tensor
@@ -65,13 +65,13 @@ class ChunkedTensor:
 
     def read(self, index: tuple[int, ...]) -> torch.Tensor:
         axes = len(index)
-        result = empty_tensor(self.shape[axes:], self.dtype)
+        result = empty_tensor(self.shape[axes:], self.dtype)  # every element lies in a chunk
         for chunk, inside in self._touched(index):
             target = tuple(
                 slice(offset, offset + size)
                 for offset, size in zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True)
             )
-            result[target] = self._read_chunk(chunk, inside)
+            self._read_chunk(chunk, inside, result[target] if target else result)
         return result
 
     def _touched(self, index: tuple[int, ...]) -> Iterator[tuple[Chunk, tuple[int, ...]]]:
@@ -81,7 +81,7 @@ class ChunkedTensor:
             if all(0 <= i < size for i, size in zip(inside, chunk.sizes, strict=False)):
                 yield chunk, inside
 
-    def _read_chunk(self, chunk: Chunk, index: tuple[int, ...]) -> torch.Tensor:
+    def _read_chunk(self, chunk: Chunk, index: tuple[int, ...], out: torch.Tensor) -> None:
         archive = TorchArchive(chunk.path, chunk.start, chunk.length)
         reference = archive.load()
         if not isinstance(reference, TensorReference):
@@ -91,7 +91,10 @@ class ChunkedTensor:
                 f"{chunk.path}: the chunk of {self.name} at {chunk.offsets} must be {self.dtype} of shape "
                 f"{chunk.sizes}, got {reference.dtype} of shape {reference.shape}"
             )
-        return archive.read(reference, index)
+        if out.is_contiguous():
+            archive.read(reference, index, out)
+        else:
+            out.copy_(archive.read(reference, index))
 
 
 def _span(chunk: Chunk, index: tuple[int, ...], dtype: torch.dtype) -> Span:
@@ -119,6 +122,7 @@ def open_torch_dist_checkpoint(folder: SourcePath) -> MegatronCheckpoint:
                 "all .distcp files (hidden files are easily lost in copying)"
             )
     _check_backend(folder / "metadata.json")
+    fetch_now(folder / "common.pt")
     common = TorchArchive(folder / "common.pt").load()
     args = args_of(common, folder / "common.pt")
     metadata_file = folder / ".metadata"

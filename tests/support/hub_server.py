@@ -32,7 +32,7 @@ class Hub:
         self.ranges = True
         self.sizes_in_info = True
         self.busy: list[int] = []  # status codes of the next answers
-        self.cut_every = 0  # each body is cut after that many bytes, once per request line
+        self.cut_every = 0  # the answer to a range is cut after that many bytes
         self.cut_always = False  # no byte of a body ever arrives
         self.lie_about: dict[str, bytes] = {}  # file -> content that is served instead
         self.on_request = lambda method, path: None
@@ -179,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         sent = 0 if self.command == "HEAD" else len(body)
         if name and sent and hub.cut_always:
             sent = 0
-        elif name and hub.cut_every and sent > hub.cut_every:
+        elif status == 206 and hub.cut_every and sent > hub.cut_every:
             sent = hub.cut_every
         with hub.lock:
             hub.log.append((self.command, urlsplit(self.path).path, self.headers.get("Range"), status))
