@@ -34,7 +34,7 @@ from ..configuration.configuration_gengram import GengramConfig
 from ..modeling_gengram.remote_code import write_remote_code
 from ..tokenization import GengramTokenizer
 from .conversion_plan import ConversionPlan, PlannedSource, PlannedWeight
-from .errors import ConversionError, size_text
+from .errors import ConversionError, FetchError, size_text
 from .fetch_plan import FETCH, FetchPlan, plan_fetch
 from .hub_path import HubPath, HubRepository, SourcePath, open_source, relative_name, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, open_checkpoint, summary_of_dropped
@@ -129,7 +129,7 @@ def convert_to_hf(
 
     Raises:
         ConversionError: if the checkpoint or the output cannot be used; nothing is left behind.
-        OSError: if fetching, reading or writing fails; finished weight files are kept for the next call.
+        FetchError, OSError: if fetching, reading or writing fails; finished weight files are kept for the next call.
     """
     started = time.monotonic()
     limit = shard_size(max_shard_size)
@@ -295,8 +295,8 @@ def _write_folder(job: _Job, place: PartialFolder, limit: int, progress: bool, f
     done = len(there) + sum(len(start.tensors) for start in started.values())
     with _Progress(job.nbytes, there_bytes, len(job.specs), done, progress) as bar:
         with _PlanReader(job, uses) as reader:
-            for entry in (*kept.values(), *parts):
-                reader.source_digests.update(entry.sources)
+            for sources in (*(entry.sources for entry in kept.values()), *(part.sources for part in parts)):
+                reader.source_digests.update(sources)
 
             def pieces(spec: TensorSpec, first: int) -> Iterator[torch.Tensor | HashedTensor]:
                 yield from reader.pieces(spec, first)
@@ -623,7 +623,7 @@ def with_clear_errors(run: Callable[[], int], as_json: bool = False) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ConversionError, OSError) as error:
+    except (ConversionError, FetchError, OSError) as error:
         if as_json:
             print(json.dumps({"error": str(error)}))
         print(f"error: {error}", file=sys.stderr)

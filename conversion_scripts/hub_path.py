@@ -39,7 +39,7 @@ from huggingface_hub.utils import (
     http_stream_backoff,
 )
 
-from .errors import ConversionError, shortened, size_text
+from .errors import ConversionError, FetchError, shortened, size_text
 
 SMALL_FILE = 64 * 2**10  # up to here a file is fetched whole
 BLOCK = 8 * 2**10  # fetched at once where headers and directories of archives are read
@@ -52,10 +52,6 @@ _RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 _REPOSITORY = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _SOURCE = re.compile(rf"(?:hf://)?({_REPOSITORY})(?:@([^/\s]+))?((?:/[^/\s][^/]*)*)/?", re.ASCII)
 _Result = TypeVar("_Result")
-
-
-class FetchError(OSError):
-    """The Hub could not be reached or did not send what it should; another try may succeed."""
 
 
 @dataclass(frozen=True)

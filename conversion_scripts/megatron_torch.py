@@ -134,10 +134,11 @@ def open_torch_checkpoint(folder: SourcePath) -> MegatronCheckpoint:
             _check_same_checkpoint(checkpoint, content, archive.path)
             checkpoint.files.append(archive.path)
             files.append(_RankFile(rank, archive, content))
-            for child in map((folder / name).__truediv__, sorted(child.name for child in (folder / name).iterdir())):
-                if child.name != _MODEL_FILE and child.is_file():
-                    kind = "optimizer state" if "optim" in child.name else "file that is not part of the model"
-                    checkpoint.dropped.append(Dropped(f"{name}/{child.name}", kind, size_of(child)))
+            for child_name in sorted(child.name for child in (folder / name).iterdir()):
+                child = folder / name / child_name
+                if child_name != _MODEL_FILE and child.is_file():
+                    kind = "optimizer state" if "optim" in child_name else "file that is not part of the model"
+                    checkpoint.dropped.append(Dropped(f"{name}/{child_name}", kind, size_of(child)))
         offset += _add_stage(checkpoint, files, grid, offset)
     layers = argument(args, "num_layers", 0)
     if offset != layers:

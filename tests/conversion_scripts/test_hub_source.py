@@ -21,11 +21,12 @@ from huggingface_hub.utils import close_session
 from gengram.cli import main as gengram
 from gengram.conversion_scripts import hub_path
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, plan_conversion
-from gengram.conversion_scripts.errors import ConversionError
-from gengram.conversion_scripts.hub_path import FetchError, open_source
+from gengram.conversion_scripts.errors import ConversionError, FetchError
+from gengram.conversion_scripts.hub_path import open_source
 from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
 from gengram.conversion_scripts.megatron_checkpoint import open_checkpoint
-from gengram.conversion_scripts.partial_folder import partial_path
+from gengram.conversion_scripts.partial_folder import leftover, partial_path
+from gengram.conversion_scripts.safetensors_writer import tensor_bytes
 from gengram.conversion_scripts.verify_conversion import verify_conversion
 
 REPO = "lab/gengram"
@@ -179,7 +180,7 @@ def test_the_plan_is_shown_and_right(hub, tmp_path, megatron, capsys):
     assert "2 files in part, only byte ranges that hold weights" in captured.err
     assert "about 1 s at 20.0 MB/s, an assumption" in captured.err and "Fetched" in captured.out
     served = sum(hub.served[f"iter_0000123/{file['name']}"] for file in data)
-    assert served <= 1.02 * fetch["bytes_fetched"] + 4096
+    assert served <= fetch["bytes_fetched"] + 16384  # ends of archives may come twice
 
 
 def test_the_rate_is_measured_if_much_is_to_be_fetched(hub, tmp_path, megatron, monkeypatch):
@@ -296,7 +297,7 @@ def test_connections_cut_in_the_middle(form, hub, tmp_path, megatron):
     for name, start, end in hub.intervals:
         if name.endswith(".distcp"):
             per_file.setdefault(name, []).extend(range(start, end))
-    assert all(len(offsets) < 1.1 * len(set(offsets)) + 4096 for offsets in per_file.values())
+    assert all(len(offsets) < len(set(offsets)) + 16384 for offsets in per_file.values())
 
 
 def test_large_reads_are_cut_into_parts_side_by_side(hub, tmp_path, megatron, monkeypatch):
@@ -338,15 +339,19 @@ def test_too_many_requests(hub, tmp_path, megatron, monkeypatch):
     assert waits == [1.0]  # what Retry-After said, rounded up
 
 
+def lose_the_connection(hub, after):
+    """From so many served bytes on, nothing arrives."""
+
+    def count(method, path):
+        hub.cut_always = sum(hub.served.values()) > after
+
+    hub.on_request = count
+
+
 def test_a_connection_that_never_delivers_keeps_what_is_finished(hub, tmp_path, megatron):
     made = saved(hub, "torch", megatron)
-    out, count = tmp_path / "out", []
-
-    def stop_later(method, path):
-        count.append(path)
-        hub.cut_always = len(count) > 30
-
-    hub.on_request = stop_later
+    out = tmp_path / "out"
+    lose_the_connection(hub, 60_000)
     with pytest.raises(FetchError, match=r"could not be fetched in 6 tries .*; check the connection and try again"):
         convert_to_hf(REPO, out, max_shard_size="10000", progress=False, fetch="ranges")
     assert not out.exists() and partial_path(out).exists()
@@ -420,14 +425,7 @@ def test_a_push_while_converting_changes_nothing(hub, tmp_path, megatron):
 def test_an_unfinished_conversion_is_not_mixed_with_another_commit(hub, tmp_path, megatron, capsys):
     made = saved(hub, "torch_dist", megatron)
     out = tmp_path / "out"
-    requests = []
-
-    def fail_later(method, path):
-        requests.append(path)
-        if len(requests) > 30:
-            hub.cut_always = True
-
-    hub.on_request = fail_later
+    lose_the_connection(hub, 50_000)
     with pytest.raises(FetchError):
         convert_to_hf(REPO, out, max_shard_size="10000", progress=False, fetch="ranges")
     hub.on_request, hub.cut_always = lambda method, path: None, False
@@ -454,10 +452,9 @@ def test_damaged_bytes_are_noticed(hub, tmp_path, megatron, monkeypatch):
     made = saved(hub, "torch_dist", megatron)
     name = "iter_0000123/__0_1.distcp"
     data = bytearray((made.root / name).read_bytes())
-    checkpoint = open_checkpoint(made.root)
-    span = checkpoint.tensors["decoder.layers.0.self_attention.linear_proj.weight"].spans
-    place = next(part for part in span if part.path.name == "__0_1.distcp")
-    data[place.start + place.length // 2] ^= 1
+    tensors = open_checkpoint(made.root).tensors
+    tensor = next(t for t in tensors.values() if t.nbytes > 500 and t.files[0].name == "__0_1.distcp")
+    data[bytes(data).index(tensor_bytes(tensor.read())) + 100] ^= 1
     hub.lie_about[name] = bytes(data)
     monkeypatch.setattr(hub_path.HubRepository, "_check_file", lambda self, name: None)
     with pytest.raises(ConversionError, match="do not have the checksum of the archive"):
@@ -483,29 +480,71 @@ def test_a_local_folder_goes_first(hub, tmp_path, small_torch):
     assert hub.log
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_an_interrupted_file_is_continued(hub, tmp_path, megatron):
+    made = saved(hub, "torch_dist", megatron)
+    out = tmp_path / "out"
+    lose_the_connection(hub, 70_000)
+    with pytest.raises(FetchError):
+        convert_to_hf(REPO, out, progress=False, fetch="ranges")  # one weight file
+    parts = [json.loads(line) for line in (partial_path(out) / "parts.jsonl").read_text().splitlines()]
+    assert len(parts) > 10 and {part["file"] for part in parts} == {"model.safetensors"} and not out.exists()
+    assert "the start of a weight file kept in" in leftover(out)
+    hub.on_request, hub.cut_always = lambda method, path: None, False
+    before = len(hub.intervals)
+    convert_to_hf(REPO, out, progress=False, fetch="ranges")
+    megatron.assert_same(megatron.load_hf(out), made.expected)
+    verify_conversion(out, made.root, load=False)
+    # What was written is not fetched again.
+    kept = {source for part in parts for source in part["sources"]}
+    tensors = open_checkpoint(made.root).tensors
+    again = {(name.rpartition("/")[2], place) for name, *ends in hub.intervals[before:] for place in range(*ends)}
+    for name in kept:
+        for span in tensors[name].spans:
+            assert not again.intersection((span.path.name, span.start + i) for i in range(span.length))
+
+
+# Imports once and forks; each child dies at its n-th request for a range.
+DRIVER = """
+import os, signal, sys
+from gengram.conversion_scripts import convert_megatron_to_hf as convert, hub_path
+from huggingface_hub.utils import close_session
+arguments, kills = sys.argv[1:-1], [int(number) for number in sys.argv[-1].split(",")]
+original = hub_path.HubRepository._fetch
+def fetch(self, *words):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, *words)
+hub_path.HubRepository._fetch = fetch
+for left in [*kills, -1]:
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            code = convert.main(arguments)
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    print(status, flush=True)
+    if status == 0:
+        break
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("form", ["torch", "torch_dist"])
-def test_killed_while_fetching_and_continued(form, hub, tmp_path, megatron):
+def test_killed_ten_times_while_fetching_and_continued(form, hub, tmp_path, megatron):
     made = saved(hub, form, megatron)
     out = tmp_path / "out"
+    generator = random.Random(form)
+    fewest = 10 if form == "torch" else 4  # some requests go by before the first weight
+    kills = ",".join(str(generator.randrange(fewest, fewest + 6)) for _ in range(10))
     environment = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-m", "gengram", "convert", "to-hf", REPO, str(out), "--fetch", "ranges", "--quiet"]
-    for kill_at in (30, 45):
-        state = SimpleNamespace(process=None, count=0)
-
-        def kill(method, path, state=state, kill_at=kill_at):
-            state.count += 1
-            if state.count == kill_at and state.process is not None:
-                os.kill(state.process.pid, signal.SIGKILL)
-
-        hub.on_request = kill
-        state.process = subprocess.Popen(command, env=environment)
-        assert state.process.wait(120) == -signal.SIGKILL
-        assert not out.exists() and partial_path(out).exists()
-    hub.on_request = lambda method, path: None
-    before = sum(hub.served.values())
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert sum(hub.served.values()) > before
+    command = [sys.executable, "-c", DRIVER, REPO, str(out), "--fetch", "ranges", "--quiet", kills]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, "")
+    codes = [int(line) for line in done.stdout.split()]
+    assert codes == [signal.SIGKILL] * 10 + [0]
     megatron.assert_same(megatron.load_hf(out), made.expected)
     assert not partial_path(out).exists()
