@@ -219,9 +219,11 @@ def _write_shard(
     digests = dict(start.tensors)
     header = shard_header(shard)
     with open(path, "r+b" if start.nbytes else "wb") as file:
-        file.truncate(len(header) + start.nbytes if start.nbytes else 0)
-        file.write(header)
-        file.seek(0, os.SEEK_END)
+        if start.nbytes:
+            file.truncate(len(header) + start.nbytes)
+            file.seek(0, os.SEEK_END)
+        else:
+            file.write(header)
         unsynced = 0
         syncing: Future[Any] = pool.submit(int)
         for number, tensor in enumerate(shard[len(digests) :]):
