@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import size_text
+from .fetch_plan import FetchPlan
 from .megatron_checkpoint import Dropped, summary_of_dropped
 
 
@@ -39,6 +40,7 @@ class ConversionPlan:
         bytes_written: Size of all of them.
         bytes_read: What is read of the source's tensors; the rest of its files is not touched.
         disk_free: Free bytes where the output will be; `None` if its parent folder is not there yet.
+        fetch: What comes from the Hub; `None` if the source is local.
     """
 
     source: str
@@ -53,11 +55,15 @@ class ConversionPlan:
     files: dict[str, int]
     weights: list[PlannedWeight]
     dropped: list[Dropped]
+    fetch: FetchPlan | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
-        fields = asdict(self)
+        fields = {name: value for name, value in vars(self).items() if name != "fetch"}
+        fields["weights"] = [asdict(weight) for weight in self.weights]
         fields["dropped"] = [{"name": d.name, "reason": d.reason, "bytes": d.nbytes} for d in self.dropped]
+        if self.fetch is not None:
+            fields["fetch"] = self.fetch.as_json()
         return fields
 
     def summary(self) -> str:
@@ -69,6 +75,8 @@ class ConversionPlan:
             f"reads {size_text(self.bytes_read)}, writes {len(self.weights)} tensors, {self.parameters:,} parameters, "
             f"{size_text(self.bytes_written)} in {self.dtype}{free}",
         ]
+        if self.fetch is not None:
+            lines.append(self.fetch.summary())
         for file, size in self.files.items():
             lines.append(f"\n{file} ({size_text(size)})")
             lines += [line for weight in self.weights if weight.file == file for line in _weight_lines(weight)]

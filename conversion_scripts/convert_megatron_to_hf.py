@@ -2,6 +2,7 @@
 
     python -m gengram.conversion_scripts.convert_megatron_to_hf SOURCE OUTPUT [--dtype float32|bfloat16]
 
+SOURCE is a folder, or ORG/NAME on the Hugging Face Hub, of which only the bytes that hold weights are fetched.
 Both of Megatron's formats are read (`torch`, `torch_dist`), without Megatron and without running anything from the
 files. Weights pass through memory piece by piece; the output folder appears when it is whole, or not at all, and the
 same command continues a conversion that was interrupted.
@@ -15,13 +16,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -32,14 +34,18 @@ from ..configuration.configuration_gengram import GengramConfig
 from ..modeling_gengram.remote_code import write_remote_code
 from ..tokenization import GengramTokenizer
 from .conversion_plan import ConversionPlan, PlannedSource, PlannedWeight
-from .errors import ConversionError, size_text
+from .errors import ConversionError, FetchError, size_text
+from .fetch_plan import FETCH, FetchPlan, plan_fetch
+from .hub_path import HubPath, HubRepository, SourcePath, open_source, relative_name, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, open_checkpoint, summary_of_dropped
 from .megatron_config import RecordedArgs, config_from_args
-from .partial_folder import FinishedFile, PartialFolder, check_output_is_free, leftover, partial_path
+from .partial_folder import FinishedFile, FinishedPart, PartialFolder, check_output_is_free, leftover, partial_path
 from .safetensors_writer import (
     DTYPE_NAMES,
     HashedTensor,
+    StartedFile,
     TensorSpec,
+    intact_start,
     plan_shards,
     shard_is_intact,
     shard_names,
@@ -53,6 +59,7 @@ RECORD = "conversion.json"
 MODEL_CARD = Path(__file__).with_name("model_card.md")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_READ_AHEAD = 256 * 2**20  # bytes of a tensor that is read while the one before is written
+READS_FROM_HUB = 4  # tensors that are fetched at once
 OUTPUT_DTYPES = ("float32", "bfloat16")
 
 
@@ -60,7 +67,7 @@ OUTPUT_DTYPES = ("float32", "bfloat16")
 class ConversionReport:
     """What a conversion did."""
 
-    source: Path
+    source: SourcePath
     output: Path
     format: str
     iteration: int | None
@@ -69,6 +76,7 @@ class ConversionReport:
     parameters: int
     nbytes: int
     seconds: float
+    fetched: int | None = None  # bytes from the Hub, metadata included; None if the source was local
     dropped: list[Dropped] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -84,6 +92,8 @@ class ConversionReport:
             f"Converted {self.source} ({self.format}{step}) to {self.output} in {self.seconds:.1f} s.",
             f"Kept {self.tensors} tensors, {self.parameters:,} parameters, {size_text(self.nbytes)} in {self.dtype}.",
         ]
+        if self.fetched is not None:
+            lines.append(f"Fetched {size_text(self.fetched)}.")
         if self.dropped:
             lines.append("Left out:")
             lines += [f"  {line}" for line in summary_of_dropped(self.dropped)]
@@ -97,6 +107,8 @@ def convert_to_hf(
     max_shard_size: str | int = "5GB",
     progress: bool = True,
     restart: bool = False,
+    revision: str | None = None,
+    fetch: str = "auto",
 ) -> ConversionReport:
     """Converts the Megatron checkpoint `source` into the new folder `output` for Transformers.
 
@@ -104,27 +116,31 @@ def convert_to_hf(
     finished weight files, in `.OUTPUT.partial`, are checked by hash and kept.
 
     Args:
-        source: A checkpoint's root or the folder of one iteration, format `torch` or `torch_dist`.
+        source: A checkpoint's root or the folder of one iteration, format `torch` or `torch_dist`; or `ORG/NAME` or
+            `ORG/NAME/FOLDER` on the Hub, if no local folder has that name.
         output: A folder that does not exist or is empty. It appears when everything is written.
         dtype: `"float32"` or `"bfloat16"`; `None` keeps the checkpoint's, bit for bit.
         max_shard_size: Largest size of one safetensors file.
         progress: Show a progress bar on stderr.
         restart: Discard what an interrupted conversion into `output` left.
+        revision: Branch, tag or commit on the Hub; its main branch by default.
+        fetch: How files on the Hub are fetched: `"ranges"`, only the bytes that hold weights; `"files"`, whole, into
+            the Hub's cache; `"auto"`, whole if nearly all of a file is wanted.
 
     Raises:
         ConversionError: if the checkpoint or the output cannot be used; nothing is left behind.
-        OSError: if reading or writing fails; finished weight files are kept for the next call.
+        FetchError, OSError: if fetching, reading or writing fails; finished weight files are kept for the next call.
     """
     started = time.monotonic()
     limit = shard_size(max_shard_size)
     output = Path(os.path.abspath(output))
     if not partial_path(output).exists():
         check_output_is_free(output)
-    job = _prepare(source, dtype)
-    with PartialFolder(output, _identity(job, limit), restart) as place:
+    job = _prepare(source, dtype, revision, fetch)
+    with PartialFolder(output, _identity(job, limit), restart, keep_parts=job.repository is not None) as place:
         if not place.published:
             check_output_is_free(output)
-            _write_folder(job, place, limit, progress)
+            _write_folder(job, place, limit, progress, fetch)
     return ConversionReport(
         source=job.checkpoint.path,
         output=output,
@@ -135,14 +151,22 @@ def convert_to_hf(
         parameters=parameters(job.plan),
         nbytes=job.nbytes,
         seconds=time.monotonic() - started,
+        fetched=None if job.repository is None else job.repository.fetched_bytes,
         dropped=job.dropped,
     )
 
 
 def plan_conversion(
-    source: str | Path, output: str | Path, dtype: str | None = None, max_shard_size: str | int = "5GB"
+    source: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+    fetch: str = "auto",
 ) -> ConversionPlan:
     """What `convert_to_hf` with these arguments would do; weights are not read and nothing is written.
+
+    Of a checkpoint on the Hub, metadata is fetched, and a few megabytes to measure the rate.
 
     Raises:
         ConversionError: if the checkpoint or the output cannot be used.
@@ -150,7 +174,7 @@ def plan_conversion(
     limit = shard_size(max_shard_size)
     output = Path(os.path.abspath(output))
     check_output_is_free(output)
-    job = _prepare(source, dtype)
+    job = _prepare(source, dtype, revision, fetch, metadata_only=True)
     tensors = job.checkpoint.tensors
     shards = job.shards(limit)
     file_of = {spec.name: name for name, shard in shards.items() for spec in shard}
@@ -158,7 +182,7 @@ def plan_conversion(
     for spec in sorted(job.specs, key=lambda spec: spec.name):
         sources = []
         for name in dict.fromkeys(move.source for move, _ in job.outputs[spec.name].parts):
-            files = tuple(sorted(str(file.relative_to(job.checkpoint.path)) for file in tensors[name].files))
+            files = tuple(sorted(job.relative_name(file) for file in tensors[name].files))
             dtype_name = _dtype_name(tensors[name].dtype)
             sources.append(PlannedSource(name, tuple(tensors[name].shape), dtype_name, tensors[name].nbytes, files))
         weights.append(
@@ -179,6 +203,7 @@ def plan_conversion(
         files={name: sum(spec.nbytes for spec in shard) for name, shard in shards.items()},
         weights=weights,
         dropped=job.dropped,
+        fetch=job.fetch_plan(fetch, job.sources(list(chain.from_iterable(shards.values())))),
     )
 
 
@@ -196,6 +221,7 @@ class _Job:
         self.specs = [TensorSpec(out.name, out.shape, self.dtype) for out in self.plan.outputs]
         self.nbytes = sum(spec.nbytes for spec in self.specs)
         self.dropped = dropped_weights(self.plan, checkpoint.tensors) + checkpoint.dropped
+        self.repository = checkpoint.path.repository if isinstance(checkpoint.path, HubPath) else None
 
     def shards(self, limit: int) -> dict[str, list[TensorSpec]]:
         """The weight files and their tensors, in the order of writing."""
@@ -203,23 +229,46 @@ class _Job:
         return dict(zip(shard_names(len(shards)), shards, strict=True))
 
     def sources(self, specs: Sequence[TensorSpec]) -> list[str]:
-        """The tensors that are read for some outputs, in the order of reading."""
-        names = [move.source for spec in specs for move, _ in self.outputs[spec.name].parts]
-        return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+        """The tensors that are read for some outputs, in the order of their use, once for each."""
+        return [move.source for spec in specs for move, _ in self.outputs[spec.name].parts]
+
+    def sources_of(self, tensor: str, index: int | None) -> list[str]:
+        """The tensors that an output, or a slice of it, is made of."""
+        parts = self.outputs[tensor].parts
+        return [move.source for move, _ in (parts if index is None else parts[index : index + 1])]
+
+    def relative_name(self, file: SourcePath) -> str:
+        """A file's name inside the checkpoint."""
+        return relative_name(file, self.checkpoint.path)
+
+    def fetch_plan(self, how: str, sources: Sequence[str]) -> FetchPlan | None:
+        """What is fetched for these tensors; `None` if the checkpoint is local."""
+        folder, files = self.checkpoint.path, [file for file in self.checkpoint.files if isinstance(file, HubPath)]
+        if not isinstance(folder, HubPath):
+            return None
+        return plan_fetch(
+            folder, files, [span for name in sources for span in self.checkpoint.tensors[name].spans], how
+        )
 
 
-def _prepare(source: str | Path, dtype: str | None) -> _Job:
+def _prepare(
+    source: str | Path, dtype: str | None, revision: str | None, fetch: str, metadata_only: bool = False
+) -> _Job:
     if dtype is not None and dtype not in OUTPUT_DTYPES:
         raise ConversionError(f"dtype must be one of {', '.join(OUTPUT_DTYPES)}, or None to keep it, got {dtype!r}")
-    return _Job(open_checkpoint(source), dtype)
+    if fetch not in FETCH:
+        raise ConversionError(f"fetch must be one of {', '.join(FETCH)}, got {fetch!r}")
+    folder = open_source(source, revision)
+    if isinstance(folder, HubPath):
+        folder.repository.may_fetch_files = not metadata_only
+    return _Job(open_checkpoint(folder), dtype)
 
 
 def _identity(job: _Job, limit: int) -> dict[str, Any]:
     """What decides the bytes of the output: an unfinished conversion is continued only if all of it is the same."""
-    files = [(file, file.stat()) for file in job.checkpoint.files]
     return {
         "source": str(job.checkpoint.path.resolve()),
-        "source files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in files],
+        "source files": [_fingerprint(file) for file in job.checkpoint.files],
         "dtype": _dtype_name(job.dtype),
         "max_shard_size": limit,
         "version of gengram": version("gengram"),
@@ -227,29 +276,44 @@ def _identity(job: _Job, limit: int) -> dict[str, Any]:
     }
 
 
-def _write_folder(job: _Job, place: PartialFolder, limit: int, progress: bool) -> None:
+def _fingerprint(file: SourcePath) -> list[str | int]:
+    if isinstance(file, HubPath):
+        return [str(file), file.file.size, file.file.identity]
+    return [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def _write_folder(job: _Job, place: PartialFolder, limit: int, progress: bool, fetch: str) -> None:
     shards = job.shards(limit)
     order = {name: job.sources(shard) for name, shard in shards.items()}
     kept = _intact_files(place, shards, progress)
+    started, parts = _intact_parts(place, shards, progress)
     there = [spec for name in kept for spec in shards[name]]
-    there_bytes = sum(spec.nbytes for spec in there)
-    place.begin(kept, job.nbytes - there_bytes)
-    with _Progress(job.nbytes, there_bytes, len(job.specs), len(there), progress) as bar:
-        reading = job.sources([spec for name, shard in shards.items() if name not in kept for spec in shard])
-        with _PlanReader(job.checkpoint, job.plan, reading) as reader:
-            for entry in kept.values():
-                reader.source_digests.update(entry.sources)
+    there_bytes = sum(spec.nbytes for spec in there) + sum(start.nbytes for start in started.values())
+    place.begin(kept, parts, job.nbytes - there_bytes)
+    uses = _to_be_read(job, shards, kept, started)
+    _fetch_files(job, fetch, list(dict.fromkeys(uses)), progress)
+    done = len(there) + sum(len(start.tensors) for start in started.values())
+    with _Progress(job.nbytes, there_bytes, len(job.specs), done, progress) as bar:
+        with _PlanReader(job, uses) as reader:
+            for sources in (*(entry.sources for entry in kept.values()), *(part.sources for part in parts)):
+                reader.source_digests.update(sources)
 
-            def pieces(spec: TensorSpec) -> Iterator[torch.Tensor | HashedTensor]:
-                yield from reader.pieces(spec)
+            def pieces(spec: TensorSpec, first: int) -> Iterator[torch.Tensor | HashedTensor]:
+                yield from reader.pieces(spec, first)
                 bar.tensors += 1
+
+            def on_part(file: str, tensor: str, index: int | None, digest: str) -> None:
+                sources = {source: reader.digest(source) for source in job.sources_of(tensor, index)}
+                place.record_part(FinishedPart(file, tensor, index, digest, sources))
 
             def on_shard(name: str, digests: dict[str, str]) -> None:
                 sources = {source: reader.source_digests[source] for source in order[name]}
                 place.record(FinishedFile(name, digests, sources))
 
             finished = {name: entry.tensors for name, entry in kept.items()}
-            digests = write_safetensors(place.folder, job.specs, pieces, limit, bar.update, finished, on_shard)
+            digests = write_safetensors(
+                place.folder, job.specs, pieces, limit, bar.update, finished, started, on_shard, on_part
+            )
             reader.check_tied_copies()
     folder = place.folder
     write_remote_code(job.config, folder)
@@ -260,6 +324,18 @@ def _write_folder(job: _Job, place: PartialFolder, limit: int, progress: bool) -
     record = _record(job, digests, reader.source_digests)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     place.publish()
+
+
+def _fetch_files(job: _Job, fetch: str, sources: Sequence[str], progress: bool) -> None:
+    """Shows what is fetched from the Hub for these tensors, and fetches the files that come whole."""
+    plan = job.fetch_plan(fetch, sources)
+    if plan is None:
+        return
+    if progress:
+        print(plan.summary(), file=sys.stderr, flush=True)
+    for file in plan.files:
+        if file.how == "whole":
+            plan.repository.fetch_whole(str(PurePosixPath(plan.folder) / file.name), progress)
 
 
 def _intact_files(
@@ -274,6 +350,44 @@ def _intact_files(
             for name, entry in entries.items()
             if shard_is_intact(place.folder / name, shards[name], entry.tensors, bar.update)
         }
+
+
+def _intact_parts(
+    place: PartialFolder, shards: dict[str, list[TensorSpec]], progress: bool
+) -> tuple[dict[str, StartedFile], list[FinishedPart]]:
+    """How far the weight file that an earlier run was writing is right, and the notes of these parts."""
+    name = place.parts[0].file if place.parts else ""
+    if name not in shards:
+        return {}, []
+    tensors = {part.tensor: part.sha256 for part in place.parts if part.index is None}
+    slices: dict[str, list[str]] = {}
+    for part in place.parts:
+        if part.index is not None and part.index == len(slices.setdefault(part.tensor, [])):
+            slices[part.tensor].append(part.sha256)
+    with tqdm(unit="B", unit_scale=True, desc="checking", disable=not progress) as bar:
+        start = intact_start(place.folder / name, shards[name], tensors, slices, bar.update)
+    if not start.nbytes:
+        return {}, []
+    following = shards[name][len(start.tensors)].name if len(start.tensors) < len(shards[name]) else ""
+    parts = [
+        part
+        for part in place.parts
+        if part.tensor in start.tensors
+        or (part.tensor == following and part.index is not None and part.index < len(start.slices))
+    ]
+    return {name: start}, parts
+
+
+def _to_be_read(
+    job: _Job, shards: dict[str, list[TensorSpec]], kept: Container[str], started: dict[str, StartedFile]
+) -> list[str]:
+    """The tensors of the source that what is still to be written needs, in the order of their use, once for each."""
+    names: list[str] = []
+    for name, shard in shards.items():
+        if name not in kept:
+            start = started.get(name, StartedFile())
+            names += job.sources(shard[len(start.tensors) :])[len(start.slices) :]
+    return names
 
 
 class _Progress:
@@ -298,29 +412,38 @@ class _Progress:
 
 
 class _PlanReader:
-    """Reads each source tensor when the writer asks for it, in the order told, one ahead; hashes it once."""
+    """Reads each source tensor at its first use, some ahead, hashes it once, and keeps it until its last use.
 
-    def __init__(self, checkpoint: MegatronCheckpoint, plan: Plan, order: Sequence[str]):
-        self.checkpoint = checkpoint
-        self.plan = plan
+    Args:
+        uses: The tensors in the order of their use, once for each.
+    """
+
+    def __init__(self, job: _Job, uses: Sequence[str]):
+        self.checkpoint = job.checkpoint
+        self.plan = job.plan
         self.source_digests: dict[str, str] = {}
-        self._outputs = {output.name: output for output in plan.outputs}
-        self._current: tuple[str, list[torch.Tensor]] | None = None
-        self._order: Iterator[str] = iter(order)
-        self._ahead: tuple[str, Future[torch.Tensor]] | None = None
+        self._outputs = job.outputs
+        self._uses = Counter(uses)
+        self._held: dict[str, list[torch.Tensor]] = {}
+        self._order: Iterator[str] = iter(dict.fromkeys(uses))
+        self._next: str | None = next(self._order, None)
+        self._ahead: dict[str, Future[torch.Tensor]] = {}
         self._hashes: dict[str, Future[str]] = {}
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._most_ahead = 1 if job.repository is None else READS_FROM_HUB
+        self._reading = ThreadPoolExecutor(self._most_ahead, thread_name_prefix="read")
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
     def __enter__(self) -> "_PlanReader":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is not None and isinstance(self.checkpoint.path, HubPath):
+            self.checkpoint.path.repository.stop()
         self._reading.shutdown(cancel_futures=True)
         self._hashing.shutdown(cancel_futures=True)
 
-    def pieces(self, spec: TensorSpec) -> Iterator[torch.Tensor | HashedTensor]:
-        for move, which in self._outputs[spec.name].parts:
+    def pieces(self, spec: TensorSpec, first: int = 0) -> Iterator[torch.Tensor | HashedTensor]:
+        for move, which in self._outputs[spec.name].parts[first:]:
             values = self._parts(move)[which]
             # Moved as a whole: what is written has the hash of what was read.
             whole = isinstance(move.entry.layout, Same)
@@ -335,28 +458,31 @@ class _PlanReader:
         return self.source_digests[source]
 
     def _parts(self, move: Move) -> list[torch.Tensor]:
-        if self._current is None or self._current[0] != move.source:
-            self._current = None  # frees the last tensor before the one after the next is read
-            self._current = (move.source, move.entry.layout.to_hf(self._read(move.source)))
-        return self._current[1]
+        # Queries, keys and values come from one tensor; in a file, other weights are between them.
+        parts = self._held.pop(move.source, None) or move.entry.layout.to_hf(self._read(move.source))
+        self._uses[move.source] -= 1
+        if self._uses[move.source]:
+            self._held[move.source] = parts
+        return parts
 
     def _read(self, source: str) -> torch.Tensor:
-        if self._ahead is None:
-            self._start(next(self._order))
-        assert self._ahead is not None and self._ahead[0] == source, "the writer's order is not the one told"
-        tensor = self._ahead[1].result()
-        self._ahead = None
+        if source not in self._ahead:
+            assert self._next == source, "the writer's order is not the one told"
+            self._start()
+        tensor = self._ahead.pop(source).result()
         if source not in self.source_digests:
             self._hashes[source] = self._hashing.submit(tensor_digest, [tensor])
-        following = next(self._order, None)
-        if following is not None and self.checkpoint.tensors[following].nbytes <= MOST_READ_AHEAD:
-            self._start(following)
-        elif following is not None:
-            self._order = chain([following], self._order)
+        tensors = self.checkpoint.tensors
+        while self._next is not None and len(self._ahead) < self._most_ahead:
+            if sum(tensors[name].nbytes for name in (*self._ahead, self._next)) > MOST_READ_AHEAD:
+                break
+            self._start()
         return tensor
 
-    def _start(self, source: str) -> None:
-        self._ahead = (source, self._reading.submit(self.checkpoint.tensors[source].read))
+    def _start(self) -> None:
+        assert self._next is not None
+        self._ahead[self._next] = self._reading.submit(self.checkpoint.tensors[self._next].read)
+        self._next = next(self._order, None)
 
     def check_tied_copies(self) -> None:
         """A head that a tied model stores beside its embedding must equal it before it is left out."""
@@ -402,10 +528,8 @@ def _record(job: _Job, digests: dict[str, str], source_digests: dict[str, str]) 
             "path": str(checkpoint.path.resolve()),
             "format": checkpoint.format,
             "iteration": checkpoint.iteration,
-            "files": [
-                {"name": str(file.relative_to(checkpoint.path)), "bytes": file.stat().st_size}
-                for file in checkpoint.files
-            ],
+            **({} if job.repository is None else {"hub": _hub_record(job.repository)}),
+            "files": [{"name": job.relative_name(file), "bytes": size_of(file)} for file in checkpoint.files],
             "args": job.arguments.as_json(),
             "tensors": {
                 move.source: {
@@ -429,12 +553,26 @@ def _record(job: _Job, digests: dict[str, str], source_digests: dict[str, str]) 
     }
 
 
+def _hub_record(repository: HubRepository) -> dict[str, str]:
+    return {"repo_id": repository.repo_id, "revision": repository.revision, "commit": repository.commit}
+
+
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gengram convert to-hf`."""
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="Megatron checkpoint, format torch or torch_dist")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="Megatron checkpoint: a folder, or ORG/NAME[/FOLDER] on the Hub"
+    )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; new or empty")
     parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help="dtype of the weights; the checkpoint's own by default")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub; its main branch by default")
+    parser.add_argument(
+        "--fetch",
+        choices=FETCH,
+        default="auto",
+        help="from the Hub: only byte ranges that hold weights, or whole files into its cache (default: whole those "
+        "files of which nearly all is wanted)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
     parser.add_argument("--restart", action="store_true", help="discard what an interrupted conversion left")
     how = parser.add_mutually_exclusive_group()
@@ -446,7 +584,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
     """Runs `gengram convert to-hf`; returns the exit code."""
 
     def run() -> int:
-        options = dict(dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
+        options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "revision", "fetch")}
         done: ConversionPlan | ConversionReport
         if arguments.dry_run:
             done = plan_conversion(arguments.source, arguments.output, **options)
@@ -485,7 +623,7 @@ def with_clear_errors(run: Callable[[], int], as_json: bool = False) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ConversionError, OSError) as error:
+    except (ConversionError, FetchError, OSError) as error:
         if as_json:
             print(json.dumps({"error": str(error)}))
         print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,13 @@ class ConversionError(ValueError):
     """A checkpoint or folder that cannot be used; the message says what was expected, what came, and what to do."""
 
 
+class FetchError(Exception):
+    """The Hub could not be reached or did not send what it should; another try may succeed.
+
+    No `OSError`, which `zipfile` takes for a damaged archive.
+    """
+
+
 def quoted(names: Iterable[str], known: Sequence[str] = (), limit: int = 10) -> str:
     """Up to `limit` names in quotes, each with the nearest of `known` if one is near, and how many more there are."""
     names = list(names)

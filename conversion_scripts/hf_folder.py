@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import ConversionError, quoted, shortened
+from .hub_path import SourcePath, size_of
 from .safetensors_writer import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -41,7 +42,7 @@ class StoredTensor:
                 yield self.read(index)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: SourcePath) -> Any:
     """A small JSON file.
 
     Raises:
@@ -49,10 +50,10 @@ def read_json(path: Path) -> Any:
     """
     if not path.is_file():
         raise ConversionError(f"{path} is missing")
-    if path.stat().st_size > 2**28:
-        raise ConversionError(f"{path} has {path.stat().st_size} bytes; at most {2**28} are read")
+    if size_of(path) > 2**28:
+        raise ConversionError(f"{path} has {size_of(path)} bytes; at most {2**28} are read")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON ({shortened(str(error))})") from None
 

@@ -11,6 +11,7 @@ from ..configuration.configuration_gengram import GengramConfig
 from .convert_megatron_to_hf import RECORD, with_clear_errors
 from .errors import ConversionError, size_text
 from .hf_folder import read_json, stored_tensors
+from .hub_path import HubPath, SourcePath, open_source, size_of
 from .megatron_checkpoint import open_checkpoint, summary_of_dropped
 from .megatron_config import config_from_args
 from .weight_table import dropped_weights, match, parameters
@@ -56,16 +57,18 @@ class CheckpointInfo:
         return "\n".join(lines)
 
 
-def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
-    """What the checkpoint or folder at `path` is.
+def inspect_checkpoint(path: str | Path, revision: str | None = None) -> CheckpointInfo:
+    """What the checkpoint or folder at `path`, or `ORG/NAME[/FOLDER]` on the Hub, is; there metadata is fetched only.
 
     Raises:
         ConversionError: if it is neither a Megatron checkpoint nor a folder of a Gengram model, or is damaged.
     """
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return _inspect_folder(path)
-    checkpoint = open_checkpoint(path)
+    place = open_source(path, revision)
+    if isinstance(place, HubPath):
+        place.repository.may_fetch_files = False
+    if (place / "config.json").is_file():
+        return _inspect_repository(place) if isinstance(place, HubPath) else _inspect_folder(place)
+    checkpoint = open_checkpoint(place)
     info = CheckpointInfo(
         path=str(checkpoint.path),
         kind=f"megatron {checkpoint.format}",
@@ -73,7 +76,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
         iteration=checkpoint.iteration,
         dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
         files=len(checkpoint.files),
-        nbytes=sum(file.stat().st_size for file in checkpoint.files),
+        nbytes=sum(size_of(file) for file in checkpoint.files),
     )
     dropped = checkpoint.dropped
     try:
@@ -89,10 +92,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
 
 
 def _inspect_folder(path: Path) -> CheckpointInfo:
-    fields = read_json(path / "config.json")
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind != GengramConfig.model_type:
-        raise ConversionError(f"{path} is a folder of model_type {kind!r}, expected {GengramConfig.model_type!r}")
+    fields = _fields(path)
     tensors = stored_tensors(path)
     files = {tensor.path for tensor in tensors.values()}
     info = CheckpointInfo(
@@ -103,15 +103,44 @@ def _inspect_folder(path: Path) -> CheckpointInfo:
         nbytes=sum(file.stat().st_size for file in files),
         parameters=sum(prod(tensor.shape) for tensor in tensors.values()),
     )
+    _add_description(info, path, fields)
+    return info
+
+
+def _inspect_repository(folder: HubPath) -> CheckpointInfo:
+    """A converted folder on the Hub, as far as its small files and the list of files tell."""
+    fields = _fields(folder)
+    weights = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
+    info = CheckpointInfo(
+        path=str(folder),
+        kind="hugging face",
+        dtypes=[str(fields.get("dtype", "unknown"))],
+        files=len(weights),
+        nbytes=sum(size_of(file) for file in weights),
+    )
+    _add_description(info, folder, fields)
+    if not weights and not info.problem:
+        info.problem = "there are no safetensors files"
+    return info
+
+
+def _fields(folder: SourcePath) -> dict[str, Any]:
+    fields = read_json(folder / "config.json")
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if kind != GengramConfig.model_type:
+        raise ConversionError(f"{folder} is a folder of model_type {kind!r}, expected {GengramConfig.model_type!r}")
+    return fields
+
+
+def _add_description(info: CheckpointInfo, folder: SourcePath, fields: dict[str, Any]) -> None:
     try:
         info.model = _facts(GengramConfig.from_dict(fields))
     except (ValueError, TypeError) as error:
         info.problem = f"config.json is not valid: {error}"
-    if (path / RECORD).is_file():
-        source = read_json(path / RECORD).get("source", {})
+    if (folder / RECORD).is_file():
+        source = read_json(folder / RECORD).get("source", {})
         info.iteration = source.get("iteration")
         info.converted_from = f"{source.get('path')} ({source.get('format')})"
-    return info
 
 
 def _facts(config: GengramConfig) -> dict[str, Any]:
@@ -145,7 +174,10 @@ def _facts(config: GengramConfig) -> dict[str, Any]:
 
 def add_info_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gengram info`."""
-    parser.add_argument("path", type=Path, metavar="PATH", help="Megatron checkpoint or Hugging Face folder")
+    parser.add_argument(
+        "path", metavar="PATH", help="Megatron checkpoint or Hugging Face folder, or ORG/NAME[/FOLDER] on the Hub"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub; its main branch by default")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -153,7 +185,7 @@ def run_info(arguments: argparse.Namespace) -> int:
     """Runs `gengram info`; returns the exit code, 1 if there is a problem."""
 
     def run() -> int:
-        info = inspect_checkpoint(arguments.path)
+        info = inspect_checkpoint(arguments.path, arguments.revision)
         print(json.dumps(asdict(info), indent=1) if arguments.json else info.summary())
         return 1 if info.problem else 0
 

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError, quoted, shortened, size_text
+from .hub_path import HubPath, SourcePath, open_source
 from .safe_pickle import ForeignObject, TensorReference
 from .torch_archive import LazyTensor
 
@@ -38,32 +38,37 @@ class MegatronCheckpoint:
         layout: How it was split and written, for `gengram info`.
     """
 
-    path: Path
+    path: SourcePath
     format: str
     iteration: int | None
     args: dict[str, Any]
     tensors: dict[str, LazyTensor]
     dropped: list[Dropped] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
+    files: list[SourcePath] = field(default_factory=list)
     layout: str = ""
 
 
-def open_checkpoint(path: str | Path) -> MegatronCheckpoint:
+def open_checkpoint(path: str | SourcePath, revision: str | None = None) -> MegatronCheckpoint:
     """The checkpoint at `path`: its root (with `latest_checkpointed_iteration.txt`) or the folder of one iteration.
+
+    Args:
+        path: A local folder, or `ORG/NAME[/FOLDER]` on the Hub, of which then only metadata is fetched.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
         ConversionError: if there is none, it is incomplete, damaged or of an unsupported layout.
+        FetchError: if the Hub cannot be reached.
     """
     from .megatron_torch import open_torch_checkpoint
     from .megatron_torch_dist import open_torch_dist_checkpoint
 
-    folder = find_iteration(Path(path))
+    folder = find_iteration(open_source(path, revision))
     if checkpoint_format(folder) == "torch_dist":
         return open_torch_dist_checkpoint(folder)
     return open_torch_checkpoint(folder)
 
 
-def checkpoint_format(folder: Path) -> str | None:
+def checkpoint_format(folder: SourcePath) -> str | None:
     """`"torch"`, `"torch_dist"`, or `None` if the folder is not the iteration of a Megatron checkpoint."""
     ranks = any(child.name.startswith("mp_rank_") for child in folder.iterdir())
     distributed = any((folder / name).exists() for name in (".metadata", "metadata.json", "common.pt"))
@@ -76,17 +81,19 @@ def checkpoint_format(folder: Path) -> str | None:
     return "torch" if ranks else "torch_dist" if distributed else None
 
 
-def find_iteration(path: Path) -> Path:
+def find_iteration(path: SourcePath) -> SourcePath:
     """The folder that holds one iteration's files."""
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
         raise ConversionError(f"{path} {kind}; expected the folder of a Megatron checkpoint")
+    if isinstance(path, HubPath):
+        path = _only_checkpoint(path)
     if checkpoint_format(path) is not None:
         return path
     iterations = sorted(child.name for child in path.iterdir() if child.is_dir() and _is_iteration(child.name))
     tracker = path / TRACKER
     if tracker.is_file():
-        with open(tracker, "rb") as file:
+        with tracker.open("rb") as file:
             text = file.read(64).decode("ascii", "replace").strip()
         if not re.fullmatch(r"release|[0-9]{1,12}", text):
             raise ConversionError(
@@ -116,11 +123,30 @@ def find_iteration(path: Path) -> Path:
     return path / name
 
 
+def _only_checkpoint(folder: HubPath) -> HubPath:
+    """The one folder of a repository, at or below `folder`, that is a checkpoint's root; `folder` if there is none."""
+    roots = set()
+    for name in folder.repository.files:
+        file = folder.repository.root / name
+        if folder.relative not in file.relative.parents:
+            continue
+        if file.name == TRACKER:
+            roots.add(file.parent)
+        elif file.name == ".metadata" or file.parent.name.startswith("mp_rank_"):
+            iteration = file.parent if file.name == ".metadata" else file.parent.parent
+            inner = iteration != folder and _is_iteration(iteration.name)
+            roots.add(iteration.parent if inner else iteration)
+    if len(roots) > 1:
+        names = [f"{folder.repository.repo_id}/{root.relative}".removesuffix("/.") for root in roots]
+        raise ConversionError(f"{folder} holds several checkpoints; name one of them: {quoted(sorted(names))}")
+    return roots.pop() if roots else folder
+
+
 def _is_iteration(name: str) -> bool:
     return name == "release" or re.fullmatch(r"iter_[0-9]{7,}", name) is not None
 
 
-def args_of(saved: Any, source: Path) -> dict[str, Any]:
+def args_of(saved: Any, source: SourcePath) -> dict[str, Any]:
     """Megatron's arguments from the top level of a saved dictionary."""
     namespace = saved.get("args") if isinstance(saved, dict) else None
     state = namespace.state if isinstance(namespace, ForeignObject) else namespace

@@ -7,12 +7,12 @@ copies of the same, they must be equal.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import ConversionError, quoted, shortened
+from .hub_path import SourcePath, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, args_of, argument, is_plain, iteration_of, tensor_bytes
 from .megatron_parallel import (
     LEGACY_EXPERTS,
@@ -89,7 +89,7 @@ class _RankFile:
     saved: dict[str, Any]
 
 
-def open_torch_checkpoint(folder: Path) -> MegatronCheckpoint:
+def open_torch_checkpoint(folder: SourcePath) -> MegatronCheckpoint:
     """The checkpoint in the `mp_rank_*` folders of `folder`; only the zip directories and pickles are read.
 
     Raises:
@@ -134,10 +134,11 @@ def open_torch_checkpoint(folder: Path) -> MegatronCheckpoint:
             _check_same_checkpoint(checkpoint, content, archive.path)
             checkpoint.files.append(archive.path)
             files.append(_RankFile(rank, archive, content))
-            for child in sorted((folder / name).iterdir()):
-                if child.name != _MODEL_FILE and child.is_file():
-                    kind = "optimizer state" if "optim" in child.name else "file that is not part of the model"
-                    checkpoint.dropped.append(Dropped(f"{name}/{child.name}", kind, child.stat().st_size))
+            for child_name in sorted(child.name for child in (folder / name).iterdir()):
+                child = folder / name / child_name
+                if child_name != _MODEL_FILE and child.is_file():
+                    kind = "optimizer state" if "optim" in child_name else "file that is not part of the model"
+                    checkpoint.dropped.append(Dropped(f"{name}/{child_name}", kind, size_of(child)))
         offset += _add_stage(checkpoint, files, grid, offset)
     layers = argument(args, "num_layers", 0)
     if offset != layers:
@@ -148,7 +149,7 @@ def open_torch_checkpoint(folder: Path) -> MegatronCheckpoint:
     return checkpoint
 
 
-def _grid(args: dict[str, Any], folder: Path) -> _Grid:
+def _grid(args: dict[str, Any], folder: SourcePath) -> _Grid:
     virtual = argument(args, "virtual_pipeline_model_parallel_size", 1)
     if virtual != 1:
         raise ConversionError(
@@ -171,7 +172,7 @@ def _grid(args: dict[str, Any], folder: Path) -> _Grid:
     return grid
 
 
-def _check_same_checkpoint(checkpoint: MegatronCheckpoint, saved: Any, source: Path) -> None:
+def _check_same_checkpoint(checkpoint: MegatronCheckpoint, saved: Any, source: SourcePath) -> None:
     args = args_of(saved, source)
     for name in _COMMON_ARGS:
         here, first = args.get(name), checkpoint.args.get(name)
@@ -295,7 +296,7 @@ def _add(checkpoint: MegatronCheckpoint, name: str, tensor: LazyTensor) -> None:
     checkpoint.tensors[name] = tensor
 
 
-def _merged(name: str, split: Split, by_rank: Sequence[Sequence[LazyTensor]], folder: Path) -> LazyTensor:
+def _merged(name: str, split: Split, by_rank: Sequence[Sequence[LazyTensor]], folder: SourcePath) -> LazyTensor:
     """One tensor from the copies that each rank's folders hold of its part."""
     first = by_rank[0][0]
     if sum(map(len, by_rank)) == 1:
@@ -309,11 +310,11 @@ def _merged(name: str, split: Split, by_rank: Sequence[Sequence[LazyTensor]], fo
     def read() -> torch.Tensor:
         return split.merge([_read_copies(name, copies, folder) for copies in by_rank])
 
-    files = tuple(dict.fromkeys(file for copies in by_rank for tensor in copies for file in tensor.files))
-    return LazyTensor(shape, first.dtype, read, files)
+    spans = tuple(span for copies in by_rank for tensor in copies for span in tensor.spans)
+    return LazyTensor(shape, first.dtype, read, spans)
 
 
-def _read_copies(name: str, copies: Sequence[LazyTensor], folder: Path) -> torch.Tensor:
+def _read_copies(name: str, copies: Sequence[LazyTensor], folder: SourcePath) -> torch.Tensor:
     tensor = copies[0].read()
     for copy in copies[1:]:
         if bytes_of(copy.read()) != bytes_of(tensor):

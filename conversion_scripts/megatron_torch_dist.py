@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .byte_range import Span
 from .errors import ConversionError, quoted, shortened
+from .hub_path import SourcePath, fetch_now, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, args_of, argument, iteration_of
 from .safe_pickle import MAX_PICKLE_BYTES, ForeignObject, TensorReference, load_pickle
 from .torch_archive import LazyTensor, TorchArchive, empty_tensor
@@ -43,7 +44,7 @@ class Chunk:
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    path: Path
+    path: SourcePath
     start: int
     length: int
 
@@ -59,18 +60,18 @@ class ChunkedTensor:
 
     def part(self, index: tuple[int, ...]) -> LazyTensor:
         """The tensor at `index` along the leading axes."""
-        files = tuple(dict.fromkeys(chunk.path for chunk, _ in self._touched(index)))
-        return LazyTensor(self.shape[len(index) :], self.dtype, lambda: self.read(index), files)
+        spans = tuple(_span(chunk, inside, self.dtype) for chunk, inside in self._touched(index))
+        return LazyTensor(self.shape[len(index) :], self.dtype, lambda: self.read(index), spans)
 
     def read(self, index: tuple[int, ...]) -> torch.Tensor:
         axes = len(index)
-        result = empty_tensor(self.shape[axes:], self.dtype)
+        result = empty_tensor(self.shape[axes:], self.dtype)  # every element lies in a chunk
         for chunk, inside in self._touched(index):
             target = tuple(
                 slice(offset, offset + size)
                 for offset, size in zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True)
             )
-            result[target] = self._read_chunk(chunk, inside)
+            self._read_chunk(chunk, inside, result[target] if target else result)
         return result
 
     def _touched(self, index: tuple[int, ...]) -> Iterator[tuple[Chunk, tuple[int, ...]]]:
@@ -80,7 +81,7 @@ class ChunkedTensor:
             if all(0 <= i < size for i, size in zip(inside, chunk.sizes, strict=False)):
                 yield chunk, inside
 
-    def _read_chunk(self, chunk: Chunk, index: tuple[int, ...]) -> torch.Tensor:
+    def _read_chunk(self, chunk: Chunk, index: tuple[int, ...], out: torch.Tensor) -> None:
         archive = TorchArchive(chunk.path, chunk.start, chunk.length)
         reference = archive.load()
         if not isinstance(reference, TensorReference):
@@ -90,10 +91,24 @@ class ChunkedTensor:
                 f"{chunk.path}: the chunk of {self.name} at {chunk.offsets} must be {self.dtype} of shape "
                 f"{chunk.sizes}, got {reference.dtype} of shape {reference.shape}"
             )
-        return archive.read(reference, index)
+        if out.is_contiguous():
+            archive.read(reference, index, out)
+        else:
+            out.copy_(archive.read(reference, index))
 
 
-def open_torch_dist_checkpoint(folder: Path) -> MegatronCheckpoint:
+def _span(chunk: Chunk, index: tuple[int, ...], dtype: torch.dtype) -> Span:
+    """Where the part of a chunk lies: the archive that holds the chunk, if it is all of it."""
+    if prod(chunk.sizes[: len(index)]) == 1:
+        return Span(chunk.path, chunk.start, chunk.length)
+    number = 0
+    for i, size in zip(index, chunk.sizes, strict=False):
+        number = number * size + i
+    nbytes = prod(chunk.sizes[len(index) :]) * dtype.itemsize
+    return Span(chunk.path, chunk.start + number * nbytes, nbytes)
+
+
+def open_torch_dist_checkpoint(folder: SourcePath) -> MegatronCheckpoint:
     """The `torch_dist` checkpoint in `folder`; only `.metadata` and `common.pt` are read.
 
     Raises:
@@ -107,10 +122,11 @@ def open_torch_dist_checkpoint(folder: Path) -> MegatronCheckpoint:
                 "all .distcp files (hidden files are easily lost in copying)"
             )
     _check_backend(folder / "metadata.json")
+    fetch_now(folder / "common.pt")
     common = TorchArchive(folder / "common.pt").load()
     args = args_of(common, folder / "common.pt")
     metadata_file = folder / ".metadata"
-    if metadata_file.stat().st_size > MAX_PICKLE_BYTES:
+    if size_of(metadata_file) > MAX_PICKLE_BYTES:
         raise ConversionError(f"{metadata_file} has more than {MAX_PICKLE_BYTES} bytes")
     metadata = load_pickle(metadata_file.read_bytes(), str(metadata_file))
     described, places = _tables(metadata, metadata_file)
@@ -142,8 +158,8 @@ def open_torch_dist_checkpoint(folder: Path) -> MegatronCheckpoint:
     return checkpoint
 
 
-def _check_backend(path: Path) -> None:
-    with open(path, "rb") as file:
+def _check_backend(path: SourcePath) -> None:
+    with path.open("rb") as file:
         text = file.read(65536)
     try:
         backend = json.loads(text).get("sharded_backend")
@@ -153,7 +169,7 @@ def _check_backend(path: Path) -> None:
         raise ConversionError(f"{path}: sharded_backend must be 'torch_dist', got {shortened(backend)}")
 
 
-def _tables(metadata: Any, source: Path) -> tuple[dict, dict[str, dict[tuple[int, ...] | None, ForeignObject]]]:
+def _tables(metadata: Any, source: SourcePath) -> tuple[dict, dict[str, dict[tuple[int, ...] | None, ForeignObject]]]:
     """What each name is, and per name and chunk offset where the bytes lie."""
     described = metadata.get("state_dict_metadata") if isinstance(metadata, ForeignObject) else None
     storage = metadata.get("storage_data") if isinstance(metadata, ForeignObject) else None
@@ -187,7 +203,7 @@ def _reason_to_drop(name: str) -> str | None:
     return next((reason for pattern, reason in _NOT_WEIGHTS if pattern.fullmatch(name)), None)
 
 
-def _check_files(folder: Path, places: dict[str, dict]) -> dict[str, int]:
+def _check_files(folder: SourcePath, places: dict[str, dict]) -> dict[str, int]:
     """Sizes of the `.distcp` files that are there; all that hold weights are, and none is unknown to `.metadata`."""
     named: set[str] = set()
     needed: set[str] = set()
@@ -201,7 +217,7 @@ def _check_files(folder: Path, places: dict[str, dict]) -> dict[str, int]:
             named.add(path)
             if _reason_to_drop(name) is None:
                 needed.add(path)
-    there = {child.name: child.stat().st_size for child in folder.iterdir() if child.suffix == ".distcp"}
+    there = {child.name: size_of(child) for child in folder.iterdir() if child.suffix == ".distcp"}
     missing = sorted(needed - set(there))
     if missing:
         raise ConversionError(f"{folder}: missing {quoted(missing)}; fetch them again")
@@ -219,7 +235,7 @@ def _stored_bytes(name: str, places: dict[str, dict]) -> int:
     return sum(length for length in lengths if type(length) is int and 0 <= length < 2**62)
 
 
-def _chunked_tensor(name: str, entry: Any, places: dict, folder: Path, files: dict[str, int]) -> ChunkedTensor:
+def _chunked_tensor(name: str, entry: Any, places: dict, folder: SourcePath, files: dict[str, int]) -> ChunkedTensor:
     if not isinstance(entry, ForeignObject) or entry.kind.name != "TensorStorageMetadata":
         raise ConversionError(
             f"{folder}: {shortened(name)} is {shortened(entry)}, expected a tensor; this is not a weight that a "
@@ -253,7 +269,7 @@ def _chunked_tensor(name: str, entry: Any, places: dict, folder: Path, files: di
     return ChunkedTensor(name, shape, dtype, tuple(chunks))
 
 
-def _chunk(name, offsets, sizes, dtype, places, folder: Path, files: dict[str, int]) -> Chunk:
+def _chunk(name, offsets, sizes, dtype, places, folder: SourcePath, files: dict[str, int]) -> Chunk:
     info = places.get(name, {}).get(offsets)
     if info is None:
         raise ConversionError(f"{folder}: the chunk of {shortened(name)} at {offsets} is in no file")
@@ -276,7 +292,7 @@ def _chunk(name, offsets, sizes, dtype, places, folder: Path, files: dict[str, i
     return Chunk(offsets, sizes, folder / path, start, length)
 
 
-def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Chunk], folder: Path) -> None:
+def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Chunk], folder: SourcePath) -> None:
     """Every element lies in exactly one chunk; counted on the grid that the chunks' edges make."""
     edges = [
         sorted({0, size, *(c.offsets[axis] for c in chunks), *(c.offsets[axis] + c.sizes[axis] for c in chunks)})

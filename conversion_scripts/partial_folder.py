@@ -3,6 +3,7 @@
 .OUTPUT.partial/
     lock            held by the conversion that is running; the system frees it when the process ends, however
     journal.jsonl   line 1: what is converted and how; then one line per finished weight file, with its hashes
+    parts.jsonl     one line per finished tensor or slice of the weight file that is being written
     folder/         becomes OUTPUT by being renamed, when it is whole
 """
 
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 
 from .errors import ConversionError, quoted, shortened, size_text
 
-_LOCK, _JOURNAL, _FOLDER = "lock", "journal.jsonl", "folder"
+_LOCK, _JOURNAL, _PARTS, _FOLDER = "lock", "journal.jsonl", "parts.jsonl", "folder"
 _RESERVE = 16 * 2**20  # configuration, tokenizer, code
 
 
@@ -33,6 +34,17 @@ class FinishedFile:
     sources: dict[str, str]
 
 
+@dataclass(frozen=True)
+class FinishedPart:
+    """A tensor (`index` is None), or a slice along its first axis, that was written into an unfinished weight file."""
+
+    file: str
+    tensor: str
+    index: int | None
+    sha256: str
+    sources: dict[str, str]
+
+
 def partial_path(output: Path) -> Path:
     """Where the unfinished conversion into `output` lives."""
     return output.parent / f".{output.name}.partial"
@@ -41,24 +53,28 @@ def partial_path(output: Path) -> Path:
 class PartialFolder:
     """A folder that becomes `output` when `publish()` is called.
 
-    If the block is left before that, by an error, Ctrl-C or SIGTERM, finished weight files stay for the next time; but
-    nothing stays if there are none, or if a `ConversionError` while writing says that the checkpoint is unusable.
+    If the block is left before that, by an error, Ctrl-C or SIGTERM, finished weight files stay for the next time, and
+    what is finished of the one that was being written; but nothing stays if no file is finished (unless `keep_parts`),
+    or if a `ConversionError` while writing says that the checkpoint is unusable.
 
     Args:
         output: The folder to be; its parents are made.
         identity: What decides the output's bytes: only a conversion with an equal one is continued.
         restart: Whether to discard an unfinished conversion, whatever it is.
+        keep_parts: Whether the start of the first file is worth keeping, since it came over a network.
 
     Raises:
         ConversionError: if another process is converting into `output`, or an unfinished conversion is not this one.
     """
 
-    def __init__(self, output: Path, identity: dict[str, Any], restart: bool = False):
+    def __init__(self, output: Path, identity: dict[str, Any], restart: bool = False, keep_parts: bool = False):
         self.output = output
         self.path = partial_path(output)
         self.folder = self.path / _FOLDER
         self.identity = identity
         self.restart = restart
+        self.keep_parts = keep_parts
+        self.parts: list[FinishedPart] = []
         self.finished: dict[str, FinishedFile] = {}
         self.published = False
         self._writing = False
@@ -74,6 +90,7 @@ class PartialFolder:
             if self.restart:
                 self._discard(keep_lock=True)
             self.finished = self._read_journal()
+            self.parts = self._read_parts()
             self.published = self._is_published()
         except BaseException:
             self._unlock()
@@ -83,19 +100,21 @@ class PartialFolder:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             unusable = isinstance(error, ConversionError) and self._writing
-            if error is None or unusable or not self.finished:
+            if error is None or unusable or not (self.finished or (self.keep_parts and self.parts)):
                 self._discard()
         finally:
             self._unlock()
 
-    def begin(self, kept: dict[str, FinishedFile], needed_bytes: int) -> None:
-        """Starts writing: all but the `kept` files is deleted, and `needed_bytes` more must fit on the disk."""
-        self.finished = dict(kept)
+    def begin(self, kept: dict[str, FinishedFile], parts: list[FinishedPart], needed_bytes: int) -> None:
+        """Starts writing: all but what is kept is deleted, and `needed_bytes` more must fit on the disk."""
+        self.finished, self.parts = dict(kept), list(parts)
         self.folder.mkdir(exist_ok=True)
+        names = {*kept, *(part.file for part in parts)}
         for child in self.folder.iterdir():
-            if child.name not in kept:
+            if child.name not in names:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
         check_space(self.output.parent, needed_bytes)
+        (self.path / _PARTS).write_text("".join(json.dumps(asdict(part)) + "\n" for part in parts), encoding="utf-8")
         lines = [self.identity, *(asdict(entry) for entry in kept.values())]
         fresh = self.path / f"{_JOURNAL}.new"
         with open(fresh, "w", encoding="utf-8") as file:
@@ -112,6 +131,14 @@ class PartialFolder:
             file.flush()
             os.fsync(file.fileno())
         self.finished[entry.file] = entry
+        (self.path / _PARTS).unlink(missing_ok=True)
+        self.parts = []
+
+    def record_part(self, part: FinishedPart) -> None:
+        """Notes that a part of a weight file was written; that it reached the disk is for the next time to check."""
+        with open(self.path / _PARTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(part)) + "\n")
+        self.parts.append(part)
 
     def publish(self) -> None:
         """Makes the folder the output, which must still be free."""
@@ -135,7 +162,9 @@ class PartialFolder:
             if self.path.exists() or self.path.is_symlink():
                 raise ConversionError(f"{self.path} is in the way; the unfinished output is kept there: delete it")
             return
-        strange = sorted({child.name for child in self.path.iterdir()} - {_LOCK, _JOURNAL, f"{_JOURNAL}.new", _FOLDER})
+        strange = sorted(
+            {child.name for child in self.path.iterdir()} - {_LOCK, _JOURNAL, f"{_JOURNAL}.new", _PARTS, _FOLDER}
+        )
         if strange:
             raise ConversionError(f"{self.path} holds {quoted(strange)}, which no conversion wrote; move it away")
 
@@ -163,9 +192,18 @@ class PartialFolder:
             )
         return {entry.file: entry for entry in entries}
 
+    def _read_parts(self) -> list[FinishedPart]:
+        """The parts that an earlier run of this conversion noted; none if they cannot be read."""
+        try:
+            lines = (self.path / _PARTS).read_bytes().split(b"\n")[:-1]
+            parts = [FinishedPart(**json.loads(line)) for line in lines]
+        except (FileNotFoundError, ValueError, TypeError):
+            return []
+        return [part for part in parts if part.file == parts[-1].file and part.file not in self.finished]
+
     def _discard(self, keep_lock: bool = False) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        for name in (_JOURNAL, f"{_JOURNAL}.new"):
+        for name in (_JOURNAL, f"{_JOURNAL}.new", _PARTS):
             (self.path / name).unlink(missing_ok=True)
         if not keep_lock:
             (self.path / _LOCK).unlink(missing_ok=True)
@@ -225,10 +263,12 @@ def leftover(output: Path) -> str:
         count = (path / _JOURNAL).read_bytes().count(b"\n") - 1
     except OSError:
         return ""
-    if count < 1:
+    started = (path / _PARTS).is_file() and (path / _PARTS).stat().st_size > 0
+    if count < 1 and not started:
         return ""
+    what = f"{count} finished weight file{'s' if count > 1 else ''}" if count > 0 else "the start of a weight file"
     return (
-        f"{count} finished weight file{'s' if count > 1 else ''} kept in {path}: the same command continues from "
+        f"{what} kept in {path}: the same command continues from "
         "there; --restart, or deleting that folder, discards them"
     )
 

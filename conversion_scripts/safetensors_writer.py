@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ SYNC_EVERY = 128 * 2**20
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
+OnPart = Callable[[str, str, int | None, str], Any]
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, shape and dtype of a tensor to be written."""
@@ -38,6 +41,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def slice_bytes(self) -> int:
+        """Bytes of a slice along the first axis, as `WeightHash` has it: all of a tensor with less than three axes."""
+        return (prod(self.shape[1:]) if len(self.shape) > 2 else prod(self.shape)) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class HashedTensor:
@@ -45,6 +53,21 @@ class HashedTensor:
 
     values: torch.Tensor
     digest: Callable[[], str]
+
+
+@dataclass
+class StartedFile:
+    """What is right in a weight file that was not finished: its first tensors, and slices of the one after these.
+
+    Args:
+        tensors: `WeightHash` of each tensor, in the file's order.
+        slices: SHA-256 of the slices of the next one, along its first axis.
+        nbytes: Size of all of them.
+    """
+
+    tensors: dict[str, str] = field(default_factory=dict)
+    slices: list[str] = field(default_factory=list)
+    nbytes: int = 0
 
 
 class WeightHash:
@@ -62,12 +85,14 @@ class WeightHash:
         self._outer = hashlib.sha256()
         self._filled = 0
         self._whole = ""
+        self.slices: list[str] = []  # of those that are finished
 
     def update(self, block: memoryview) -> None:
         """Adds the bytes that come next."""
         while self._slice and len(block) + self._filled >= self._slice:
             rest = self._slice - self._filled
             self._inner.update(block[:rest])
+            self.slices.append(self._inner.hexdigest())
             self._outer.update(self._inner.digest())
             self._inner, self._filled, block = hashlib.sha256(), 0, block[rest:]
         self._inner.update(block)
@@ -81,6 +106,7 @@ class WeightHash:
         """Adds the piece that comes next by its SHA-256."""
         assert self._filled == 0
         if self._slice:
+            self.slices.append(digest)
             self._outer.update(bytes.fromhex(digest))
         else:
             self._whole = digest
@@ -133,22 +159,28 @@ def shard_names(count: int) -> list[str]:
 def write_safetensors(
     folder: Path,
     tensors: Sequence[TensorSpec],
-    pieces: Callable[[TensorSpec], Iterable[torch.Tensor | HashedTensor]],
+    pieces: Callable[[TensorSpec, int], Iterable[torch.Tensor | HashedTensor]],
     max_shard_size: int,
     progress: Callable[[int], Any] = lambda count: None,
     finished: Mapping[str, Mapping[str, str]] | None = None,
+    started: Mapping[str, StartedFile] | None = None,
     on_shard: Callable[[str, dict[str, str]], Any] = lambda name, digests: None,
+    on_part: OnPart = lambda name, tensor, index, digest: None,
 ) -> dict[str, str]:
     """Writes the tensors, and an index if there are several files; returns the hash of each (`WeightHash`).
 
     Args:
         folder: Where to write; exists.
         tensors: What to write.
-        pieces: A tensor's values as tensors that follow each other along the first axis; rounded to its dtype here.
+        pieces: A tensor's values as tensors that follow each other along the first axis, without the first so many
+            slices; rounded to its dtype here.
         max_shard_size: Bytes after which a new file begins.
         progress: Called with the number of bytes written since the last call.
         finished: Files that are there and right, with the digests of their tensors; they are left alone.
+        started: What is right in files that were cut off; they are continued from there.
         on_shard: Called when a file is on disk, with its name and the digests of its tensors.
+        on_part: Called when a tensor, or a slice that came as a piece of its own, is handed to the system: with the
+            file's name, the tensor's, the slice's index (`None`: all of it), and the digest.
     """
     shards = plan_shards(tensors, max_shard_size)
     names = shard_names(len(shards))
@@ -158,7 +190,8 @@ def write_safetensors(
             if finished and name in finished:
                 digests.update(finished[name])
                 continue
-            written = _write_shard(folder / name, shard, pieces, progress, pool)
+            start = (started or {}).get(name, StartedFile())
+            written = _write_shard(folder / name, shard, start, pieces, progress, pool, on_part)
             on_shard(name, written)
             digests.update(written)
     if len(shards) > 1:
@@ -177,20 +210,29 @@ def write_safetensors(
 def _write_shard(
     path: Path,
     shard: Sequence[TensorSpec],
-    pieces: Callable[[TensorSpec], Iterable[torch.Tensor | HashedTensor]],
+    start: StartedFile,
+    pieces: Callable[[TensorSpec, int], Iterable[torch.Tensor | HashedTensor]],
     progress: Callable[[int], Any],
     pool: ThreadPoolExecutor,
+    on_part: OnPart,
 ) -> dict[str, str]:
-    digests = {}
-    with open(path, "wb") as file:
-        file.write(shard_header(shard))
-        file.flush()
+    digests = dict(start.tensors)
+    header = shard_header(shard)
+    with open(path, "r+b" if start.nbytes else "wb") as file:
+        if start.nbytes:
+            file.truncate(len(header) + start.nbytes)
+            file.seek(0, os.SEEK_END)
+        else:
+            file.write(header)
         unsynced = 0
         syncing: Future[Any] = pool.submit(int)
-        for tensor in shard:
+        for number, tensor in enumerate(shard[len(digests) :]):
             hashing = WeightHash(tensor.shape, tensor.dtype)
-            written = 0
-            for piece in pieces(tensor):
+            for digest in start.slices if number == 0 else ():
+                hashing.add(digest)
+            first = len(hashing.slices)
+            written = first * tensor.slice_bytes
+            for index, piece in enumerate(pieces(tensor, first), first):
                 known = piece.digest if isinstance(piece, HashedTensor) and hashing.takes(piece.values) else None
                 values = piece.values if isinstance(piece, HashedTensor) else piece
                 for block in _blocks(values, tensor.dtype):
@@ -209,12 +251,53 @@ def _write_shard(
                 if known is not None:
                     hashing.add(known())
                 del piece, values, known  # or it would be held while the next one is fetched
+                if len(hashing.slices) == index + 1 and written == (index + 1) * tensor.slice_bytes:
+                    file.flush()
+                    on_part(path.name, tensor.name, index, hashing.slices[index])
             assert written == tensor.nbytes, f"{tensor.name}: wrote {written} bytes of {tensor.nbytes}"
             digests[tensor.name] = hashing.hexdigest()
+            file.flush()
+            on_part(path.name, tensor.name, None, digests[tensor.name])
         file.flush()
         syncing.result()
         os.fsync(file.fileno())
     return digests
+
+
+def intact_start(
+    path: Path,
+    shard: Sequence[TensorSpec],
+    tensors: Mapping[str, str],
+    slices: Mapping[str, Sequence[str]],
+    progress: Callable[[int], Any] = lambda count: None,
+) -> StartedFile:
+    """How far a file that was cut off is right, by the digests of its finished tensors and slices."""
+    start = StartedFile()
+    header = shard_header(shard)
+    if not path.is_file():
+        return start
+    with open(path, "rb") as file:
+        if file.read(len(header)) != header:
+            return start
+        for tensor in shard:
+            digest = WeightHash(tensor.shape, tensor.dtype)
+            whole = tensor.name in tensors
+            for _ in range(tensor.nbytes // tensor.slice_bytes if whole else len(slices.get(tensor.name, ()))):
+                for begin in range(0, tensor.slice_bytes, BLOCK):
+                    block = file.read(min(BLOCK, tensor.slice_bytes - begin))
+                    digest.update(memoryview(block))
+                    progress(len(block))
+            if whole and digest.hexdigest() == tensors[tensor.name]:
+                start.tensors[tensor.name] = tensors[tensor.name]
+                start.nbytes += tensor.nbytes
+                continue
+            for found, expected in zip(digest.slices, () if whole else slices.get(tensor.name, ()), strict=False):
+                if found != expected:
+                    break
+                start.slices.append(expected)
+            start.nbytes += len(start.slices) * tensor.slice_bytes
+            break
+    return start
 
 
 def shard_is_intact(

@@ -44,7 +44,7 @@ def verify_conversion(output: str | Path, source: str | Path | None = None, load
 
     Args:
         output: The folder, with its `conversion.json`.
-        source: The Megatron checkpoint; `None` takes the recorded place if it is still there.
+        source: The Megatron checkpoint, a folder or on the Hub; `None` takes the recorded folder if it is still there.
         load: Whether to load the model twice and run it; needs memory for one copy.
 
     Raises:
@@ -160,6 +160,9 @@ def _targets(move: Move, tensors: dict[str, StoredTensor]) -> Iterator[torch.Ten
 def _check_source(record: dict[str, Any], source: str | Path | None, report: VerificationReport) -> None:
     recorded = record["source"].get("path")
     if source is None:
+        if isinstance(recorded, str) and recorded.startswith("hf://"):
+            report.skipped.append(f"the source on the Hub (--source {recorded} fetches it once more and compares)")
+            return
         if not isinstance(recorded, str) or not Path(recorded).is_dir():
             report.skipped.append(
                 f"the source, which is no longer at {shortened(recorded)} (--source names another place)"
@@ -229,7 +232,9 @@ def _check_forward(output: Path, model: GengramForCausalLM) -> None:
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gengram verify`."""
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder written by `gengram convert to-hf`")
-    parser.add_argument("--source", type=Path, help="the Megatron checkpoint; the recorded place by default")
+    parser.add_argument(
+        "--source", help="the Megatron checkpoint, a folder or on the Hub; the recorded folder by default"
+    )
     parser.add_argument("--no-load", action="store_true", help="check the files only (needs little memory)")
 
 

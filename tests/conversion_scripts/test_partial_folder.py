@@ -186,6 +186,65 @@ def test_killed_between_publishing_and_tidying_up(small_torch, whole, tmp_path, 
         convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
 
 
+def killed_in_a_file(root, output, parts):
+    """Converts into one weight file until so many parts of it are written; nothing is tidied up, as after a kill."""
+    original = PartialFolder.record_part
+
+    def record(self, part):
+        original(self, part)
+        if len(self.parts) == parts:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartialFolder, "record_part", record)
+        patch.setattr(PartialFolder, "_discard", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            convert_to_hf(root, output, progress=False)
+    return partial_path(output)
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "none": lambda partial: None,
+    "flipped_byte": lambda partial: flip(partial / "folder" / "model.safetensors", -1),
+    "flipped_header": lambda partial: flip(partial / "folder" / "model.safetensors", 20),
+    "shorter": lambda partial: os.truncate(partial / "folder" / "model.safetensors", 9000),
+    "gone": lambda partial: (partial / "folder" / "model.safetensors").unlink(),
+    "longer": lambda partial: open(partial / "folder" / "model.safetensors", "ab").write(b"x" * 9999),
+    "notes_are_noise": lambda partial: (partial / "parts.jsonl").write_bytes(b"\xff\n{}\n"),
+    "last_note_is_cut": lambda partial: os.truncate(
+        partial / "parts.jsonl", (partial / "parts.jsonl").stat().st_size - 5
+    ),
+}
+
+
+@pytest.mark.parametrize("parts", [1, 5, 14, 30])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_was_cut_off_is_continued(damage, parts, small_torch, tmp_path, monkeypatch):
+    if damage == "shorter" and parts == 1:
+        pytest.skip("there is not so much of it")
+    convert_to_hf(small_torch.root, tmp_path / "whole", progress=False)
+    out = tmp_path / "out"
+    partial = killed_in_a_file(small_torch.root, out, parts)
+    assert not out.exists() and (partial / "parts.jsonl").read_text().count("\n") == parts
+    DAMAGES[damage](partial)
+    noted = []
+    original = PartialFolder.record_part
+    monkeypatch.setattr(PartialFolder, "record_part", lambda self, part: noted.append(part) or original(self, part))
+    convert_to_hf(small_torch.root, out, progress=False)
+    assert hashes(out) == hashes(tmp_path / "whole") and not partial.exists()
+    total = len(noted) + (parts if damage in ("none", "longer") else 0)
+    if damage in ("none", "longer", "gone", "flipped_header", "notes_are_noise"):  # all of it, or nothing, was right
+        record = json.loads((out / "conversion.json").read_text())["weights"]
+        slices = sum(len(entry["sources"]) for entry in record.values() if len(entry["sources"]) > 1)
+        assert total == len(record) + slices
+
+
 def test_two_conversions_into_one_folder(small_torch, tmp_path):
     out = tmp_path / "out"
     with PartialFolder(out, {}):

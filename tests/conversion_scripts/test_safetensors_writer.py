@@ -42,7 +42,11 @@ def write(folder, limit):
     specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in TENSORS.items()]
     written = []
     digests = write_safetensors(
-        folder, specs, lambda spec: (TENSORS[spec.name][i] for i in range(spec.shape[0])), limit, written.append
+        folder,
+        specs,
+        lambda spec, first: (TENSORS[spec.name][i] for i in range(first, spec.shape[0])),
+        limit,
+        written.append,
     )
     assert sum(written) == sum(spec.nbytes for spec in specs)
     return digests

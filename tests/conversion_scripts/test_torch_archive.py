@@ -1,13 +1,15 @@
 """torch.save archives: what PyTorch reads, this reads; damaged ones end in a clear error."""
 
 import io
+import struct
 import zipfile
 
 import pytest
 import torch
 
+from gengram.conversion_scripts.byte_range import FileRange
 from gengram.conversion_scripts.errors import ConversionError
-from gengram.conversion_scripts.torch_archive import FileRange, TorchArchive
+from gengram.conversion_scripts.torch_archive import TorchArchive
 
 
 def tensors():
@@ -101,6 +103,18 @@ def test_odd_archives(changes, message, tmp_path):
     repacked(tmp_path / "x.pt", tmp_path / "odd.pt", **changes)
     with pytest.raises(ConversionError, match=message):
         TorchArchive(tmp_path / "odd.pt").load()
+
+
+def test_a_directory_of_gigabytes_is_not_read(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(torch.arange(3), path)
+    size = 2**32
+    with open(path, "r+b") as file:
+        file.truncate(size)  # a hole in the file
+        file.seek(0, io.SEEK_END)
+        file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, 2**31, 2**31, 0))
+    with pytest.raises(ConversionError, match=r"its directory would have 2147483648 bytes, at most"):
+        TorchArchive(path)
 
 
 def test_old_and_foreign_files(tmp_path):
