@@ -149,6 +149,29 @@ def ngram_rows_and_runs(
     return grams.squeeze(-1), runs
 
 
+def rows_and_runs_of_few(
+    codes: torch.Tensor, largest: int, behind: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ngram_rows_and_runs` token by token in Python: for a few tokens on the CPU."""
+    grams: list[int] = []
+    runs: list[int] = []
+    reaches = [[codes.shape[1]] * codes.shape[1]] * codes.shape[0] if behind is None else behind.tolist()
+    for letters, reach in zip(codes.tolist(), reaches, strict=True):
+        run = 0
+        for token, code in enumerate(letters):
+            run = run + 1 if code > 0 else 0
+            runs.append(min(run, max(reach[token] + 1, 0)))
+            gram = 0
+            for earlier in letters[max(token - min(largest - 1, max(reach[token], 0)), 0) : token + 1]:
+                gram = 5 * gram + max(earlier - 1, 0)  # the newest letter is the least significant digit
+            grams.append(gram)
+    shape = codes.shape
+    return (
+        torch.tensor(grams, dtype=torch.int32).view(shape),
+        torch.tensor(runs, dtype=torch.int32).view(shape),
+    )
+
+
 def plan_ngrams(
     codes: torch.Tensor,
     ngram_sizes: Sequence[int],
