@@ -16,8 +16,8 @@ import torch
 
 from gengram import GengramConfig, __version__
 from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
-from gengram.operators.memory_operators import ngram_rows_and_runs
-from gengram.operators.motif_memory import NgramPlan, letter_codes, plan_ngrams
+from gengram.operators.memory_operators import letter_codes, ngram_rows_and_runs
+from gengram.operators.motif_memory import NgramPlan, plan_ngrams
 from gengram.operators.native import status
 
 

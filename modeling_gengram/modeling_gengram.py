@@ -35,13 +35,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_gengram import GengramConfig
 from ..operators.folded_memory import FoldedTables, fold_tables, folded_key_value
-from ..operators.memory_operators import folded_memory, gated_memory, ngram_rows_and_runs
+from ..operators.memory_operators import folded_memory, gated_memory, letter_codes, ngram_rows_and_runs
 from ..operators.memory_operators import window_features as window_features_operator
 from ..operators.memory_path import LARGEST_IRREGULAR_SHARE, choose_algorithm, folded_layout, log_path, uses_native
 from ..operators.motif_memory import (
     NgramPlan,
     dilated_taps,
-    letter_codes,
     memory_gate,
     plan_ngrams,
     running_sum,

@@ -17,12 +17,19 @@ from .folded_memory import FoldedTables
 from .folded_memory import folded_memory as torch_folded_memory
 from .folded_memory import folded_memory_backward as torch_folded_memory_backward
 from .memory_path import uses_native
-from .motif_memory import NgramPlan, gated_memory_backward, rows_and_runs_of_few, window_features_backward
+from .motif_memory import (
+    NgramPlan,
+    gated_memory_backward,
+    letter_codes_of_few,
+    rows_and_runs_of_few,
+    window_features_backward,
+)
 from .motif_memory import gated_memory as torch_gated_memory
+from .motif_memory import letter_codes as torch_letter_codes
 from .motif_memory import ngram_rows_and_runs as torch_ngram_rows_and_runs
 from .motif_memory import window_features as torch_window_features
 
-_FEW_TOKENS = 64  # up to here Python is faster than the thirty operations of PyTorch that it replaces
+_FEW_TOKENS = 64  # up to here a loop in Python is faster than the many operations of PyTorch that it replaces
 # A copy of this file in a model's folder (remote code) registers its own operators.
 _NAMESPACE = "gengram"
 if not __name__.startswith("gengram."):
@@ -62,13 +69,25 @@ def _runs_now(*tensors: Tensor) -> bool:
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
-# ---- rows and runs
+def _are_few(tokens: Tensor) -> bool:
+    """Whether Python is faster than PyTorch's operations."""
+    return tokens.device.type == "cpu" and tokens.numel() <= _FEW_TOKENS
+
+
+# ---- letters, rows and runs
+
+
+def letter_codes(input_ids: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """`motif_memory.letter_codes`; a few tokens are read in Python."""
+    if _are_few(input_ids) and _runs_now(input_ids):
+        return letter_codes_of_few(input_ids, token_ids)
+    return torch_letter_codes(input_ids, token_ids)
 
 
 def _ngram_rows_and_runs(codes: Tensor, behind: Tensor | None, largest: int) -> tuple[Tensor, Tensor]:
     if uses_native(codes.device, torch.float32, 16):
         return _native("ngram_plan")(codes, behind, largest)
-    if codes.device.type == "cpu" and codes.numel() <= _FEW_TOKENS:
+    if _are_few(codes):
         return rows_and_runs_of_few(codes, largest, behind)
     return torch_ngram_rows_and_runs(codes, largest, behind)
 

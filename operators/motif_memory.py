@@ -67,6 +67,12 @@ def letter_codes(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Ten
     return codes
 
 
+def letter_codes_of_few(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
+    """`letter_codes` token by token in Python: for a few tokens on the CPU."""
+    letters = {token: digit + 1 for digit, token in enumerate(token_ids)}
+    return torch.tensor([letters.get(token, 0) for token in input_ids.flatten().tolist()]).view(input_ids.shape)
+
+
 def _shift(x: torch.Tensor, steps: int, reach: torch.Tensor | None) -> torch.Tensor:
     """`x[:, t - steps]`, zero before the start of the row, and where fewer than `steps` tokens are in `reach`."""
     if steps == 0:
@@ -155,21 +161,22 @@ def rows_and_runs_of_few(
     """`ngram_rows_and_runs` token by token in Python: for a few tokens on the CPU."""
     grams: list[int] = []
     runs: list[int] = []
-    reaches = [[codes.shape[1]] * codes.shape[1]] * codes.shape[0] if behind is None else behind.tolist()
+    powers = [5**n for n in range(largest + 1)]
+    reaches = [None] * codes.shape[0] if behind is None else behind.tolist()
     for letters, reach in zip(codes.tolist(), reaches, strict=True):
-        run = 0
+        run = gram = 0
         for token, code in enumerate(letters):
             run = run + 1 if code > 0 else 0
-            runs.append(min(run, max(reach[token] + 1, 0)))
-            gram = 0
-            for earlier in letters[max(token - min(largest - 1, max(reach[token], 0)), 0) : token + 1]:
-                gram = 5 * gram + max(earlier - 1, 0)  # the newest letter is the least significant digit
-            grams.append(gram)
-    shape = codes.shape
-    return (
-        torch.tensor(grams, dtype=torch.int32).view(shape),
-        torch.tensor(runs, dtype=torch.int32).view(shape),
-    )
+            gram = (5 * gram + (code - 1 if code > 0 else 0)) % powers[largest]  # digits move up
+            if reach is None:
+                runs.append(run)
+                grams.append(gram)
+            else:
+                inside = max(reach[token] + 1, 0)
+                runs.append(min(run, inside))
+                grams.append(gram % powers[max(min(inside, largest), 1)])
+    both = torch.tensor([grams, runs], dtype=torch.int32).view(2, *codes.shape)
+    return both[0], both[1]
 
 
 def plan_ngrams(

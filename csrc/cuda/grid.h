@@ -200,7 +200,7 @@ struct Thread {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(Kernel::kThreads, 1) run(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Thread thread{int(threadIdx.x), int(blockDim.x), int64_t(blockIdx.x), int64_t(blockIdx.y), shared};
   kernel.template phase<0>(thread);
