@@ -22,7 +22,6 @@ from gengram.operators.memory_operators import letter_codes, ngram_rows_and_runs
 from gengram.operators.motif_memory import NgramPlan, plan_ngrams
 from gengram.operators.native import status
 
-
 _device = torch.device("cpu")
 
 

@@ -213,7 +213,7 @@ struct FromTensors {
 // Sums for the gates of positions begin .. end - 1: (batch, end - begin, parts).
 template <class Origin, class X>
 struct GateSumsKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 3, kPhases = 2;
   Origin origin;
   Tokens tokens;
   const X* hidden_states;
@@ -280,7 +280,7 @@ GENGRAM_THREAD Gate gate_of_parts(const GateSums* sums, int64_t parts, int64_t h
 
 // One thread per position.
 struct GatesKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   const GateSums* sums;
   float* gates;  // (batch, length)
   Gate* details;  // (batch, length) or null
@@ -301,7 +301,7 @@ struct GatesKernel {
 // u + SiLU(convolution of u) for positions begin .. end - 1, u = gate * value.
 template <class Origin, class X>
 struct ValuesKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 2, kPhases = 2;
   Origin origin;
   Tokens tokens;
   Layer layer;
@@ -393,7 +393,7 @@ struct ValuesKernel {
 // A single causal token: one block per sequence does the work of the three kernels above, with the same additions.
 template <class Origin, class X>
 struct DecodeKernel {
-  static constexpr int kThreads = 1024, kPhases = 2;
+  static constexpr int kThreads = 1024, kBlocks = 1, kPhases = 2;
   Origin origin;
   Tokens tokens;
   Layer layer;
@@ -446,7 +446,7 @@ struct DecodeKernel {
 // Writes the values of all positions, (batch, length, hidden).
 template <class Origin>
 struct ValueRowsKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 3, kPhases = 2;
   Origin origin;
   Tokens tokens;
   float* values;
@@ -505,7 +505,7 @@ struct GatedTile {
 
 template <class V, class X>
 struct TapGradientsKernel : GatedTile<V, X> {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
 
   template <int kPhase, class Thread>
   GENGRAM_THREAD void phase(const Thread& thread) const {
@@ -533,7 +533,7 @@ struct TapGradientsKernel : GatedTile<V, X> {
 // Gradients of the values, and per position and warp the sum of (gradient of u) * value: (batch, length, parts).
 template <class V, class X>
 struct ValueGradientsKernel : GatedTile<V, X> {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   float *grad_values, *products;
   int64_t parts;
 
@@ -561,7 +561,7 @@ struct ValueGradientsKernel : GatedTile<V, X> {
 // Gradients of the taps, one sum per tile of positions: (batch * tiles, taps, hidden).
 template <class V, class X>
 struct ConvGradientsKernel : GatedTile<V, X> {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   float* partial;
 
   template <int kPhase, class Thread>
@@ -588,7 +588,7 @@ struct ConvGradientsKernel : GatedTile<V, X> {
 
 // out[i] = partial[0][i] + partial[1][i] + .., in this order.
 struct SumTilesKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   const float* partial;
   float* out;
   int64_t tiles, count;
@@ -605,7 +605,7 @@ struct SumTilesKernel {
 
 // From the sums of ValueGradients to the factors of the gradients of query and key, one thread per position.
 struct GateGradientsKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   const float* products;   // (positions, parts)
   const Gate* gates;       // (positions,)
   const float* grad_gate;  // (positions,) or null
@@ -628,7 +628,7 @@ struct GateGradientsKernel {
 // Gradients of hidden states and keys, and of the norm's weight per tile: (batch * tiles, hidden).
 template <class Origin, class X>
 struct KeyGradientsKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 3, kPhases = 2;
   Origin origin;
   Tokens tokens;
   const X* hidden_states;
@@ -678,7 +678,7 @@ struct KeyGradientsKernel {
 
 // Weights of the irregular windows, (batch, length, kLargestSize + 2); nothing is written for the others.
 struct WeightsKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   Geometry g;
   Tokens tokens;
   float* weights;
@@ -707,7 +707,7 @@ GENGRAM_THREAD float irregular_share(const Geometry& g, const Sequence& s, const
 // `scale`: the transpose of the window sum. Windows are weighted as in the forward pass.
 template <class G>
 struct PoolKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 2;
   Geometry g;
   Tokens tokens;
   const float* weights;
@@ -773,7 +773,7 @@ struct PoolKernel {
 // The packed row that each entry adds to, `g.rows` if none. Entries (largest + 1, batch, tokens): of A by token, of B by the
 // token at which a window ends, of C_1 .. C_(largest - 1) by token.
 struct RowKeysKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   Geometry g;
   Tokens tokens;
   int32_t* keys;
@@ -836,7 +836,7 @@ struct RowEntries {
 
 // The table row that each n-gram of one size adds to; keys (batch, tokens).
 struct TableKeysKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   Tokens tokens;
   int32_t* keys;
   int size, rows;
@@ -864,7 +864,7 @@ struct TableEntries {
 // of the others each piece leaves its share: `heads` where the row began earlier, `tails` where it goes on.
 template <class Entries>
 struct ScatterKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   Entries entries;
   const int32_t* keys;   // sorted
   const int64_t* order;  // their entries
@@ -899,7 +899,7 @@ struct ScatterKernel {
 // Joins the shares of the rows that lie in several pieces; the block of the piece in which a row begins does it.
 template <class Entries>
 struct JoinKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   Entries entries;
   const int32_t* keys;
   int64_t count;
@@ -925,7 +925,7 @@ struct JoinKernel {
 // depends on a position's place in its group: the last bits may differ between a sequence and its pieces.
 template <class T>
 struct FeaturesKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   Geometry g;
   Tokens tokens;
   const T* table;
@@ -987,7 +987,7 @@ GENGRAM_THREAD int64_t last_break(const int64_t* codes, int64_t first, int64_t s
 
 // The last token that is no letter in each piece of a row, -1 if there is none: (batch, pieces).
 struct BreaksKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 2;
   const int64_t* codes;
   int64_t* breaks;
   int64_t tokens, pieces;
@@ -1008,7 +1008,7 @@ struct BreaksKernel {
 
 // The last break before each piece, in place; one thread per row.
 struct CarryBreaksKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 1;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   int64_t* breaks;
   int64_t batch, pieces;
 
@@ -1026,7 +1026,7 @@ struct CarryBreaksKernel {
 };
 
 struct PlanKernel {
-  static constexpr int kThreads = kThreadsMost, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 2;
   const int64_t* codes;
   const int32_t* behind;
   const int64_t* breaks;

@@ -1,7 +1,8 @@
 // Threads of a grid, for nvcc and, as an emulation, for any C++ compiler: the kernels in bodies.h are written once.
 //
-// A kernel is a struct with its arguments, `kThreads` (the most threads of a block), `kPhases`, and `phase<P>(thread)`;
-// between two phases the threads of a block wait for each other.
+// A kernel is a struct with its arguments, `kThreads` (the most threads of a block), `kBlocks` (that a multiprocessor is
+// to hold: this bounds the registers), `kPhases`, and `phase<P>(thread)`; between two phases the threads of a block wait
+// for each other.
 #pragma once
 
 #include "../half.h"
@@ -200,7 +201,7 @@ struct Thread {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 1) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocks) run(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Thread thread{int(threadIdx.x), int(blockDim.x), int64_t(blockIdx.x), int64_t(blockIdx.y), shared};
   kernel.template phase<0>(thread);

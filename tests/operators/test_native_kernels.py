@@ -10,6 +10,7 @@ import pytest
 import torch
 from emulated_cuda import COMPILER, EmulatedKernels
 from memory_cases import LETTERS, random_case
+from torch.library import opcheck
 
 from gengram import memory_path
 from gengram.operators import memory_operators as operators
@@ -299,3 +300,71 @@ def test_wrong_arguments_are_errors_not_crashes(kernels):
     ]:
         with pytest.raises(RuntimeError, match=message):
             run(**wrong)
+
+
+def test_gradients_of_full_windows_in_float32(kernels):
+    """Text without a break, longer than a tile, so that the sweeps and the pooling take their fast ways."""
+    generator = torch.Generator().manual_seed(2)
+    sizes, window, hidden, length = [1, 2, 3, 4, 5, 6], 21, 160, 400
+    case = prepared(kernels, 3, hidden=hidden, length=length, context=False)
+    codes = torch.randint(1, 5, (2, length), generator=generator).to(kernels.device)
+    case.plan = definition.plan_ngrams(codes, sizes, window)
+    case.tables = [torch.randn(5**n, 16, generator=generator).to(kernels.device) for n in sizes]
+    weights = torch.randn(2, hidden, 16 * len(sizes), generator=generator).to(kernels.device)
+    case.key_weight, case.value_weight = weights[0].clone(), weights[1].clone()
+    case.conv_weight = torch.randn(hidden, 4, generator=generator).to(kernels.device)
+    case.dilation, case.reach_back, case.history = 6, 18, None
+    lean_to(case, definition.window_features(case.tables, case.plan) @ case.key_weight.T)
+    for weight in case.weights:
+        weight.requires_grad_()
+    truth = gradients(case, exact(case)[:2])
+    for way in (through_tables, through_tokens):
+        with kernels.forced():
+            assert_near(gradients(case, way(kernels, case)), truth, 1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_operators_are_what_pytorch_expects(kernels, seed):
+    case = prepared(kernels, seed, hidden=32, context=False, length=20)
+    plan = case.plan
+    for weight in case.weights:
+        weight.requires_grad_()
+    behind = None if plan.behind is None else plan.behind[:, plan.context :]
+    segments, windows = (plan.behind, plan.ahead), (case.sizes, plan.window, plan.last)
+    tail = (1e-5, case.dilation, case.reach_back)
+    key, value = (torch.randn_like(case.hidden_states).requires_grad_() for _ in range(2))
+    tables = folded(kernels, case)
+    with kernels.forced():
+        opcheck(
+            operators._window_features_operator,
+            (case.tables, plan.grams, plan.runs, *segments, *windows, plan.length),
+        )
+        opcheck(
+            operators._gated_memory_operator,
+            (case.hidden_states, key, value, plan.exists, behind, plan.ahead, case.norm_weight, case.conv_weight,
+             None, *tail),
+        )  # fmt: skip
+        opcheck(
+            operators._folded_memory_operator,
+            (case.hidden_states, tables.rows.detach().requires_grad_(), plan.grams, plan.runs, None, *segments,
+             plan.exists, case.norm_weight, case.conv_weight, None, *windows, tables.scale, *tail),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_cuda_graph_replays_the_forward_pass(kernels):
+    if kernels.device.type != "cuda":
+        pytest.skip("needs a GPU")
+    case = prepared(kernels, 3, hidden=256, length=300)
+    tables = folded(kernels, case)
+
+    def run():
+        return operators.folded_memory(case.hidden_states, tables, case.plan, *numbers(case), case.history)[0]
+
+    with kernels.forced():
+        expected = run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = run()
+        graph.replay()
+    assert torch.equal(replayed, expected)
