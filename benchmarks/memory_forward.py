@@ -56,7 +56,9 @@ def folded_tables(layer: torch.nn.Module, kernels: str, states: torch.Tensor) ->
 
 
 @torch.no_grad()
-def measure(case: dict, reference: Path | None, rounds: int, is_decoding: bool = False) -> dict:
+def measure(
+    case: dict, reference: Path | None, rounds: int, is_decoding: bool = False, only: tuple[str, ...] = ()
+) -> dict:
     dtype = getattr(torch, case["dtype"])
     memory, config = prepare(case)
     layer = memory.layer.eval()
@@ -102,6 +104,8 @@ def measure(case: dict, reference: Path | None, rounds: int, is_decoding: bool =
         sequence_first = states.transpose(0, 1).contiguous()
         paths["reference"] = lambda: theirs(sequence_first, ids).transpose(0, 1)
 
+    if only:
+        paths = {name: path for name, path in paths.items() if name.startswith(only)}
     errors, times, extra = {}, {name: [] for name in paths}, {}
     for name, path in paths.items():  # also the warm-up
         result = path().double()
@@ -134,12 +138,20 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="the authors' gengram.py")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="where the results go instead of benchmarks/results")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="ways to time, such as folded and reference; all unless given"
+    )
+    parser.add_argument(
+        "--cases", type=int, nargs="*", help="of the list in this file, from 0; the last one is decoding"
+    )
     add_machine_arguments(parser)
     arguments = parser.parse_args()
     use_machine(arguments)
-    rows = []
-    for case, is_decoding in [*((case, False) for case in CASES), (DECODING, True)]:
-        row = measure(case, arguments.reference, arguments.rounds, is_decoding)
+    machine, rows = describe_machine(), []
+    for index, (case, is_decoding) in enumerate([*((case, False) for case in CASES), (DECODING, True)]):
+        if arguments.cases is not None and index not in arguments.cases:
+            continue
+        row = measure(case, arguments.reference, arguments.rounds, is_decoding, tuple(arguments.only))
         rows.append(row)
         fastest = row["fastest_seconds"]
         base, best = (x.get("reference", x["folded, torch"]) for x in (row["seconds"], fastest))
@@ -150,7 +162,7 @@ def main() -> None:
                 f"error {row['relative_error'][name]:.1e}, extra memory {row['extra_bytes'][name] / 1e6:.0f} MB",
                 flush=True,
             )
-    write_results("memory_forward", dict(machine=describe_machine(), rows=rows), arguments.output)
+    write_results("memory_forward", dict(machine=machine, rows=rows), arguments.output)
 
 
 if __name__ == "__main__":
