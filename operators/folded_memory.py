@@ -417,11 +417,10 @@ def _single_token(
     if min(plan.runs[:, here].tolist()) < plan.window:
         return None
     oldest = folded.rows.shape[1] - 5 ** (largest - 1)  # the first row of B
-    ids = (plan.grams if top is None else top)[:, here - endings : here + 1].tolist()
-    for sequence, gram in zip(ids, plan.grams[:, here - endings].tolist(), strict=True):
-        sequence[0] = oldest + gram % 5 ** (largest - 1)
-    # B's row comes last, as in the sums of many tokens
-    ids = torch.tensor([sequence[1:] + sequence[:1] for sequence in ids], dtype=torch.int32)
+    found = (plan.grams if top is None else top)[:, here - endings : here + 1].tolist()
+    for sequence, gram in zip(found, plan.grams[:, here - endings].tolist(), strict=True):
+        sequence.append(oldest + gram % 5 ** (largest - 1))  # last, as in the sums of many tokens
+    ids = torch.tensor([sequence[1:] for sequence in found], dtype=torch.int32)
     sums = [F.embedding_bag(ids, slab, mode="sum") for slab in folded.rows]
     work = torch.promote_types(folded.rows.dtype, torch.float32)
     both = (sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)).to(work)

@@ -213,7 +213,7 @@ struct FromTensors {
 // Sums for the gates of positions begin .. end - 1: (batch, end - begin, parts).
 template <class Origin, class X>
 struct GateSumsKernel {
-  static constexpr int kThreads = kThreadsMost, kBlocks = 3, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 2, kPhases = 2;
   Origin origin;
   Tokens tokens;
   const X* hidden_states;
@@ -446,7 +446,7 @@ struct DecodeKernel {
 // Writes the values of all positions, (batch, length, hidden).
 template <class Origin>
 struct ValueRowsKernel {
-  static constexpr int kThreads = kThreadsMost, kBlocks = 3, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 2, kPhases = 2;
   Origin origin;
   Tokens tokens;
   float* values;
@@ -628,7 +628,7 @@ struct GateGradientsKernel {
 // Gradients of hidden states and keys, and of the norm's weight per tile: (batch * tiles, hidden).
 template <class Origin, class X>
 struct KeyGradientsKernel {
-  static constexpr int kThreads = kThreadsMost, kBlocks = 3, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = 2, kPhases = 2;
   Origin origin;
   Tokens tokens;
   const X* hidden_states;
