@@ -1,7 +1,12 @@
-"""Adds the native kernels (`csrc/README.md`) to the package when GENGRAM_NATIVE=1; all else is in `setup.cfg`."""
+"""Adds the native kernels (`csrc/README.md`) to the package when GENGRAM_NATIVE=1; all else is in `setup.cfg`.
+
+The CUDA kernels are among them where PyTorch is built for CUDA and there is an nvcc.
+"""
 
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
@@ -12,18 +17,24 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "baseline": [],
 }
+# Ampere and Hopper, and a form that later GPUs translate for themselves.
+CUDA_ARGUMENTS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC"]
+CUDA_CODE = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)] + ["-gencode=arch=compute_90,code=compute_90"]
 
 
 def native_kernels() -> dict:
     """Arguments of `setup` that build `gengram/operators/_native*.so`; needs PyTorch and a C++ compiler."""
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils import cpp_extension
 
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     sets = INSTRUCTION_SETS if is_x86 else {"baseline": []}
     temporary = Path(".native-build")
+    home = cpp_extension.CUDA_HOME
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    has_cuda = torch.version.cuda is not None and nvcc is not None
 
-    class Build(BuildExtension):
+    class Build(cpp_extension.BuildExtension):
         """Compiles the kernels once per instruction set, and everything outside the checkout's `build` folder."""
 
         def finalize_options(self) -> None:
@@ -41,11 +52,20 @@ def native_kernels() -> dict:
                     extra_postargs=[*ARGUMENTS, *flags, f"-DGENGRAM_CAPABILITY={name}", "-Wno-psabi", "-fPIC"],
                 )
                 extension.extra_objects += objects
+            if has_cuda:
+                output = temporary / "cuda" / "kernels.o"
+                output.parent.mkdir(parents=True, exist_ok=True)
+                command = [nvcc, *CUDA_ARGUMENTS, *CUDA_CODE, "-c", "csrc/cuda/kernels.cu", "-o", str(output)]
+                print(*command)
+                subprocess.run(command, check=True)
+                extension.extra_objects.append(str(output))
             super().build_extension(extension)
 
-    extension = CppExtension(
+    sources = ["csrc/cpu/operators.cpp", *(["csrc/cuda/operators.cpp"] if has_cuda else [])]
+    kind = cpp_extension.CUDAExtension if has_cuda else cpp_extension.CppExtension
+    extension = kind(
         "gengram.operators._native",
-        ["csrc/cpu/operators.cpp"],
+        sources,
         define_macros=[("GENGRAM_TORCH_VERSION", f'"{torch.__version__}"')],
         extra_compile_args=["-O2", "-fopenmp"],  # PyTorch's parallel_for is written with OpenMP
         extra_link_args=["-fopenmp"],

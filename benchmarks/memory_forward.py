@@ -1,6 +1,6 @@
 """Speed of the memory's forward pass and of a decoding step: every way there is and, if given, the authors' module.
 
-    python benchmarks/memory_forward.py [--reference PATH_TO_gengram.py]
+    python benchmarks/memory_forward.py [--reference PATH_TO_gengram.py] [--device cuda] [--threads N]
 
 The reference is the authors' `megatron/core/transformer/gengram.py`, which is not part of this project. Results are
 checked against the definition in float64 before anything is timed; times are medians of interleaved runs without
@@ -16,7 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from memory_setup import describe_machine, extra_memory, prepare, random_bases, reference_module, write_results
+from memory_setup import (
+    add_machine_arguments,
+    describe_machine,
+    extra_memory,
+    prepare,
+    random_bases,
+    reference_module,
+    seconds_of,
+    use_machine,
+    write_results,
+)
 
 from gengram import memory_path
 from gengram.operators.folded_memory import FoldedTables
@@ -29,7 +39,12 @@ CASES = [
     dict(hidden=1024, width=256, length=2048, dtype="bfloat16"),
 ]
 DECODING = dict(hidden=4096, width=1024, length=39, dtype="bfloat16")
-KERNELS = ("torch", "native") if status().available else ("torch",)
+
+
+def kernels_of(device: torch.device) -> tuple[str, ...]:
+    """What can compute on the device."""
+    has_native = status().available and (device.type == "cpu" or status().has_cuda)
+    return ("torch", "native") if has_native else ("torch",)
 
 
 def folded_tables(layer: torch.nn.Module, kernels: str, states: torch.Tensor) -> FoldedTables:
@@ -41,23 +56,25 @@ def folded_tables(layer: torch.nn.Module, kernels: str, states: torch.Tensor) ->
 
 
 @torch.no_grad()
-def measure(case: dict, reference: Path | None, rounds: int, is_decoding: bool = False) -> dict:
+def measure(
+    case: dict, reference: Path | None, rounds: int, is_decoding: bool = False, only: tuple[str, ...] = ()
+) -> dict:
     dtype = getattr(torch, case["dtype"])
     memory, config = prepare(case)
     layer = memory.layer.eval()
     ids = random_bases(config, case["length"])
-    hidden = torch.randn(1, case["length"], case["hidden"]).bfloat16()
+    hidden = torch.randn(1, case["length"], case["hidden"]).bfloat16().to(ids.device)
     with memory_path("token_major", "torch"):
         exact = layer.double()(hidden.double(), memory.plan(ids))[0]
     layer.to(dtype)
     states = hidden.to(dtype)
     paths: dict[str, Callable[[], torch.Tensor]] = {}
     folding = {}
-    for kernels in KERNELS:
+    for kernels in kernels_of(states.device):
         started = time.perf_counter()
         tables = folded_tables(layer, kernels, states)
         folding[kernels] = time.perf_counter() - started
-        numbers = layer._fused_weights(True)
+        numbers = layer._fused_weights(True, layer._fold)
         if is_decoding:
             with memory_path(kernels=kernels):
                 last = folded_memory(states[:, :-1], tables, memory.plan(ids[:, :-1]), *numbers)[2]
@@ -71,9 +88,9 @@ def measure(case: dict, reference: Path | None, rounds: int, is_decoding: bool =
             paths[f"folded, {kernels}"] = decode
         else:
 
-            def whole(kernels=kernels, tables=tables):
+            def whole(kernels=kernels, tables=tables, numbers=numbers):
                 with memory_path(kernels=kernels):
-                    return folded_memory(states, tables, memory.plan(ids), *layer._fused_weights(True))[0]
+                    return folded_memory(states, tables, memory.plan(ids), *numbers)[0]
 
             def unfolded(kernels=kernels):
                 with memory_path("token_major", kernels):
@@ -82,11 +99,13 @@ def measure(case: dict, reference: Path | None, rounds: int, is_decoding: bool =
             paths[f"folded, {kernels}"] = whole
             paths[f"token_major, {kernels}"] = unfolded
     if reference is not None:
-        theirs = reference_module(reference, config).to(dtype).eval()
+        theirs = reference_module(reference, config).to(states).eval()
         theirs.load_state_dict(layer.state_dict())
         sequence_first = states.transpose(0, 1).contiguous()
         paths["reference"] = lambda: theirs(sequence_first, ids).transpose(0, 1)
 
+    if only:
+        paths = {name: path for name, path in paths.items() if name.startswith(only)}
     errors, times, extra = {}, {name: [] for name in paths}, {}
     for name, path in paths.items():  # also the warm-up
         result = path().double()
@@ -100,15 +119,13 @@ def measure(case: dict, reference: Path | None, rounds: int, is_decoding: bool =
     repeats = 20 if is_decoding else 1  # a token follows another
     for _ in range(rounds):
         for name, path in paths.items():
-            started = time.perf_counter()
-            for _ in range(repeats):
-                path()
-            times[name].append((time.perf_counter() - started) / repeats)
+            times[name].append(seconds_of(path, repeats))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return dict(
         case=case,
         is_decoding=is_decoding,
         seconds=medians,
+        fastest_seconds={name: min(values) for name, values in times.items()},
         relative_error=errors,
         extra_bytes=extra,
         folding_seconds=folding,
@@ -121,20 +138,31 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="the authors' gengram.py")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="where the results go instead of benchmarks/results")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="ways to time, such as folded and reference; all unless given"
+    )
+    parser.add_argument(
+        "--cases", type=int, nargs="*", help="of the list in this file, from 0; the last one is decoding"
+    )
+    add_machine_arguments(parser)
     arguments = parser.parse_args()
-    rows = []
-    for case, is_decoding in [*((case, False) for case in CASES), (DECODING, True)]:
-        row = measure(case, arguments.reference, arguments.rounds, is_decoding)
+    use_machine(arguments)
+    machine, rows = describe_machine(), []
+    for index, (case, is_decoding) in enumerate([*((case, False) for case in CASES), (DECODING, True)]):
+        if arguments.cases is not None and index not in arguments.cases:
+            continue
+        row = measure(case, arguments.reference, arguments.rounds, is_decoding, tuple(arguments.only))
         rows.append(row)
-        base = row["seconds"].get("reference", row["seconds"]["folded, torch"])
+        fastest = row["fastest_seconds"]
+        base, best = (x.get("reference", x["folded, torch"]) for x in (row["seconds"], fastest))
         print("decoding step" if is_decoding else "forward", case)
         for name, seconds in row["seconds"].items():
             print(
-                f"  {name}: {1e3 * seconds:.3f} ms ({base / seconds:.1f}x), error {row['relative_error'][name]:.1e}, "
-                f"extra memory {row['extra_bytes'][name] / 1e6:.0f} MB",
+                f"  {name}: {1e3 * seconds:.3f} ms ({base / seconds:.1f}x; fastest runs {best / fastest[name]:.1f}x), "
+                f"error {row['relative_error'][name]:.1e}, extra memory {row['extra_bytes'][name] / 1e6:.0f} MB",
                 flush=True,
             )
-    write_results("memory_forward", dict(machine=describe_machine(), rows=rows), arguments.output)
+    write_results("memory_forward", dict(machine=machine, rows=rows), arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the memory's benchmarks share: a layer with random weights, random bases, the authors' module, results."""
 
+import argparse
 import gc
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,11 @@ import torch
 
 from gengram import GengramConfig, __version__
 from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
-from gengram.operators.memory_operators import ngram_rows_and_runs
-from gengram.operators.motif_memory import NgramPlan, letter_codes, plan_ngrams
+from gengram.operators.memory_operators import letter_codes, ngram_rows_and_runs
+from gengram.operators.motif_memory import NgramPlan, plan_ngrams
 from gengram.operators.native import status
+
+_device = torch.device("cpu")
 
 
 class Memory(NamedTuple):
@@ -38,6 +42,37 @@ class Memory(NamedTuple):
         )
 
 
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--device` and `--threads`, which `use_machine` reads."""
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda where there is a GPU")
+    parser.add_argument("--threads", type=int, help="of the CPU; all of them unless given")
+
+
+def use_machine(arguments: argparse.Namespace) -> torch.device:
+    """Sets the number of threads and the device that layers and bases are made on."""
+    global _device
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    _device = torch.device(arguments.device)
+    return _device
+
+
+def seconds_of(call: Callable[[], Any], repeats: int = 1) -> float:
+    """Seconds per call, the device's work included."""
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize()
+    return (time.perf_counter() - started) / repeats
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if _device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def prepare(case: dict) -> tuple[Memory, GengramConfig]:
     """A layer with the case's `hidden` and `width`; its weights are bfloat16 numbers, the same in every dtype."""
     config = GengramConfig(
@@ -50,12 +85,12 @@ def prepare(case: dict) -> tuple[Memory, GengramConfig]:
             if weight.dim() > 1:
                 torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5 if weight.dim() == 2 else 0.5)
             weight.copy_(weight.bfloat16())
-    return Memory(layer, config), config
+    return Memory(layer.to(_device), config), config
 
 
 def random_bases(config: GengramConfig, length: int) -> torch.Tensor:
     """(1, length) token ids of A, C, G and T."""
-    return torch.tensor(config.memory_token_ids)[torch.randint(4, (1, length))]
+    return torch.tensor(config.memory_token_ids)[torch.randint(4, (1, length))].to(_device)
 
 
 def reference_module(path: Path, config: GengramConfig) -> Any:
@@ -83,7 +118,15 @@ def reference_module(path: Path, config: GengramConfig) -> Any:
 
 
 def extra_memory(step: Callable[[], Any]) -> int:
-    """Bytes by which the process's peak resident size rises above its size before, during one call."""
+    """Bytes by which the peak of the memory in use rises above what was in use before, during one call.
+
+    On a GPU that of PyTorch's allocator, on the CPU the process's resident size.
+    """
+    if _device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     status_file = Path("/proc/self/status")
 
     def size(name: str) -> int:
@@ -106,6 +149,7 @@ def describe_machine() -> dict[str, Any]:
     changes = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True).stdout
     return dict(
         processor=names[0] if names else platform.processor(),
+        device=torch.cuda.get_device_name() if _device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         gengram=__version__,

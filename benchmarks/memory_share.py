@@ -1,6 +1,6 @@
 """The memory's share of a forward pass of layers shaped like the released model, and a pass over a million bases.
 
-    python benchmarks/memory_share.py
+    python benchmarks/memory_share.py [--device cuda] [--threads N]
 
 Four layers of the released model's shape (hidden 4096, 8 experts of 8192, two per token), one of them with a memory as
 in three of its twelve, random bfloat16 weights; the time inside the memory (its plan included) over that of the whole
@@ -8,16 +8,27 @@ pass, for every way to compute it. The long pass is one memory layer of hidden 2
 `benchmarks/results/memory_share.json`.
 """
 
+import argparse
 import statistics
 import time
 
 import torch
-from memory_setup import describe_machine, extra_memory, prepare, random_bases, write_results
+from memory_setup import (
+    add_machine_arguments,
+    describe_machine,
+    extra_memory,
+    prepare,
+    random_bases,
+    seconds_of,
+    synchronize,
+    use_machine,
+    write_results,
+)
 
 from gengram import GengramConfig, GengramModel, memory_path
 from gengram.operators.native import status
 
-WAYS = [("token_major", "torch"), ("folded", "torch")] + ([("folded", "native")] if status().available else [])
+WAYS = [("token_major", "torch"), ("folded", "torch"), ("folded", "native")]
 LENGTH, MILLION, ROUNDS = 512, 1_000_000, 3
 
 
@@ -28,8 +39,10 @@ class Stopwatch:
         self.function, self.seconds = function, 0.0
 
     def __call__(self, *arguments, **named):
+        synchronize()
         started = time.perf_counter()
         result = self.function(*arguments, **named)
+        synchronize()
         self.seconds += time.perf_counter() - started
         return result
 
@@ -44,6 +57,7 @@ def share() -> dict:
     model = GengramModel(config).eval()
     torch.set_default_dtype(torch.float32)
     ids = random_bases(config, LENGTH)
+    model.to(ids.device)
     memory = model.layers[2].motif_memory
     watches = [Stopwatch(memory.forward), Stopwatch(model._plan_memory)]
     memory.forward, model._plan_memory = watches
@@ -57,9 +71,7 @@ def share() -> dict:
                     memory.fold()
                 for watch in watches:
                     watch.seconds = 0.0
-                started = time.perf_counter()
-                model(ids)
-                total = time.perf_counter() - started
+                total = seconds_of(lambda: model(ids))
             if round_number:  # the first warms up
                 found[f"{algorithm}, {kernels}"].append(sum(watch.seconds for watch in watches) / total)
                 totals[f"{algorithm}, {kernels}"].append(total)
@@ -75,6 +87,7 @@ def million() -> dict:
     memory, config = prepare(case)
     layer = memory.layer.eval()
     ids, states = random_bases(config, MILLION), torch.randn(1, MILLION, case["hidden"])
+    states = states.to(ids.device)
     with memory_path("token_major", "torch"):
         last = layer(states[:, -2000:], memory.plan(ids[:, -2000:]))[0][:, 100:]
     found = {}
@@ -85,15 +98,26 @@ def million() -> dict:
             output = layer(states, memory.plan(ids))[0]
             error = ((output[:, -1900:] - last).norm() / last.norm()).item()
             del output
-            started = time.perf_counter()
-            extra = extra_memory(lambda: layer(states, memory.plan(ids)))
+            extra = 0
+
+            def whole() -> None:
+                nonlocal extra
+                extra = extra_memory(lambda: layer(states, memory.plan(ids)))
+
             found[f"folded, {kernels}"] = dict(
-                seconds=time.perf_counter() - started, extra_bytes=extra, output_bytes=states.nbytes, error=error
+                seconds=seconds_of(whole), extra_bytes=extra, output_bytes=states.nbytes, error=error
             )
     return case | dict(length=MILLION, ways=found)
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_machine_arguments(parser)
+    has_native = status().available
+    if use_machine(parser.parse_args()).type == "cuda":
+        has_native = status().has_cuda
+    if not has_native:
+        WAYS.pop()
     results = dict(machine=describe_machine(), long=million(), whole=share())
     print(results)
     write_results("memory_share", results)

@@ -1,6 +1,6 @@
 """Speed of the memory's forward and backward pass: through tokens, through tables and, if given, the authors' module.
 
-    python benchmarks/memory_training.py [--reference PATH_TO_gengram.py]
+    python benchmarks/memory_training.py [--reference PATH_TO_gengram.py] [--device cuda] [--threads N]
 
 The reference is the authors' `megatron/core/transformer/gengram.py`, which is not part of this project. Gradients are
 checked against the definition in float64 before anything is timed; times are medians of interleaved runs, and the
@@ -10,11 +10,19 @@ figures are ratios within one run. The lengths show where projecting rows starts
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import torch
-from memory_setup import describe_machine, prepare, random_bases, reference_module, write_results
+from memory_setup import (
+    add_machine_arguments,
+    describe_machine,
+    prepare,
+    random_bases,
+    reference_module,
+    seconds_of,
+    use_machine,
+    write_results,
+)
 
 from gengram import memory_path
 from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
@@ -40,9 +48,10 @@ def measure(case: dict, reference: Path | None, rounds: int) -> dict:
     with torch.no_grad(), memory_path("token_major", "torch"):
         key = memory.layer.key_proj(memory.layer._features(plan))
         key /= key.square().mean(-1, keepdim=True).sqrt()
-        states = torch.randn(key.shape) + 0.15 * key
+        states = torch.randn(key.shape).to(key) + 0.15 * key
     paths = {}
-    for kernels in ("torch", "native") if status().available else ("torch",):
+    has_native = status().available and (ids.device.type == "cpu" or status().has_cuda)
+    for kernels in ("torch", "native") if has_native else ("torch",):
         for algorithm in ("token_major", "table_major"):
 
             def step(algorithm=algorithm, kernels=kernels):
@@ -51,11 +60,11 @@ def measure(case: dict, reference: Path | None, rounds: int) -> dict:
 
             paths[f"{algorithm}, {kernels}"] = (memory.layer, step, False)
     if reference is not None:
-        theirs = reference_module(reference, config).train()
+        theirs = reference_module(reference, config).to(states).train()
         theirs.load_state_dict(memory.layer.state_dict())
         paths["reference"] = (theirs, lambda: theirs(leaf, ids), True)
 
-    exact = GengramMotifMemory(config, 0).double()
+    exact = GengramMotifMemory(config, 0).double().to(states.device)
     exact.load_state_dict(memory.layer.state_dict())
     leaf = states.double().requires_grad_()
     with memory_path("token_major", "torch"):
@@ -72,13 +81,18 @@ def measure(case: dict, reference: Path | None, rounds: int) -> dict:
     for _ in range(rounds):
         for name, (module, step, sequence_first) in paths.items():
             leaf = leaves[sequence_first]
-            started = time.perf_counter()
-            module.zero_grad()
-            leaf.grad = None
-            step().square().sum().backward()
-            times[name].append(time.perf_counter() - started)
+
+            def train(module=module, step=step, leaf=leaf):
+                module.zero_grad()
+                leaf.grad = None
+                step().square().sum().backward()
+
+            times[name].append(seconds_of(train))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    return dict(case=case, seconds=medians, largest_relative_error_of_a_gradient=errors, rounds=rounds)
+    fastest = {name: min(values) for name, values in times.items()}
+    return dict(
+        case=case, seconds=medians, fastest_seconds=fastest, largest_relative_error_of_a_gradient=errors, rounds=rounds
+    )
 
 
 def main() -> None:
@@ -86,14 +100,24 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="the authors' gengram.py")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="where the results go instead of benchmarks/results")
+    parser.add_argument("--lengths", type=int, nargs="*", help="only these of the lengths")
+    add_machine_arguments(parser)
     arguments = parser.parse_args()
-    rows = []
-    for case in CASES:
+    use_machine(arguments)
+    machine, rows = describe_machine(), []
+    for case in (case for case in CASES if not arguments.lengths or case["length"] in arguments.lengths):
         row = measure(case, arguments.reference, arguments.rounds)
         rows.append(row)
         base = row["seconds"].get("reference", row["seconds"]["token_major, torch"])
-        print(case, *(f"{n} {s:.3f} s ({base / s:.2f}x)" for n, s in row["seconds"].items()), sep="\n  ", flush=True)
-    write_results("memory_training", dict(machine=describe_machine(), rows=rows), arguments.output)
+        fastest = row["fastest_seconds"]
+        best = fastest.get("reference", fastest["token_major, torch"])
+        print(case, flush=True)
+        for name, seconds in row["seconds"].items():
+            print(
+                f"  {name} {seconds:.3f} s ({base / seconds:.2f}x; fastest runs {best / fastest[name]:.2f}x)",
+                flush=True,
+            )
+    write_results("memory_training", dict(machine=machine, rows=rows), arguments.output)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "arguments.h"
+
 #if defined(__CUDACC__)
 #define GENGRAM_BODY __host__ __device__ __forceinline__
 #else
@@ -65,6 +67,21 @@ struct Sequence {
   int64_t tokens, context, length;
 };
 
+// Row `row` of a batch.
+GENGRAM_BODY Sequence sequence_of(const Tokens& t, int64_t row) {
+  Sequence s;
+  s.grams = t.grams + row * t.tokens;
+  s.runs = t.runs + row * t.tokens;
+  s.top = (t.top ? t.top : t.grams) + row * t.tokens;
+  s.behind = t.behind ? t.behind + row * t.tokens : nullptr;
+  s.ahead = t.ahead ? t.ahead + row * t.length : nullptr;
+  s.exists = t.exists ? t.exists + row * t.length : nullptr;
+  s.tokens = t.tokens;
+  s.length = t.length;
+  s.context = t.tokens - t.length;
+  return s;
+}
+
 GENGRAM_BODY int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 GENGRAM_BODY int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -82,25 +99,56 @@ GENGRAM_BODY int32_t oldest_row(const Geometry& g, const Sequence& s, int64_t t)
   return g.oldest + s.grams[window_end(g, s, t) - g.endings] % g.power[g.largest - 1];
 }
 
-// Calls f(row, weight) for the rows whose weighted sum is an irregular window, in a fixed order.
-template <class F>
-GENGRAM_BODY void for_each_irregular_row(const Geometry& g, const Sequence& s, int64_t t, F&& f) {
+// Whether a tap at `offset` stays inside the segment of position t.
+GENGRAM_BODY bool is_in_segment(const Sequence& s, int64_t t, int64_t offset) {
+  if (offset < 0) return !s.behind || s.behind[s.context + t] >= -offset;
+  return offset == 0 || !s.ahead || s.ahead[t] >= offset;
+}
+
+// The tokens begin .. stop - 1 of a window that are there and belong to the position's segment.
+struct Span {
+  int64_t begin, stop;
+};
+
+GENGRAM_BODY Span window_span(const Geometry& g, const Sequence& s, int64_t t) {
   const int64_t here = s.context + t, end = window_end(g, s, t);
-  int64_t begin = larger(end - g.window + 1, 0), stop = smaller(end + 1, s.tokens);
-  if (s.behind) begin = larger(begin, here - s.behind[here]);
-  if (s.ahead) stop = smaller(stop, here + s.ahead[t] + 1);
-  float weight[kLargestSize + 2];
+  Span span{larger(end - g.window + 1, 0), smaller(end + 1, s.tokens)};
+  if (s.behind) span.begin = larger(span.begin, here - s.behind[here]);
+  if (s.ahead) span.stop = smaller(span.stop, here + s.ahead[t] + 1);
+  return span;
+}
+
+// weight[n] = (full count) / (count of valid n-grams) of an irregular window, 0 for sizes that are not in use.
+GENGRAM_BODY void irregular_weights(const Geometry& g, const Sequence& s, const Span& span, float* weight) {
   for (int n = 0; n < kLargestSize + 2; n++) weight[n] = 0.f;
   for (int n = 1; n <= g.largest; n++) {
     if (!(g.sizes >> n & 1)) continue;
     int count = 0;
-    for (int64_t j = begin + n - 1; j < stop; j++) count += s.runs[j] >= n;
+    for (int64_t j = span.begin + n - 1; j < span.stop; j++) count += s.runs[j] >= n;
     weight[n] = count ? float(g.window - n + 1) / float(count) : 0.f;
   }
-  for (int64_t j = stop - 1; j >= begin; j--) {
-    const int longest = int(smaller(smaller(s.runs[j], j - begin + 1), g.largest));
+}
+
+// Size of the longest n-gram that ends at token j inside the span.
+GENGRAM_BODY int longest_in_span(const Geometry& g, const Sequence& s, const Span& span, int64_t j) {
+  return int(smaller(smaller(s.runs[j], j - span.begin + 1), g.largest));
+}
+
+// Weight of the row of C_m (A if m is the largest size) at an ending whose longest n-gram has size `longest` >= m.
+GENGRAM_BODY float irregular_factor(const float* weight, int longest, int m) {
+  return m < longest ? weight[m] - weight[m + 1] : weight[m];
+}
+
+// Calls f(row, weight) for the rows whose weighted sum is an irregular window, in a fixed order.
+template <class F>
+GENGRAM_BODY void for_each_irregular_row(const Geometry& g, const Sequence& s, int64_t t, F&& f) {
+  const Span span = window_span(g, s, t);
+  float weight[kLargestSize + 2];
+  irregular_weights(g, s, span, weight);
+  for (int64_t j = span.stop - 1; j >= span.begin; j--) {
+    const int longest = longest_in_span(g, s, span, j);
     for (int m = 1; m <= longest; m++) {
-      const float factor = m < longest ? weight[m] - weight[m + 1] : weight[m];
+      const float factor = irregular_factor(weight, longest, m);
       if (factor == 0.f) continue;
       f(m == g.largest ? s.top[j] : g.section[m] + s.grams[j] % g.power[m], factor);
     }
@@ -123,7 +171,9 @@ GENGRAM_BODY Vec push_row(Vec row, Vec* ring, ptrdiff_t stride, int any_endings,
   Vec total{};
   bool is_first = true;
   int taken = 0;
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 8
 #endif
   for (int width = 1; width <= endings; width *= 2) {

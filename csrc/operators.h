@@ -88,6 +88,12 @@ struct Outputs {
 
 using CheckedHistory = Tensor;
 
+// Contiguous, and where vectors of 16 bytes may be read.
+inline Tensor dense(const Tensor& x) {
+  const Tensor y = x.contiguous();
+  return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 ? y.clone() : y;
+}
+
 inline void check_largest(int64_t largest) {
   TORCH_CHECK(largest >= 1 && largest <= 8, "n-gram sizes must be 1 to 8, got ", largest);
 }
@@ -144,11 +150,11 @@ inline CheckedLayer check_layer(const Tensor& norm_weight, const std::optional<T
   TORCH_CHECK(hidden > 0 && hidden % 16 == 0, "the hidden size must be a multiple of 16, got ", hidden);
   TORCH_CHECK(norm_weight.scalar_type() == at::kFloat && norm_weight.dim() == 1 && norm_weight.size(0) == hidden,
               "norm_weight must be float32 (", hidden, ",), got ", norm_weight.scalar_type(), " ", norm_weight.sizes());
-  CheckedLayer l{norm_weight.contiguous(), Tensor(), 0, dilation, reach_back, float(eps)};
+  CheckedLayer l{dense(norm_weight), Tensor(), 0, dilation, reach_back, float(eps)};
   if (!conv_weight) return l;
   TORCH_CHECK(conv_weight->scalar_type() == at::kFloat && conv_weight->dim() == 2 && conv_weight->size(0) == hidden && conv_weight->size(1) > 0,
               "conv_weight must be float32 (", hidden, ", taps), got ", conv_weight->scalar_type(), " ", conv_weight->sizes());
-  l.taps = conv_weight->t().contiguous();
+  l.taps = dense(conv_weight->t());
   l.tap_count = conv_weight->size(1);
   TORCH_CHECK(dilation >= 1 && reach_back >= 0 && reach_back <= l.reach(), "taps ", dilation, " apart cannot reach back ", reach_back);
   return l;
@@ -156,7 +162,7 @@ inline CheckedLayer check_layer(const Tensor& norm_weight, const std::optional<T
 
 inline Tensor check_states(const Tensor& hidden_states) {
   TORCH_CHECK(hidden_states.dim() == 3, "hidden states must be (batch, length, hidden), got ", hidden_states.sizes());
-  return hidden_states.contiguous();
+  return dense(hidden_states);
 }
 
 inline CheckedHistory check_history(const std::optional<Tensor>& history, const Inputs& in) {
@@ -164,7 +170,7 @@ inline CheckedHistory check_history(const std::optional<Tensor>& history, const 
   const int64_t batch = in.hidden_states.size(0), hidden = in.hidden_states.size(2);
   TORCH_CHECK(history->dim() == 3 && history->size(0) == batch && history->size(1) == in.layer.reach_back && history->size(2) == hidden,
               "history must be (", batch, ", ", in.layer.reach_back, ", ", hidden, "), got ", history->sizes());
-  return history->to(at::kFloat).contiguous();
+  return dense(history->to(at::kFloat));
 }
 
 inline Inputs check_folded(const Tensor& hidden_states, const Tensor& rows, const Tensor& grams, const Tensor& runs,
@@ -185,7 +191,7 @@ inline Inputs check_folded(const Tensor& hidden_states, const Tensor& rows, cons
   TORCH_CHECK(rows.dim() == 3 && rows.size(0) * rows.size(2) == 2 * hidden && rows.size(1) > others && hidden % rows.size(2) == 0,
               "packed tables must be (slabs, rows, slab width) with 2 * ", hidden, " columns in all and more than ", others,
               " rows, got ", rows.sizes());
-  in.tables.rows = rows.stride(2) == 1 ? rows : rows.contiguous();
+  in.tables.rows = rows.stride(2) == 1 ? rows : dense(rows);
   in.tables.top_rows = rows.size(1) - others;
   TORCH_CHECK(top || in.tables.top_rows == power * 5, "packed tables of some rows need `top`: expected ",
               others, " and 5^", in.windows.largest, " rows, got ", rows.size(1));
@@ -200,8 +206,8 @@ inline Inputs check_gated(const Tensor& hidden_states, const Tensor& key, const 
   in.hidden_states = check_states(hidden_states);
   TORCH_CHECK(key.sizes() == hidden_states.sizes() && value.sizes() == hidden_states.sizes() && key.scalar_type() == value.scalar_type(),
               "key and value must have one dtype and the shape of the hidden states, ", hidden_states.sizes(), "; got ", key.sizes(), " and ", value.sizes());
-  in.key = key.contiguous();
-  in.value = value.contiguous();
+  in.key = dense(key);
+  in.value = dense(value);
   const Tensor none = at::zeros({hidden_states.size(0), hidden_states.size(1)}, hidden_states.options().dtype(at::kInt));
   in.tokens = check_tokens(none, none, std::nullopt, behind, ahead, exists, hidden_states.size(1));
   in.windows = {1, 1, 0, 2u};
@@ -218,7 +224,7 @@ inline std::vector<Tensor> check_tables(at::TensorList tables, at::IntArrayRef s
     const Tensor& t = tables[i];
     TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == tables[0].size(1) && t.size(1) % 16 == 0 && t.scalar_type() == tables[0].scalar_type(),
                 "the table of ", sizes[i], "-grams must be (", rows, ", width), the width a multiple of 16 and all of one dtype; got ", t.sizes());
-    out.push_back(t.contiguous());
+    out.push_back(dense(t));
   }
   return out;
 }

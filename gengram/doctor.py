@@ -27,6 +27,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _why_not_on_a_gpu() -> str:
+    """Why the memory cannot run natively on a GPU here; empty if it can."""
+    library = status()
+    if not library.available:
+        return library.reason
+    if library.has_cuda and not torch.cuda.is_available():
+        return "the kernels are built but PyTorch finds no GPU"
+    return library.cuda_reason
+
+
 def examine() -> dict[str, Any]:
     """Versions, devices, and which kernels the memory uses."""
     library, forced = status(), forced_path()
@@ -43,6 +53,7 @@ def examine() -> dict[str, Any]:
             "library": str(library.path) if library.path else None,
             "instruction_set": library.capability or None,
             "cuda": library.has_cuda,
+            "cuda_reason": _why_not_on_a_gpu() or None,
         },
         "memory_path": {"algorithm": forced.algorithm, "kernels": forced.kernels},
     }
@@ -62,7 +73,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     kernels = f"yes, {native['instruction_set']}" if native["available"] else f"no: {native['reason']}"
     print(f"{'native kernels':16} {kernels}")
     if native["available"]:
-        print(f"{'':16} on {'CPU and CUDA' if native['cuda'] else 'the CPU only'}, from {native['library']}")
+        print(f"{'':16} from {native['library']}")
+    print(f"{'on a GPU':16} {'yes' if native['cuda_reason'] is None else 'no: ' + native['cuda_reason']}")
     print(
         f"{'memory':16} algorithm {path['algorithm']}, kernels {path['kernels']} "
         "(GENGRAM_MEMORY_ALGORITHM, GENGRAM_MEMORY_KERNELS, gengram.memory_path)"

@@ -35,13 +35,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_gengram import GengramConfig
 from ..operators.folded_memory import FoldedTables, fold_tables, folded_key_value
-from ..operators.memory_operators import folded_memory, gated_memory, ngram_rows_and_runs
+from ..operators.memory_operators import folded_memory, gated_memory, letter_codes, ngram_rows_and_runs
 from ..operators.memory_operators import window_features as window_features_operator
-from ..operators.memory_path import LARGEST_IRREGULAR_SHARE, choose_algorithm, folded_layout, uses_native
+from ..operators.memory_path import LARGEST_IRREGULAR_SHARE, choose_algorithm, folded_layout, log_path, uses_native
 from ..operators.motif_memory import (
     NgramPlan,
     dilated_taps,
-    letter_codes,
     memory_gate,
     plan_ngrams,
     running_sum,
@@ -159,10 +158,11 @@ class _Weights(NamedTuple):
     tables: list[torch.Tensor]
     key: torch.Tensor
     value: torch.Tensor
+    others: list[torch.Tensor]  # of norms and convolution
 
     def state(self) -> tuple[tuple[int, int], ...]:
         """Changes when a weight is replaced, or written in place."""
-        weights = (*self.tables, self.key, self.value)
+        weights = (*self.tables, self.key, self.value, *self.others)
         return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
 
 
@@ -171,6 +171,8 @@ class _Fold(NamedTuple):
     dtype: torch.dtype
     slab_width: int | None
     made_from: tuple[tuple[int, int], ...]
+    norm_weight: torch.Tensor  # as `_fused_weights` has them
+    taps: torch.Tensor | None
 
 
 class GengramMotifMemory(nn.Module):
@@ -232,7 +234,7 @@ class GengramMotifMemory(nn.Module):
             slab_width = folded_layout(weights.key.device, hidden_states.dtype, hidden_states.shape[-1])
             tables = packed_rows(weights.tables, weights.key, weights.value, plan, used, slab_width)
         if tables is not None and not is_recording:
-            taps = self._fused_weights(is_causal)
+            taps = self._fused_weights(is_causal, self._fold if algorithm == "folded" else None)
             residual, gate, gated = folded_memory(hidden_states, tables, plan, *taps, history, top)
         else:
             if tables is not None:
@@ -262,13 +264,16 @@ class GengramMotifMemory(nn.Module):
         plan: NgramPlan,
         why_not: str | None,
     ) -> str:
-        return choose_algorithm(
+        algorithm = choose_algorithm(
             can_project=why_not,
             needs_grad=torch.is_grad_enabled(),
             is_folded=self._may_fold(plan),
             tokens=hidden_states.shape[0] * hidden_states.shape[1],
             rows=rows_to_project(self.ngram_sizes),
         )
+        if not torch.compiler.is_compiling():
+            log_path(algorithm, hidden_states.device, hidden_states.dtype, hidden_states.shape[-1])
+        return algorithm
 
     def _may_fold(self, plan: NgramPlan) -> bool:
         """Whether folded tables are there or may be made, and are worth it: most windows are full of letters."""
@@ -315,8 +320,18 @@ class GengramMotifMemory(nn.Module):
             features = self._features(plan)
         return self.key_proj(features), self.value_proj(features)
 
-    def _fused_weights(self, is_causal: bool) -> tuple[torch.Tensor, float, torch.Tensor | None, int, int]:
-        """Norm weight, epsilon, taps (hidden, taps), dilation and reach, as the fused operators take them."""
+    def _fused_weights(
+        self, is_causal: bool, fold: _Fold | None = None
+    ) -> tuple[torch.Tensor, float, torch.Tensor | None, int, int]:
+        """Norm weight, epsilon, taps (hidden, taps), dilation and reach, as the fused operators take them.
+
+        Those of a fold that was made from the present weights need not be computed again.
+        """
+        if fold is not None:
+            if self.short_conv is None:
+                return fold.norm_weight, self.norm_q.eps, None, 1, 0
+            reach = self.short_conv.reach_back(is_causal)
+            return fold.norm_weight, self.norm_q.eps, fold.taps, self.short_conv.conv.dilation, reach
         work = torch.promote_types(self.norm_q.weight.dtype, torch.float32)
         norm_weight = self.norm_q.weight.to(work) * self.norm_k.weight.to(work)
         if self.short_conv is None:
@@ -334,7 +349,8 @@ class GengramMotifMemory(nn.Module):
             return None
         assert self.short_conv is not None
         states = layer.conv_states[self.conv_state][..., -self.short_conv.context :]
-        return F.pad(states, (self.short_conv.context - states.shape[-1], 0)).transpose(1, 2)
+        missing = self.short_conv.context - states.shape[-1]
+        return (F.pad(states, (missing, 0)) if missing else states).transpose(1, 2)
 
     def _records_past(self, past_key_values: Cache) -> bool:
         """Whether the cache keeps all inputs of the convolution, to take tokens back later (assisted decoding)."""
@@ -357,8 +373,9 @@ class GengramMotifMemory(nn.Module):
         for module in (*tables, *projections, *others):
             if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
                 return None, "a part of the memory has hooks, which would not be called"
-        weights = _Weights([table.weight for table in tables], self.key_proj.weight, self.value_proj.weight)
-        for weight in (*weights.tables, weights.key, weights.value, *(p for m in others for p in m.parameters(False))):
+        rest = [p for m in others for p in m.parameters(False)]
+        weights = _Weights([table.weight for table in tables], self.key_proj.weight, self.value_proj.weight, rest)
+        for weight in (*weights.tables, weights.key, weights.value, *rest):
             if weight.is_meta:
                 return None, "the memory's weights are offloaded; load them onto a device first"
             if type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
@@ -388,7 +405,10 @@ class GengramMotifMemory(nn.Module):
         tables = fold_tables(
             weights.tables, weights.key, weights.value, self.ngram_sizes, self.window, stored, slab_width
         )
-        self._fold = _Fold(tables, dtype, slab_width, weights.state())
+        norm_weight, _, taps, _, _ = self._fused_weights(True)
+        if taps is not None:
+            taps = taps.t().contiguous().t()  # a tap's weights lie together
+        self._fold = _Fold(tables, dtype, slab_width, weights.state(), norm_weight, taps)
         return self._fold
 
     def _current_fold(self, weights: _Weights, hidden_states: torch.Tensor) -> FoldedTables:

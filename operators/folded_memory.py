@@ -160,16 +160,19 @@ class _Windows:
 
     def key_value(self, batch: slice, begin: int, end: int) -> torch.Tensor:
         """(batch, end - begin, 2 * hidden) in at least float32."""
+        sums = self.scaled_key_value(batch, begin, end)
+        return sums.div_(self.scale) if self.scale != 1 else sums
+
+    def scaled_key_value(self, batch: slice, begin: int, end: int) -> torch.Tensor:
+        """`key_value` times the scale of the tables."""
         ids = self.row_ids(batch, begin, end)
         count, length, width = ids.shape
-        sums = torch.cat([F.embedding_bag(ids.reshape(-1, width), slab, mode="sum") for slab in self.rows], dim=-1)
-        sums = sums.to(self.work)
+        by_slab = [F.embedding_bag(ids.reshape(-1, width), slab, mode="sum") for slab in self.rows]
+        sums = (by_slab[0] if len(by_slab) == 1 else torch.cat(by_slab, dim=-1)).to(self.work)
         places = (~self.regular[batch, begin:end]).reshape(-1).nonzero().flatten()
         for some in places.split(64):  # bounds the memory for their rows
             in_batch = batch.start + some // length
             sums[some] = self.irregular(in_batch, begin + some % length)
-        if self.scale != 1:
-            sums /= self.scale
         return sums.view(count, length, -1)
 
     def irregular(self, batch: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -327,6 +330,11 @@ def folded_memory(
         it reaches: (batch, min(length, (taps - 1) * dilation), hidden).
     """
     batch_size, length, hidden = hidden_states.shape
+    if length == 1 and batch_size and hidden_states.device.type == "cpu":
+        layer = (norm_weight, norm_eps, conv_weight, dilation, reach_back)
+        single = _single_token(hidden_states, folded, plan, *layer, history, top)
+        if single is not None:
+            return single
     windows = _Windows(folded, plan, top)
     work = windows.work
     scaled_norm = norm_weight.to(work) / math.sqrt(hidden)
@@ -345,15 +353,12 @@ def folded_memory(
             tail = torch.zeros(count, reach_back, hidden, dtype=work, device=out.device)
             if history is not None:
                 tail = history[batch].to(work)
-        key, value = windows.key_value(batch, begin, end).chunk(2, dim=-1)
-        query = hidden_states[batch, begin:end].to(work)
-        g = (query * scaled_norm * key).sum(-1)
-        g = g * (query.square().mean(-1) + norm_eps).rsqrt() * (key.square().mean(-1) + norm_eps).rsqrt()
-        # As wide as a vector, so that a single token takes the same code, and gets the same bits, as many do.
-        gate = signed_square_root_gate(g.unsqueeze(-1).expand(*g.shape, 32).contiguous())[..., 0]
+        key, value = windows.scaled_key_value(batch, begin, end).chunk(2, dim=-1)
+        gate = _scaled_gate(hidden_states[batch, begin:end].to(work), key, scaled_norm, norm_eps, windows.scale)
         gates[batch, begin:end] = gate
         if plan.exists is not None:
             gate = gate * plan.exists[batch, begin:end].to(work)
+        gate = gate / windows.scale  # of the values, by a power of two: nothing is rounded
         gated = torch.cat([tail, gate.unsqueeze(-1) * value], dim=1) if reach else gate.unsqueeze(-1) * value
         if end == length:
             last[batch] = gated[:, gated.shape[1] - kept :]
@@ -368,10 +373,71 @@ def folded_memory(
             ahead = None if plan.ahead is None else plan.ahead[batch, done : done + complete]
             taps = dilated_taps(gated, conv_weight, dilation, reach_back, behind, ahead)
             residual = residual + F.silu(taps)
-        out[batch, done : done + complete] = residual.to(out.dtype)
+        out[batch, done : done + complete] = residual
         tail = gated[:, complete:]
         done += complete
     return out, gates, last
+
+
+def _scaled_gate(
+    query: torch.Tensor, scaled_key: torch.Tensor, scaled_norm: torch.Tensor, norm_eps: float, scale: float
+) -> torch.Tensor:
+    """Gate (batch, length) from keys times `scale`, a power of two, and the norm's weight over sqrt(hidden)."""
+    g = (query * scaled_norm * scaled_key).sum(-1) / scale
+    key_square = scaled_key.square().mean(-1) / (scale * scale)
+    g = g * (query.square().mean(-1) + norm_eps).rsqrt() * (key_square + norm_eps).rsqrt()
+    # As wide as a vector, so that a single token takes the same code, and gets the same bits, as many do.
+    return signed_square_root_gate(g.unsqueeze(-1).expand(*g.shape, 32).contiguous())[..., 0]
+
+
+def _single_token(
+    hidden_states: torch.Tensor,
+    folded: FoldedTables,
+    plan: NgramPlan,
+    norm_weight: torch.Tensor,
+    norm_eps: float,
+    conv_weight: torch.Tensor | None,
+    dilation: int,
+    reach_back: int,
+    history: torch.Tensor | None,
+    top: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """`folded_memory` of one causal token per sequence whose window is full of letters; None for any other.
+
+    The same additions with a third of the operations, for decoding.
+    """
+    largest, here = max(plan.ngram_sizes), plan.context
+    endings, taps = plan.window - largest + 1, 0 if conv_weight is None else conv_weight.shape[-1]
+    if plan.last or here + 1 < plan.window or (plan.exists is not None and not plan.exists.all()):
+        return None
+    if plan.behind is not None and min(plan.behind[:, here].tolist()) < reach_back:
+        return None
+    if reach_back != max(taps - 1, 0) * dilation or (taps > 1 and history is None) or largest == 1:
+        return None
+    if min(plan.runs[:, here].tolist()) < plan.window:
+        return None
+    oldest = folded.rows.shape[1] - 5 ** (largest - 1)  # the first row of B
+    found = (plan.grams if top is None else top)[:, here - endings : here + 1].tolist()
+    for sequence, gram in zip(found, plan.grams[:, here - endings].tolist(), strict=True):
+        sequence.append(oldest + gram % 5 ** (largest - 1))  # last, as in the sums of many tokens
+    ids = torch.tensor([sequence[1:] for sequence in found], dtype=torch.int32)
+    sums = [F.embedding_bag(ids, slab, mode="sum") for slab in folded.rows]
+    work = torch.promote_types(folded.rows.dtype, torch.float32)
+    both = (sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)).to(work)
+    key, value = both.unsqueeze(1).chunk(2, dim=-1)
+    scaled_norm = norm_weight.to(work) / math.sqrt(hidden_states.shape[-1])
+    gate = _scaled_gate(hidden_states.to(work), key, scaled_norm, norm_eps, folded.scale).contiguous()
+    gated = (gate / folded.scale).unsqueeze(-1) * value
+    if conv_weight is None:
+        return gated.to(hidden_states.dtype), gate, gated[:, 1:].clone()
+    total: torch.Tensor | None = None
+    for tap in range(taps):
+        part = gated if tap == taps - 1 else history[:, tap * dilation : tap * dilation + 1].to(work)  # type: ignore[index]
+        scale = conv_weight[:, 0, tap].to(work)
+        total = part * scale if total is None else torch.addcmul(total, part, scale)
+    assert total is not None
+    residual = gated + F.silu(total)
+    return residual.to(hidden_states.dtype), gate, gated if taps > 1 else gated[:, 1:].clone()
 
 
 def folded_memory_backward(

@@ -5,6 +5,7 @@ and gradients. `motif_memory.py` and `folded_memory.py` say what they compute; `
 call (PyTorch or native kernels). Segments, padding and context travel as plain tensors.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +17,19 @@ from .folded_memory import FoldedTables
 from .folded_memory import folded_memory as torch_folded_memory
 from .folded_memory import folded_memory_backward as torch_folded_memory_backward
 from .memory_path import uses_native
-from .motif_memory import NgramPlan, gated_memory_backward, window_features_backward
+from .motif_memory import (
+    NgramPlan,
+    gated_memory_backward,
+    letter_codes_of_few,
+    rows_and_runs_of_few,
+    window_features_backward,
+)
 from .motif_memory import gated_memory as torch_gated_memory
+from .motif_memory import letter_codes as torch_letter_codes
 from .motif_memory import ngram_rows_and_runs as torch_ngram_rows_and_runs
 from .motif_memory import window_features as torch_window_features
 
+_FEW_TOKENS = 64  # up to here a loop in Python is faster than the many operations of PyTorch that it replaces
 # A copy of this file in a model's folder (remote code) registers its own operators.
 _NAMESPACE = "gengram"
 if not __name__.startswith("gengram."):
@@ -45,16 +54,41 @@ def _plan(
     return NgramPlan(grams, runs, behind, ahead, exists, tuple(sizes), window, last, grams.shape[1] - length)
 
 
+@functools.cache
 def _native(name: str) -> Any:
-    return getattr(torch.ops.gengram_native, name)
+    return getattr(torch.ops.gengram_native, name).default
 
 
-# ---- rows and runs
+def _runs_now(*tensors: Tensor) -> bool:
+    """Whether nothing is differentiated or traced, so that a function may be called without its operator.
+
+    An operator's way through PyTorch's dispatcher costs as much as a decoding step.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def _are_few(tokens: Tensor) -> bool:
+    """Whether Python is faster than PyTorch's operations."""
+    return tokens.device.type == "cpu" and tokens.numel() <= _FEW_TOKENS
+
+
+# ---- letters, rows and runs
+
+
+def letter_codes(input_ids: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """`motif_memory.letter_codes`; a few tokens are read in Python."""
+    if _are_few(input_ids) and _runs_now(input_ids):
+        return letter_codes_of_few(input_ids, token_ids)
+    return torch_letter_codes(input_ids, token_ids)
 
 
 def _ngram_rows_and_runs(codes: Tensor, behind: Tensor | None, largest: int) -> tuple[Tensor, Tensor]:
     if uses_native(codes.device, torch.float32, 16):
         return _native("ngram_plan")(codes, behind, largest)
+    if _are_few(codes):
+        return rows_and_runs_of_few(codes, largest, behind)
     return torch_ngram_rows_and_runs(codes, largest, behind)
 
 
@@ -68,7 +102,8 @@ def _(codes: Tensor, behind: Tensor | None, largest: int) -> tuple[Tensor, Tenso
 
 def ngram_rows_and_runs(codes: Tensor, largest: int, behind: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`motif_memory.ngram_rows_and_runs` as an operator."""
-    return _ngram_rows_and_runs_operator(codes, behind, largest)
+    call = _ngram_rows_and_runs if _runs_now(codes) else _ngram_rows_and_runs_operator
+    return call(codes, behind, largest)
 
 
 # ---- window features
@@ -139,7 +174,8 @@ _window_features_operator.register_autograd(_differentiate_window_features, setu
 
 def window_features(tables: Sequence[Tensor], plan: NgramPlan) -> Tensor:
     """`motif_memory.window_features` as an operator."""
-    return _window_features_operator(
+    call = _window_features if _runs_now(*tables) else _window_features_operator
+    return call(
         list(tables),
         plan.grams,
         plan.runs,
@@ -317,7 +353,8 @@ def gated_memory(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`motif_memory.gated_memory` as an operator; `conv_weight` is (hidden, taps)."""
     behind = None if plan.behind is None else plan.behind[:, plan.context :]
-    return _gated_memory_operator(
+    call = _gated_memory if _runs_now(hidden_states, key, value) else _gated_memory_operator
+    return call(
         hidden_states,
         key,
         value,
@@ -520,7 +557,8 @@ def folded_memory(
     top: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`folded_memory.folded_memory` as an operator; `conv_weight` is (hidden, taps)."""
-    return _folded_memory_operator(
+    call = _folded_memory if _runs_now(hidden_states, tables.rows) else _folded_memory_operator
+    return call(
         hidden_states,
         tables.rows,
         plan.grams,

@@ -6,6 +6,7 @@ to rounding.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import torch
 
 from .native import slab_width, status
+
+logger = logging.getLogger(__name__)
 
 ALGORITHMS = ("auto", "token_major", "table_major", "folded")
 KERNELS = ("auto", "torch", "native")
@@ -80,18 +83,20 @@ def uses_native(device: torch.device, dtype: torch.dtype, hidden: int) -> bool:
     kernels = forced_path().kernels
     if kernels == "torch":
         return False
-    reason = _why_not_native(device, dtype, hidden)
+    reason = _why_not_native(device.type, dtype, hidden)
     if reason is not None and kernels == "native":
         raise ValueError(f"native kernels are asked for but {reason}.")
     return reason is None
 
 
-def _why_not_native(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
+def _why_not_native(device_type: str, dtype: torch.dtype, hidden: int) -> str | None:
     library = status()
     if not library.available:
         return library.reason
-    if device.type not in (("cpu", "cuda") if library.has_cuda else ("cpu",)):
-        return f"the library has no kernels for {device.type}"
+    if device_type == "cuda" and not library.has_cuda:
+        return library.cuda_reason
+    if device_type not in ("cpu", "cuda"):
+        return f"the library has no kernels for {device_type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"they have no {dtype}"
     if hidden % 16:
@@ -99,9 +104,25 @@ def _why_not_native(device: torch.device, dtype: torch.dtype, hidden: int) -> st
     return None
 
 
+_logged: set[tuple[str, str, torch.dtype, int]] = set()
+
+
+def log_path(algorithm: str, device: torch.device, dtype: torch.dtype, hidden: int) -> None:
+    """Log, once for each combination, which way is taken and why native kernels are not; at level INFO."""
+    key = (algorithm, device.type, dtype, hidden)
+    if key in _logged:
+        return
+    _logged.add(key)
+    kernels = "native kernels"
+    if not uses_native(device, dtype, hidden):
+        reason = _why_not_native(device.type, dtype, hidden) or "torch kernels are asked for"
+        kernels = f"PyTorch's operations ({reason})"
+    logger.info("the memory on %s in %s, hidden size %d: %s, %s", device.type, dtype, hidden, algorithm, kernels)
+
+
 def folded_layout(device: torch.device, dtype: torch.dtype, hidden: int) -> int | None:
     """The slab width (see `fold_tables`) of tables for what computes on this device; None is one slab."""
-    return slab_width(hidden) if device.type == "cpu" and uses_native(device, dtype, hidden) else None
+    return slab_width(hidden, device.type) if uses_native(device, dtype, hidden) else None
 
 
 def choose_algorithm(*, can_project: str | None, needs_grad: bool, is_folded: bool, tokens: int, rows: int) -> str:

@@ -67,6 +67,12 @@ def letter_codes(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Ten
     return codes
 
 
+def letter_codes_of_few(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
+    """`letter_codes` token by token in Python: for a few tokens on the CPU."""
+    letters = {token: digit + 1 for digit, token in enumerate(token_ids)}
+    return torch.tensor([letters.get(token, 0) for token in input_ids.flatten().tolist()]).view(input_ids.shape)
+
+
 def _shift(x: torch.Tensor, steps: int, reach: torch.Tensor | None) -> torch.Tensor:
     """`x[:, t - steps]`, zero before the start of the row, and where fewer than `steps` tokens are in `reach`."""
     if steps == 0:
@@ -147,6 +153,30 @@ def ngram_rows_and_runs(
     if behind is not None:
         runs = torch.minimum(runs, (behind + 1).clamp_min(0))
     return grams.squeeze(-1), runs
+
+
+def rows_and_runs_of_few(
+    codes: torch.Tensor, largest: int, behind: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ngram_rows_and_runs` token by token in Python: for a few tokens on the CPU."""
+    grams: list[int] = []
+    runs: list[int] = []
+    powers = [5**n for n in range(largest + 1)]
+    reaches = [None] * codes.shape[0] if behind is None else behind.tolist()
+    for letters, reach in zip(codes.tolist(), reaches, strict=True):
+        run = gram = 0
+        for token, code in enumerate(letters):
+            run = run + 1 if code > 0 else 0
+            gram = (5 * gram + (code - 1 if code > 0 else 0)) % powers[largest]  # digits move up
+            if reach is None:
+                runs.append(run)
+                grams.append(gram)
+            else:
+                inside = max(reach[token] + 1, 0)
+                runs.append(min(run, inside))
+                grams.append(gram % powers[max(min(inside, largest), 1)])
+    both = torch.tensor([grams, runs], dtype=torch.int32).view(2, *codes.shape)
+    return both[0], both[1]
 
 
 def plan_ngrams(

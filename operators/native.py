@@ -21,6 +21,7 @@ class NativeStatus(NamedTuple):
     path: Path | None = None
     capability: str = ""  # the CPU's instruction set that they use
     has_cuda: bool = False
+    cuda_reason: str = "the native kernels are not there"  # why there are none for GPUs; empty if there are
 
 
 def _torch_version_of(path: Path) -> str:
@@ -45,7 +46,13 @@ def _load() -> NativeStatus:
         return NativeStatus(False, f"{path} cannot be loaded: {error}", path)
     operators = torch.ops.gengram_native
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("gengram_native::folded_memory", "CUDA")
-    return NativeStatus(True, "", path, operators.capability(), has_cuda)
+    return NativeStatus(True, "", path, operators.capability(), has_cuda, "" if has_cuda else _why_no_cuda())
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    return "the native kernels were built without CUDA: PyTorch's had none then, or there was no nvcc"
 
 
 _STATUS = _load()
@@ -56,6 +63,8 @@ def status() -> NativeStatus:
     return _STATUS
 
 
-def slab_width(hidden: int) -> int:
-    """Columns of folded tables that lie together in memory: what the CPU's kernels handle at a time."""
+def slab_width(hidden: int, device_type: str = "cpu") -> int:
+    """Columns of folded tables that lie together in memory: what the CPU's kernels handle at a time, or whole rows."""
+    if device_type != "cpu":
+        return hidden
     return next(width for width in _SLAB_WIDTHS if hidden % width == 0)

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../half.h"
 #include "../motif_memory.h"
 
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -24,13 +25,6 @@ typedef float Vec __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint16_t Bits16 __attribute__((vector_size(32)));
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 inline Vec broadcast(float x) { return Vec{} + x; }
 
@@ -89,24 +83,6 @@ inline void store(BFloat16* p, Vec x) {
   const Bits quiet = (bits >> 16) | 0x40u;
   const Bits16 narrow = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), Bits16);
   memcpy(p, &narrow, sizeof narrow);
-}
-
-inline uint16_t half_bits(float x) {  // round to nearest even
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  const uint32_t sign = bits >> 16 & 0x8000u;
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (bits >= 0x47800000u) return uint16_t(sign | 0x7c00u);
-  if (bits < 0x38800000u) {  // subnormal: the float's adder rounds
-    float magnitude;
-    memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    memcpy(&bits, &magnitude, 4);
-    return uint16_t(sign | (bits - 0x3f000000u));
-  }
-  bits += 0xc8000fffu + (bits >> 13 & 1u);
-  return uint16_t(sign | bits >> 13);
 }
 
 inline void store(Half* p, Vec x) {
@@ -178,26 +154,6 @@ void parallel_for(Parallel parallel, int64_t count, F f) {
   parallel(count, [](void* context, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) (*static_cast<F*>(context))(i);
   }, &f);
-}
-
-Sequence sequence_of(const Tokens& t, int64_t row) {
-  Sequence s;
-  s.grams = t.grams + row * t.tokens;
-  s.runs = t.runs + row * t.tokens;
-  s.top = (t.top ? t.top : t.grams) + row * t.tokens;
-  s.behind = t.behind ? t.behind + row * t.tokens : nullptr;
-  s.ahead = t.ahead ? t.ahead + row * t.length : nullptr;
-  s.exists = t.exists ? t.exists + row * t.length : nullptr;
-  s.tokens = t.tokens;
-  s.length = t.length;
-  s.context = t.tokens - t.length;
-  return s;
-}
-
-// Whether a tap at `offset` stays inside the segment of position t.
-inline bool is_in_segment(const Sequence& s, int64_t t, int64_t offset) {
-  if (offset < 0) return !s.behind || s.behind[s.context + t] >= -offset;
-  return offset == 0 || !s.ahead || s.ahead[t] >= offset;
 }
 
 // ---- where keys and values come from, one block of columns at a time
@@ -792,11 +748,8 @@ struct Endings {
 };
 
 inline Endings endings_of(const Geometry& g, const Sequence& s, int64_t t, int n) {
-  const int64_t here = s.context + t, end = window_end(g, s, t);
-  int64_t begin = larger(end - g.window + 1, 0), stop = smaller(end + 1, s.tokens);
-  if (s.behind) begin = larger(begin, here - s.behind[here]);
-  if (s.ahead) stop = smaller(stop, here + s.ahead[t] + 1);
-  return {begin + n - 1, stop};
+  const Span span = window_span(g, s, t);
+  return {span.begin + n - 1, span.stop};
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from gengram import doctor, memory_path
 from gengram.cli import main
@@ -23,6 +24,8 @@ def test_json_names_versions_and_kernels(capsys):
     [
         (NativeStatus(False, "the native kernels are not built"), "no: the native kernels are not built"),
         (NativeStatus(True, "", "lib.so", "avx2"), "yes, avx2"),
+        (NativeStatus(True, "", "lib.so", "avx2", False, "built without nvcc"), "no: built without nvcc"),
+        (NativeStatus(True, "", "lib.so", "avx2", True, ""), "yes" if torch.cuda.is_available() else "finds no GPU"),
     ],
 )
 def test_text_says_why(status, expected, monkeypatch, capsys):

@@ -62,6 +62,8 @@ def test_source_distribution_can_be_built_again(built):
         names = {str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in archive.getnames()}
     for needed in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "modeling_gengram/modeling_gengram.py"):
         assert needed in names
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert {"csrc/arguments.h", "csrc/cuda/kernels.cu", "csrc/cuda/operators.cpp"} <= sources <= names
 
 
 def test_installed_modules_are_those_of_the_tree():

@@ -243,3 +243,48 @@ def test_forcing_a_way_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setenv("GENGRAM_MEMORY_ALGORITHM", "slow")
     with pytest.raises(ValueError, match="GENGRAM_MEMORY_ALGORITHM must be one of"):
         model(ids)
+
+
+@torch.no_grad()
+def test_the_environment_forces_a_way(monkeypatch, algorithms):
+    monkeypatch.setattr(gengram.operators.memory_path, "_is_read", False)
+    monkeypatch.setattr(gengram.operators.memory_path, "_forced", gengram.operators.memory_path.MemoryPath())
+    monkeypatch.setenv("GENGRAM_MEMORY_ALGORITHM", "table_major")
+    monkeypatch.setenv("GENGRAM_MEMORY_KERNELS", "torch")
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 30)
+    model(ids)
+    assert set(algorithms) == {"table_major"}
+    with memory_path("token_major"):
+        model(ids)
+    assert algorithms[-1] == "token_major" and gengram.operators.memory_path.forced_path().kernels == "torch"
+
+
+@torch.no_grad()
+def test_the_way_and_its_reason_are_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(gengram.operators.memory_path, "_logged", set())
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 40, non_letters=0)
+    with caplog.at_level("INFO", "gengram.operators.memory_path"), memory_path(kernels="torch"):
+        model(ids)
+        model(ids)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and "folded, PyTorch's operations (" in lines[0]
+
+
+@torch.no_grad()
+def test_folded_tables_are_never_saved(tmp_path):
+    model = tiny_model(GengramForCausalLM).fold_memory()
+    model.save_pretrained(tmp_path)
+    loaded = GengramForCausalLM.from_pretrained(tmp_path)
+    assert folds(loaded) == [None, None] and None not in folds(model)
+    assert set(loaded.state_dict()) == set(model.state_dict())
+
+
+@torch.no_grad()
+def test_folded_tables_follow_norms_and_taps():
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 40, non_letters=0)
+    model(ids)
+    memories(model)[0].norm_k.weight.mul_(0.5)
+    memories(model)[1].short_conv.conv.weight.mul_(3)
+    changed = model(ids).logits
+    with memory_path("token_major"):
+        torch.testing.assert_close(model(ids).logits, changed, **CLOSE)

@@ -76,10 +76,11 @@ def test_float16_tables_are_scaled_and_do_not_overflow(size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_decoding_gives_the_bits_of_prefill(dtype):
+@pytest.mark.parametrize("hidden", [32, 512])
+def test_decoding_gives_the_bits_of_prefill(hidden, dtype):
     """Step by step, and in pieces of any length, with history: the same bits as all at once."""
     generator = torch.Generator().manual_seed(1)
-    sizes, window, hidden, reach = [1, 2, 3, 4], 9, 32, 6
+    sizes, window, reach = [1, 2, 3, 4], 9, 6
     tables = [torch.randn(5**n, 8, generator=generator) for n in sizes]
     weights = torch.randn(2, hidden, 32, generator=generator)
     folded = fold_tables(tables, *weights, sizes, window, dtype)

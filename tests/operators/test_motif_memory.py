@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from gengram.operators.motif_memory import (
     dilated_taps,
     letter_codes,
+    letter_codes_of_few,
     memory_gate,
+    ngram_rows_and_runs,
     plan_ngrams,
+    rows_and_runs_of_few,
     running_sum,
     window_mean,
     window_sum,
@@ -141,3 +144,19 @@ def test_causal_taps_equal_a_depthwise_convolution(dilation, taps):
     padded = torch.nn.functional.pad(x, (0, 0, reach, 0))
     expected = torch.nn.functional.conv1d(padded.transpose(1, 2), weight, dilation=dilation, groups=5).transpose(1, 2)
     torch.testing.assert_close(dilated_taps(padded, weight, dilation, reach), expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_few_tokens_are_read_in_python_alike(seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 10, (seed % 3, 1 + seed), generator=generator)
+    codes = letter_codes(tokens, LETTERS)
+    assert torch.equal(letter_codes_of_few(tokens, LETTERS), codes)
+    behind = None
+    if seed % 2:
+        behind = torch.randint(-1, 9, codes.shape, generator=generator).to(torch.int32)
+    for largest in (1, 3, 6):
+        expected = ngram_rows_and_runs(codes, largest, behind)
+        found = rows_and_runs_of_few(codes, largest, behind)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype

@@ -1,5 +1,6 @@
 """Random instances of the memory's inputs: sizes in any order, segments, padding, history, non-letters."""
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -42,11 +43,28 @@ class MemoryCase:
     def taps(self) -> torch.Tensor | None:
         return None if self.conv_weight is None else self.conv_weight.unsqueeze(1)
 
+    def to(self, device: torch.device) -> "MemoryCase":
+        """This instance, moved to a device."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                setattr(self, field.name, value.to(device))
+        self.tables = [table.to(device) for table in self.tables]
+        self.plan = NgramPlan(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self.plan))
+        return self
+
 
 def random_case(
-    seed: int, *, hidden: int = 4, width: int = 3, largest: int = 3, length: int | None = None, context: bool = True
+    seed: int,
+    *,
+    hidden: int = 4,
+    width: int = 3,
+    largest: int = 3,
+    length: int | None = None,
+    context: bool = True,
+    endings: int | None = None,
 ) -> MemoryCase:
-    """The instance of a seed."""
+    """The instance of a seed; `endings` fixes how many of the largest n-grams a window holds."""
     choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -54,6 +72,8 @@ def random_case(
 
     sizes = [choose.randint(1, largest) for _ in range(choose.randint(1, 3))]
     window = max(sizes) + choose.randint(0, 9)
+    if endings is not None:
+        window = max(sizes) + endings - 1
     length = choose.randint(1, 40) if length is None else length
     is_causal = choose.random() < 0.5
     before = window - 1 if context and is_causal and choose.random() < 0.5 else 0
