@@ -24,7 +24,11 @@ from .tokenization import GengramTokenizer
 
 register()
 
+# Folder of gengram-mini, a small trained model that ships with the package: `from_pretrained(gengram.DEFAULT_MODEL)`.
+DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
+
 __all__ = [
+    "DEFAULT_MODEL",
     "GengramConfig",
     "GengramForCausalLM",
     "GengramForMaskedLM",

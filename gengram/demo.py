@@ -1,8 +1,9 @@
-"""`gengram demo`: the whole way from a Megatron checkpoint to results, on a tiny bundled model."""
+"""`gengram demo`: the whole way from a Megatron checkpoint to results, on what the package brings."""
 
 import argparse
 import contextlib
 import itertools
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from .conversion_scripts.convert_megatron_to_hf import convert_to_hf
 from .data_preparation.fasta import read_fasta
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
-LONGEST = 512  # the tiny model's context, in bases
+DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
+LONGEST = 1024  # the default model's context, in bases
 MOST_RECORDS = 8
 
 
@@ -62,69 +64,61 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def demonstrate(records: list[tuple[str, str]], folder: Path) -> None:
-    """Convert the bundled checkpoint into `folder`, then embed, score, fill and generate on `records`."""
-    print(
-        "Gengram demo. The bundled model is tiny and has RANDOM weights: it shows the way, its results mean nothing."
-    )
-
-    print("\n1. Convert a Megatron checkpoint (gengram convert to-hf)")
+    """Convert the bundled checkpoint into `folder`; then embed, score, fill and generate with the default model."""
+    print("1. Convert a Megatron checkpoint (gengram convert to-hf), here a tiny one with random weights")
     report = convert_to_hf(DEMO_DATA / "tiny_checkpoint", folder, progress=False)
     print(_indented(report.summary()))
 
     print("\n2. Load it (AutoModelForCausalLM.from_pretrained) and compare with the authors' code")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    converted: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     reference = load_file(DEMO_DATA / "reference_logits.safetensors")
     with torch.no_grad():
-        logits = model(reference["input_ids"]).logits
-    print(
-        f"   {type(model).__name__}, {model.num_parameters():,} parameters, memory layers {model.config.memory_layers}"
-    )
-    print(
-        f"   largest difference from the logits of the authors' code: {(logits - reference['logits']).abs().max():.1e}"
-    )
+        logits = converted(reference["input_ids"]).logits
+    difference = (logits - reference["logits"]).abs().max()
+    print(f"   {type(converted).__name__}, memory layers {converted.config.memory_layers}")
+    print(f"   largest difference from the logits of the authors' code: {difference:.1e}")
 
+    print("\n3. Load gengram-mini (gengram.DEFAULT_MODEL), a small model trained on human and vertebrate DNA")
+    model: Any = AutoModelForCausalLM.from_pretrained(DEFAULT_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_MODEL)
     names, sequences = zip(*records, strict=True)
     batch = tokenizer(list(sequences), padding=True, return_tensors="pt")
     mask = batch["attention_mask"]
+    print(f"   {model.num_parameters():,} parameters, context {model.config.max_position_embeddings} bases")
 
-    print("\n3. Embed (AutoModel): mean over the bases of each sequence")
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    print("\n4. Embed (output_hidden_states): mean over the bases of each sequence")
     with torch.no_grad():
-        hidden = encoder(**batch).last_hidden_state  # (batch, length, hidden)
+        outputs = model(**batch, output_hidden_states=True, output_memory_gates=True)
+    hidden = outputs.hidden_states[-1]  # (batch, length, hidden)
     means = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
     for name, length, mean in zip(names, mask.sum(1).tolist(), means, strict=True):
         start = ", ".join(f"{value:+.3f}" for value in mean[:4])
         print(f"   {name}: {length} bases -> {len(mean)} numbers [{start}, ...]")
 
-    print(
-        "\n4. Score: mean log-likelihood per base, given the bases before it (nats; chance is -1.39 for four letters)"
-    )
-    with torch.no_grad():
-        outputs = model(**batch, output_memory_gates=True)
+    print("\n5. Score: bits per base, given the bases before it (2 is chance; less is more like genomes)")
     log_probabilities = outputs.logits[:, :-1].log_softmax(-1)
     picked = log_probabilities.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)  # (batch, length - 1)
-    scores = (picked * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp_min(1)
+    bits = -(picked * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp_min(1) / math.log(2)
     gates = torch.stack(outputs.memory_gates).mean(0)  # (batch, length)
-    for name, score, gate, row in zip(names, scores.tolist(), gates, mask.bool(), strict=True):
+    for name, score, gate, row in zip(names, bits.tolist(), gates, mask.bool(), strict=True):
         print(f"   {name}: {score:.3f}; memory gates open by {gate[row].mean():.2f} on average")
 
-    print("\n5. Fill a masked base (AutoModelForMaskedLM; these weights were trained to predict the NEXT base)")
-    filler = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
     place = len(sequences[0]) // 2
-    masked = sequences[0][:place] + tokenizer.mask_token + sequences[0][place + 1 :]
+    print(f"\n6. Fill base {place} (from 0) of {names[0]}: how likely the whole sequence is with each base there")
+    filled = [sequences[0][:place] + base + sequences[0][place + 1 :] for base in "ACGT"]
+    batch = tokenizer(filled, return_tensors="pt")
     with torch.no_grad():
-        at_mask = filler(**tokenizer(masked, return_tensors="pt")).logits[0, place]
-    letters = tokenizer.nucleotide_ids[:4]
-    chances = at_mask[letters].softmax(-1).tolist()
+        log_probabilities = model(**batch).logits[:, :-1].log_softmax(-1)
+    likelihoods = log_probabilities.gather(-1, batch["input_ids"][:, 1:, None]).sum((1, 2))
+    chances = likelihoods.softmax(0).tolist()
     listed = ", ".join(f"{base} {chance:.2f}" for base, chance in zip("ACGT", chances, strict=True))
-    print(f"   {names[0]}, base {place} (from 0) is {sequences[0][place]}; predicted: {listed}")
+    print(f"   it is {sequences[0][place]}; predicted: {listed}")
 
-    print("\n6. Generate 40 bases (model.generate, greedy)")
+    print("\n7. Generate 40 bases (model.generate, greedy)")
     prompt = tokenizer(sequences[0][:60], return_tensors="pt")
     generated = model.generate(**prompt, max_new_tokens=40)
-    print(f"   {sequences[0][:60]}\n   + {tokenizer.decode(generated[0, 60:])}")
-    print("\nDone. Next: gengram convert to-hf YOUR_CHECKPOINT OUTPUT")
+    print(f"   {sequences[0][:60]}\n   + {tokenizer.decode(generated[0, prompt['input_ids'].shape[1] :])}")
+    print("\nDone. Next: gengram convert to-hf YOUR_CHECKPOINT OUTPUT, or gengram bench MODEL --suite SUITE")
 
 
 def _indented(text: str) -> str:
