@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench_command.add_bench_arguments(evaluate)
     evaluate.set_defaults(run=bench_command.run_bench)
 
-    demonstrate = commands.add_parser("demo", help="convert a bundled checkpoint, then embed, score and generate with the default model")
+    demonstrate = commands.add_parser("demo", help="convert a bundled checkpoint, and use the default model")
     demo.add_demo_arguments(demonstrate)
     demonstrate.set_defaults(run=demo.run_demo)
 

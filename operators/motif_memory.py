@@ -175,8 +175,11 @@ def rows_and_runs_of_few(
                 inside = max(reach[token] + 1, 0)
                 runs.append(min(run, inside))
                 grams.append(gram % powers[max(min(inside, largest), 1)])
-    both = torch.tensor([grams, runs], dtype=torch.int32).view(2, *codes.shape)
-    return both[0], both[1]
+    # two tensors, not two views of one: outputs of an operator share no memory
+    return (
+        torch.tensor(grams, dtype=torch.int32).view(codes.shape),
+        torch.tensor(runs, dtype=torch.int32).view(codes.shape),
+    )
 
 
 def plan_ngrams(

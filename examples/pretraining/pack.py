@@ -1,9 +1,9 @@
-"""Make the folder of a model that ships: half the bytes, float32 by default, with a card and the record of its training.
+"""Make the folder of a model that ships: half the bytes, float32 by default, with a card and the training record.
 
     python pack.py TRAINED OUTPUT --card CARD.md --record STAGE1/training.json STAGE2/training.json
 
-Weights are stored in float16 and `config.json` says float32, so that `from_pretrained` computes in float32: rounding them
-costs less than 1e-4 bits per base (measured by `gengram bench`), and the file stays below 10 MB.
+Weights are stored in float16 and `config.json` says float32, so that `from_pretrained` computes in float32 and the
+file is half as large.
 """
 
 import argparse

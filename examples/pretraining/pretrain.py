@@ -8,7 +8,7 @@ Everything that `transformers.TrainingArguments` knows is an option here (`--lea
 its last checkpoint when it is started again with the same command.
 
 Left in the output folder: the model, `log.jsonl` (a line per log or evaluation), `training.json` (what was run, on
-what, for how long).
+what, for how long; written at the start, and again at the end with the results).
 """
 
 import importlib.metadata
@@ -17,7 +17,7 @@ import math
 import platform
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gengram import GengramConfig, GengramForCausalLM, GengramForMaskedLM, GengramTokenizer
 from gengram.data_preparation import DataCollatorForGenomeModeling
+from gengram.data_preparation.whole_output import write_whole
 
 
 @dataclass
@@ -105,7 +106,7 @@ def router_statistics(outputs: Any, config: GengramConfig) -> dict[str, torch.Te
 
 
 class JsonLog(TrainerCallback):
-    """Appends every log to `log.jsonl`, with losses in bits per base; the plots are drawn from it."""
+    """Appends every log to `log.jsonl`; the plots are drawn from it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -115,8 +116,6 @@ class JsonLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         line = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **logs}
-        if "eval_loss" in line:  # without router losses: the trainer's evaluation is of the model's own loss
-            line["eval_bits_per_base"] = line["eval_loss"] / math.log(2)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -140,7 +139,10 @@ class LanguageModelingLoss:
 
     def token_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """Loss of each token, 0 where there is none; what an evaluation gathers instead of logits."""
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        if isinstance(outputs, tuple):  # a mixture of experts gives its router's losses before the logits
+            logits = next(output for output in outputs if torch.is_tensor(output) and output.dim() == 3)
+        else:
+            logits = outputs
         if self.is_causal:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
@@ -183,28 +185,29 @@ def main() -> None:
         callbacks=[JsonLog(output / "log.jsonl")],
     )
     checkpoint = arguments.resume_from_checkpoint or get_last_checkpoint(arguments.output_dir)
+    defaults = {option.name: option.default for option in fields(TrainingArguments)}
+    record = {
+        "model": vars(model_arguments),
+        "data": vars(data_arguments),
+        "training": {name: value for name, value in arguments.to_dict().items() if value != defaults.get(name)},
+        "parameters": model.num_parameters(),
+        "resumed_from": checkpoint,
+        "machine": describe_machine(),
+    }
+    if trainer.is_world_process_zero():
+        write_whole(output / "training.json", json.dumps(record, indent=1) + "\n")
     start = time.monotonic()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - start
     evaluated = trainer.evaluate() if validation is not None else {}
     trainer.save_model()
     if trainer.is_world_process_zero():
-        summary = {
-            "model": vars(model_arguments),
-            "data": vars(data_arguments),
-            "training": {
-                name: value
-                for name, value in arguments.to_dict().items()
-                if value != getattr(TrainingArguments(), name, None)
-            },
-            "parameters": model.num_parameters(),
+        record |= {
             "trained_tokens": trainer.state.num_input_tokens_seen,
             "seconds_of_this_run": seconds,
-            "resumed_from": checkpoint,
             "final": {**result.metrics, **evaluated},
-            "machine": describe_machine(),
         }
-        (output / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_whole(output / "training.json", json.dumps(record, indent=1) + "\n")
 
 
 def describe_machine() -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""The pretraining scripts, run as a lab would run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gengram import GengramForCausalLM, GengramForMaskedLM
+from gengram.data_preparation import SplitRule, WindowOptions, prepare_genome_dataset
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "pretraining"
+TINY = {
+    "vocab_size": 16,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 4,
+    "max_position_embeddings": 64,
+    "memory_layers": [1],
+    "memory_embedding_dim": 4,
+    "memory_ngram_sizes": [1, 2, 3],
+    "memory_window": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Packed DNA in which the third base of every codon repeats the first."""
+    folder = tmp_path_factory.mktemp("pretraining")
+    generator = np.random.default_rng(0)
+    codons = generator.choice(list("ACGT"), (3000, 2))
+    sequence = "".join(first + second + first for first, second in codons)
+    (folder / "a.fa").write_text(f">one\n{sequence}\n")
+    rules = [SplitRule("*", "validation", 0, 1500), SplitRule("*", "train")]
+    prepare_genome_dataset([folder / "a.fa"], folder / "data", WindowOptions(64, packed=True), rules, progress=False)
+    return folder / "data"
+
+
+def run(script: str, *words: str) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *words], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def pretrain(dataset: Path, output: Path, *words: str, **changes) -> list[dict]:
+    config = output.parent / f"{output.name}.json"
+    config.write_text(json.dumps({**TINY, **changes}))
+    common = ["--config", str(config), "--dataset", str(dataset), "--output_dir", str(output), "--report_to", "none"]
+    common += ["--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--logging_steps", "2"]
+    run("pretrain.py", *common, "--eval_strategy", "steps", "--eval_steps", "100", "--disable_tqdm", "true", *words)
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_was_cut_off_goes_on_and_the_router_is_logged(dataset, tmp_path):
+    whole = pretrain(dataset, tmp_path / "whole", "--max_steps", "6", "--save_steps", "4")
+    logged = [line for line in whole if "loss" in line]
+    assert [line["step"] for line in logged] == [2, 4, 6]
+    for line in logged:
+        shares = np.array(line["router_tokens_per_expert"])  # (layers, experts)
+        assert shares.shape == (2, 4) and np.allclose(shares.sum(1), 1)
+        assert 0 < line["router_entropy_bits"] <= 2
+        assert line["router_load_balancing_loss"] > 0 and line["router_z_loss"] >= 0
+    record = json.loads((tmp_path / "whole" / "training.json").read_text())
+    assert record["trained_tokens"] == 6 * 4 * 64
+
+    checkpoint = tmp_path / "cut" / "checkpoint-4"
+    checkpoint.parent.mkdir()
+    (tmp_path / "whole" / "checkpoint-4").rename(checkpoint)
+    pretrain(dataset, tmp_path / "cut", "--max_steps", "6", "--save_steps", "4")
+    expected = GengramForCausalLM.from_pretrained(tmp_path / "whole").state_dict()
+    found = GengramForCausalLM.from_pretrained(tmp_path / "cut").state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.slow
+def test_bits_per_base_are_those_of_the_evaluation(dataset, tmp_path):
+    from gengram.cli import main
+
+    log = pretrain(dataset, tmp_path / "model", "--max_steps", "200", num_local_experts=0)
+    bits = [line["eval_bits_per_base"] for line in log if "eval_bits_per_base" in line]
+    assert bits[-1] < 1.6  # 4/3 is what can be known
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("tasks: [{name: bits, kind: likelihood, dataset: ., test: validation}]")
+    words = ["--data", str(dataset), "--output", str(tmp_path / "out"), "--quiet", "--protocols", "likelihood"]
+    assert main(["bench", str(tmp_path / "model"), "--suite", str(suite), *words]) == 0
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["metrics"]["bits_per_base"]["value"] == pytest.approx(bits[-1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_masked_objective(dataset, tmp_path):
+    words = ["--objective", "masked", "--max_steps", "60", "--streaming", "true"]
+    log = pretrain(dataset, tmp_path / "model", *words, num_local_experts=0)
+    assert log[-1]["eval_bits_per_base"] < 2.05
+    assert type(GengramForMaskedLM.from_pretrained(tmp_path / "model")) is GengramForMaskedLM
+
+
+@pytest.mark.slow
+def test_the_comparison_does_what_is_missing_and_reports(dataset, tmp_path):
+    plan = {
+        "base": {**TINY, "num_local_experts": 0},
+        "architectures": {"dense": {}, "MoE": {"num_local_experts": 2}},
+        "arms": {
+            "memory": {},
+            "baseline": {"memory_layers": []},
+            "widened baseline": {"memory_layers": [], "intermediate_size": "as many parameters as memory"},
+        },
+        "ablations": {"architecture": "dense", "seeds": [1], "variants": {"window 3": {"memory_window": 3}}},
+        "seeds": [1],
+        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1},
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    words = ["--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path / "out")]
+    first = run("compare.py", *words, "--dataset", str(dataset))
+    assert "7 of 7" in first
+    report, figure = tmp_path / "report.json", tmp_path / "figure.svg"
+    again = run("compare.py", *words, "--dataset", str(dataset), "--report", str(report), "--figure", str(figure))
+    assert " of 7" not in again and again.strip() in first
+    rows = {(row["architecture"], row["arm"]): row for row in json.loads(report.read_text())["rows"]}
+    assert set(rows) == {(a, arm) for a in ("dense", "MoE") for arm in plan["arms"]} | {("dense", "memory, window 3")}
+    with_memory, wide = (rows["dense", arm]["parameters"] for arm in ("memory", "widened baseline"))
+    assert abs(with_memory - wide) / with_memory < 0.05
+    assert rows["dense", "memory"]["minus_memory"] == 0
+    assert figure.stat().st_size > 1000
