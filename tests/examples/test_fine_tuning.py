@@ -274,8 +274,6 @@ def test_classification(options, model, tables, tmp_path):
     if options:
         adapted = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2)
         np.testing.assert_allclose(softmax(logits_of(adapted, test.sequence)), columns, rtol=0, atol=1e-4)
-        names = {name.split(".lora_A")[0].split(".")[-1] for name, _ in adapted.named_parameters() if "lora_A" in name}
-        assert {"q_proj", "base_layer"} & names
 
 
 @pytest.mark.slow
