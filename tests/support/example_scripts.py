@@ -1,0 +1,30 @@
+"""The scripts of `examples/`: as modules, and as a user runs them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def load_example(path: str) -> ModuleType:
+    """A script of `examples/` as a module."""
+    name = "example_" + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_example(path: str, *arguments: object) -> subprocess.CompletedProcess:
+    """The script's result, on the CPU, without the network."""
+    return subprocess.run(
+        [sys.executable, EXAMPLES / path, "--use_cpu", "--disable_tqdm", "True", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
