@@ -50,10 +50,9 @@ class MarkovModel:
         self._tables = None
         for digits in sequences:
             codes, contexts = self._contexts(digits)
-            is_full = contexts == self.order
-            self.counts += np.bincount(codes[is_full], minlength=len(self.counts))
+            np.add.at(self.counts, codes[contexts == self.order], 1)
             for k, short in enumerate(self._short):
-                short += np.bincount(codes[contexts == k] % len(short), minlength=len(short))
+                np.add.at(short, codes[contexts == k] % len(short), 1)
 
     def _contexts(self, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Code of the (order + 1)-mer that ends at each base, and how many bases of context it has; -1: no base."""

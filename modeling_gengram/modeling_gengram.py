@@ -481,6 +481,7 @@ class GengramRouter(nn.Module):
     def __init__(self, config: GengramConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
+        self.num_experts = config.num_local_experts  # read by the library's expert parallelism
         self.norm_topk_prob = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
 

@@ -246,6 +246,12 @@ def test_outputs_tell_what_the_memory_did():
     assert plain.memory_gates is None and plain.memory_residual_norms is None
 
 
+def test_expert_parallelism_finds_the_number_of_experts():
+    """Transformers' hooks for expert parallelism read it from the router (seen in 5.18)."""
+    routers = [layer.mlp.gate for layer in tiny_model(GengramForCausalLM).model.layers]
+    assert [router.num_experts for router in routers] == [4, 4, 4, 4]
+
+
 def test_router_losses_follow_their_formulas():
     model, ids = tiny_model(GengramForCausalLM), random_ids(2, 20)
     mask = torch.ones_like(ids)
