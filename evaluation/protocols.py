@@ -49,7 +49,7 @@ class EvaluatedModel:
         """The causal language model, and its tokenizer."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **self.loading)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **self.loading)
         return model.to(self.device).eval(), AutoTokenizer.from_pretrained(self.name, **self.loading)
 
     def embed(

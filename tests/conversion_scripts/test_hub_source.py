@@ -540,7 +540,8 @@ def test_killed_again_and_again_while_fetching_and_continued(form, hub, tmp_path
     generator = random.Random(form)
     fewest = 9 if form == "torch" else 2  # some requests go by before the first weight
     kills = ",".join(str(generator.randrange(fewest, fewest + 3)) for _ in range(10))
-    environment = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home")}
+    settings = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, **settings}
     command = [sys.executable, "-c", DRIVER, REPO, str(out), "--fetch", "ranges", "--quiet", kills]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
