@@ -106,7 +106,6 @@ def fine_tune(
                 load_best_model_at_end=True,
                 metric_for_best_model="eval_loss",
                 logging_strategy="epoch",
-                train_sampling_strategy="group_by_length",
                 seed=seed,
                 report_to="none",
                 disable_tqdm=not progress,

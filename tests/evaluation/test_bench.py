@@ -111,7 +111,7 @@ def test_fine_tuning_learns_a_motif(protocol, data, tiny_folder, tmp_path):
     suite = tmp_path / "suite.yaml"
     suite.write_text(
         "tasks: [{name: motif, train: train.csv, test: test.csv, metric: auc, "
-        "fine_tuning: {epochs: 20, learning_rate: 0.01, batch_size: 8, lora_rank: 4}}]"
+        "fine_tuning: {epochs: 15, learning_rate: 0.003, batch_size: 8, lora_rank: 4}}]"
     )
     words = ["bench", str(tiny_folder), "--suite", str(suite), "--data", str(data), "--quiet"]
     assert main([*words, "--output", str(tmp_path / "out"), "--protocols", protocol]) == 0
