@@ -315,7 +315,8 @@ def test_killed_ten_times_and_continued(source, tmp_path, request):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_a_signal_and_continued(number, small_torch, whole, tmp_path):
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored\n"
         "from gengram.conversion_scripts import convert_megatron_to_hf as c\n"
         "def wait(config, folder):\n"
         "    print('ready', flush=True)\n"
