@@ -29,14 +29,14 @@ def whole_folder(output: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file through a temporary one, so that readers never see half of it."""
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file through a temporary one, so that readers never see half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:

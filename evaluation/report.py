@@ -118,6 +118,6 @@ def write_report(suite: Suite, results: Sequence[dict[str, Any]], output: Path) 
     """Write `results.parquet`, `results.json`, `report.md` and `report.svg`."""
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "results.json", json.dumps(list(results), indent=1) + "\n")
-    results_table(results).to_parquet(output / "results.parquet")
+    write_whole(output / "results.parquet", results_table(results).to_parquet())
     write_whole(output / "report.md", markdown(suite, results))
     plot(suite, results, output / "report.svg")

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+from . import DEFAULT_MODEL
 from .conversion_scripts.convert_megatron_to_hf import convert_to_hf
 from .data_preparation.fasta import read_fasta
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
-DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
 LONGEST = 1024  # the default model's context, in bases
 MOST_RECORDS = 8
 

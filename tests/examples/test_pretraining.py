@@ -1,19 +1,16 @@
 """The pretraining scripts, run as a lab would run them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from example_scripts import run_script
 
 from gengram import GengramForCausalLM, GengramForMaskedLM
 from gengram.data_preparation import SplitRule, WindowOptions, prepare_genome_dataset
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "pretraining"
 TINY = {
     "vocab_size": 16,
     "hidden_size": 32,
@@ -44,10 +41,7 @@ def dataset(tmp_path_factory):
 
 
 def run(script: str, *words: str) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *words], capture_output=True, text=True, env=environment
-    )
+    done = run_script(f"pretraining/{script}", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

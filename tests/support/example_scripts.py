@@ -21,9 +21,14 @@ def load_example(path: str) -> ModuleType:
 
 
 def run_example(path: str, *arguments: object) -> subprocess.CompletedProcess:
-    """The script's result, on the CPU, without the network."""
+    """The result of a script over `Trainer`, on the CPU, without the network."""
+    return run_script(path, "--use_cpu", "--disable_tqdm", "True", *arguments)
+
+
+def run_script(path: str, *arguments: object) -> subprocess.CompletedProcess:
+    """The script's result, without the network."""
     return subprocess.run(
-        [sys.executable, EXAMPLES / path, "--use_cpu", "--disable_tqdm", "True", *map(str, arguments)],
+        [sys.executable, EXAMPLES / path, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
