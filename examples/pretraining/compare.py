@@ -14,6 +14,7 @@ import math
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,12 @@ def run_name(run: dict[str, Any]) -> str:
     return f"{run['architecture']}--{run['arm']}--{run['seed']}".replace(", ", "-").replace(" ", "_")
 
 
-def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path) -> None:
-    """One call of `pretrain.py`; leaves `RUN.json` when it has ended well."""
+def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path) -> dict[str, Any]:
+    """One call of `pretrain.py`; leaves `RUN.json` when it has ended well, and returns what is in it.
+
+    Raises:
+        RuntimeError: if it has not.
+    """
     folder = output / "work" / run_name(run)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -85,7 +90,7 @@ def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path)
     with open(folder / "output.txt", "w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode != 0:
-        sys.exit(f"{run_name(run)} failed:\n{(folder / 'output.txt').read_text()[-2000:]}")
+        raise RuntimeError(f"{run_name(run)} failed:\n{(folder / 'output.txt').read_text()[-2000:]}")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "training.json").read_text())
     kept = ("step", "loss", "router_load_balancing_loss", "router_z_loss", "router_entropy_bits")
@@ -102,6 +107,7 @@ def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path)
     }
     (output / f"{run_name(run)}.json").write_text(json.dumps(result) + "\n")
     shutil.rmtree(folder)
+    return result
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -219,6 +225,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, default=HERE / "comparison.json", help="what to compare")
     parser.add_argument("--dataset", help="data set of `gengram prepare`; without it nothing is trained")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs' results")
+    parser.add_argument("--processes", type=int, default=1, help="runs at once; set OMP_NUM_THREADS accordingly")
     parser.add_argument("--report", type=Path, help="write all results to this JSON file")
     parser.add_argument("--figure", type=Path, help="draw this SVG or PNG")
     arguments = parser.parse_args()
@@ -227,9 +234,14 @@ def main() -> None:
     runs = planned_runs(plan)
     missing = [run for run in runs if not (arguments.output / f"{run_name(run)}.json").exists()]
     if arguments.dataset:
-        for number, run in enumerate(missing, start=1):
-            print(f"{number} of {len(missing)}: {run_name(run)}", flush=True)
-            train(run, plan, arguments.dataset, arguments.output)
+        with ThreadPoolExecutor(arguments.processes) as pool:
+            done = [pool.submit(train, run, plan, arguments.dataset, arguments.output) for run in missing]
+            try:
+                for number, (run, result) in enumerate(zip(missing, done, strict=True), start=1):
+                    bits = result.result()["bits_per_base"]
+                    print(f"{number} of {len(missing)}: {run_name(run)}, {bits:.4f} bits per base", flush=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
     elif missing:
         print(f"{len(missing)} of {len(runs)} runs are missing; give --dataset to do them")
     found = report(plan, arguments.output)
