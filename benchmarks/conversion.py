@@ -6,7 +6,9 @@ Makes checkpoints of random weights in both formats under DIR (deleted at the en
 layers of the released model (hidden size 4096, 16 heads, experts of width 8192, memory of width 6 x 1024) with four
 experts each; one layer, about 1 GB, and four layers, about 4 GB. Per checkpoint and round: the converter in a process
 of its own, then `cp` of the weight files that it wrote. Both end with the bytes on the disk (fsync), and before both
-the files to be read are dropped from the page cache. Writes medians to `benchmarks/results/conversion.json`.
+the files to be read are dropped from the page cache. Then the machine rests, before both for the same time: a virtual
+machine gives freed memory back to its host within seconds, and `cp` is twice as fast while it has not yet done so.
+Writes medians to `benchmarks/results/conversion.json`.
 """
 
 import argparse
@@ -41,6 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "conversion.json"
 HIDDEN, HEADS, GROUPS, HEAD_DIM, EXPERTS, WIDTH, VOCAB, MEMORY = 4096, 16, 8, 256, 4, 8192, 128, 1024
 SIZES = (1, 2, 3, 4, 5, 6)
 LAYERS = {"1 GB": 1, "4 GB": 4}
+REST = 12.0  # seconds
 
 
 class Weights:
@@ -187,6 +190,7 @@ def drop_from_page_cache(files: list[Path]) -> None:
         os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
+    time.sleep(REST)
 
 
 # The peak is read from VmHWM: `ru_maxrss` would include the process that started this one.
@@ -300,6 +304,7 @@ def main() -> None:
             **hash_speed(),
         },
         "page_cache": "files to be read are dropped before each run of the converter and of cp; both end with fsync",
+        "seconds_of_rest_before_each": REST,
         "rounds": options.rounds,
         "results": results,
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import ConversionError
 from .hub_path import PARALLEL_PARTS, PART, HubPath, SourcePath, size_of
+from .tensor_memory import drop_from_page_cache
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ByteRange(io.RawIOBase):
 
 
 class FileRange(ByteRange):
-    """A range of a file on this machine."""
+    """A range of a file on this machine; what was read leaves the page cache, since checkpoints are larger than it."""
 
     def __init__(self, path: Path, start: int = 0, length: int | None = None):
         self._file = open(path, "rb", buffering=0)
@@ -92,7 +93,9 @@ class FileRange(ByteRange):
 
     def read_at(self, position: int, buffer: memoryview) -> int:
         self._file.seek(self.start + position)
-        return self._file.readinto(buffer) or 0
+        count = self._file.readinto(buffer) or 0
+        drop_from_page_cache(self._file.fileno(), self.start + position, count)
+        return count
 
     def close(self) -> None:
         self._file.close()

@@ -53,6 +53,7 @@ from .safetensors_writer import (
     tensor_digest,
     write_safetensors,
 )
+from .tensor_memory import reused_memory
 from .weight_table import TABLE_VERSION, Move, Plan, Same, dropped_weights, match, parameters
 
 RECORD = "conversion.json"
@@ -100,6 +101,7 @@ class ConversionReport:
         return "\n".join(lines)
 
 
+@reused_memory()
 def convert_to_hf(
     source: str | Path,
     output: str | Path,

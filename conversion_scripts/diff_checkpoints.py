@@ -24,6 +24,7 @@ from .hf_folder import StoredTensor, read_json, stored_tensors
 from .megatron_checkpoint import MegatronCheckpoint, open_checkpoint
 from .megatron_config import config_from_args, differing_fields
 from .safetensors_writer import tensor_bytes
+from .tensor_memory import reused_memory
 from .weight_table import Move, Output, match
 
 _BLOCK = 2**22  # elements whose difference is taken at once
@@ -97,6 +98,7 @@ class DiffReport:
         return "\n".join([*lines, f"{self.first} and {self.second}: {verdict}"])
 
 
+@reused_memory()
 def diff_checkpoints(first: str | Path, second: str | Path, progress: bool = True) -> DiffReport:
     """Compares two checkpoints: Megatron's `torch` or `torch_dist`, or a Hugging Face folder, in any combination.
 

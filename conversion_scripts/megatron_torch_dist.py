@@ -22,7 +22,8 @@ from .errors import ConversionError, quoted, shortened
 from .hub_path import SourcePath, fetch_now, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, args_of, argument, iteration_of
 from .safe_pickle import MAX_PICKLE_BYTES, ForeignObject, TensorReference, load_pickle
-from .torch_archive import LazyTensor, TorchArchive, empty_tensor
+from .tensor_memory import empty_tensor
+from .torch_archive import LazyTensor, TorchArchive
 
 # Names that are not weights. Every match is of the whole name, so that `optimizer.state.param.decoder.layers…`, which
 # has the shapes of the model, can never be taken for it.

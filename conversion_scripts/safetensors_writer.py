@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .errors import ConversionError
+from .tensor_memory import drop_from_page_cache
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 BLOCK = 8 * 2**20  # bytes that are converted, hashed and written at once
@@ -246,7 +247,7 @@ def _write_shard(
                     progress(len(block))
                     del block
                     if unsynced >= SYNC_EVERY and syncing.done():  # the disk works while the next bytes are read
-                        syncing = pool.submit(os.fdatasync, file.fileno())
+                        syncing = pool.submit(_to_disk, file.fileno())
                         unsynced = 0
                 if known is not None:
                     hashing.add(known())
@@ -262,6 +263,11 @@ def _write_shard(
         syncing.result()
         os.fsync(file.fileno())
     return digests
+
+
+def _to_disk(file: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(file)  # macOS has no fdatasync
+    drop_from_page_cache(file)
 
 
 def intact_start(

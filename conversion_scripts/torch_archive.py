@@ -1,9 +1,6 @@
 """Reads what `torch.save` wrote, without PyTorch's unpickler: a zip file with one pickle and one entry per storage."""
 
-import contextlib
 import io
-import mmap
-import os
 import struct
 import zipfile
 import zlib
@@ -26,6 +23,7 @@ from .safe_pickle import (
     TensorReference,
     load_pickle,
 )
+from .tensor_memory import empty_tensor
 
 MAX_DIRECTORY_BYTES = 64 * 2**20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
@@ -69,22 +67,6 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return torch.empty_strided(shape, stride, device="meta").is_contiguous()
-
-
-def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor to be filled whose memory goes back to the system with it.
-
-    The allocator keeps freed blocks of up to 32 MiB, for each thread of its own: peaks would grow with the checkpoint.
-    """
-    nbytes = prod(shape) * dtype.itemsize
-    if nbytes < 2**20:
-        return torch.empty(shape, dtype=dtype)
-    flags = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    memory = mmap.mmap(-1, nbytes, **flags)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # fresh memory costs half as much time then
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 class TorchArchive:

@@ -22,6 +22,7 @@ from .errors import ConversionError, quoted, shortened
 from .hf_folder import StoredTensor, read_json, stored_tensors
 from .megatron_checkpoint import open_checkpoint
 from .safetensors_writer import tensor_digest, weight_digest
+from .tensor_memory import reused_memory
 from .weight_table import TABLE_VERSION, Move, match
 
 
@@ -39,6 +40,7 @@ class VerificationReport:
         return "\n".join([*lines, f"{self.output} is verified."])
 
 
+@reused_memory()
 def verify_conversion(output: str | Path, source: str | Path | None = None, load: bool = True) -> VerificationReport:
     """Checks the folder that a conversion wrote.
 
