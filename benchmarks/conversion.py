@@ -17,7 +17,6 @@ import io
 import json
 import os
 import pickle
-import platform
 import shutil
 import statistics
 import subprocess
@@ -37,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from gengram import __version__
+from gengram.evaluation.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "conversion.json"
 HIDDEN, HEADS, GROUPS, HEAD_DIM, EXPERTS, WIDTH, VOCAB, MEMORY = 4096, 16, 8, 256, 4, 8192, 128, 1024
@@ -260,11 +259,6 @@ def hash_speed() -> dict[str, float]:
     return speeds
 
 
-def git(*words: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="where to make the checkpoints; the system's by default")
@@ -287,22 +281,8 @@ def main() -> None:
             results[form]["peak_difference_bytes"] = peaks[1] - peaks[0]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "").split(
-        ":"
-    )
     record = {
-        "machine": {
-            "cpu": cpu[-1].strip(),
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "gengram": __version__,
-            "commit": git("rev-parse", "HEAD"),
-            "uncommitted": bool(git("status", "--porcelain", "conversion_scripts")),
-            **hash_speed(),
-        },
+        "machine": describe_machine() | {"load_average": os.getloadavg(), **hash_speed()},
         "page_cache": "files to be read are dropped before each run of the converter and of cp; both end with fsync",
         "seconds_of_rest_before_each": REST,
         "rounds": options.rounds,

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from memory_setup import (
     add_machine_arguments,
-    describe_machine,
     extra_memory,
+    machine,
     prepare,
     random_bases,
     reference_module,
@@ -147,7 +147,7 @@ def main() -> None:
     add_machine_arguments(parser)
     arguments = parser.parse_args()
     use_machine(arguments)
-    machine, rows = describe_machine(), []
+    described, rows = machine(), []
     for index, (case, is_decoding) in enumerate([*((case, False) for case in CASES), (DECODING, True)]):
         if arguments.cases is not None and index not in arguments.cases:
             continue
@@ -162,7 +162,7 @@ def main() -> None:
                 f"error {row['relative_error'][name]:.1e}, extra memory {row['extra_bytes'][name] / 1e6:.0f} MB",
                 flush=True,
             )
-    write_results("memory_forward", dict(machine=machine, rows=rows), arguments.output)
+    write_results("memory_forward", dict(machine=described, rows=rows), arguments.output)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from memory_setup import describe_machine, write_results
+from memory_setup import machine, write_results
 
 from gengram import GengramConfig, memory_path
 from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
@@ -88,7 +88,7 @@ def main() -> None:
         draw(rows, arguments.figure)
     write_results(
         "memory_precision",
-        dict(machine=describe_machine(), shapes=sizes | dict(length=LENGTH), bins=BINS, errors=rows),
+        dict(machine=machine(), shapes=sizes | dict(length=LENGTH), bins=BINS, errors=rows),
     )
 
 

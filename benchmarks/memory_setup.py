@@ -4,9 +4,7 @@ import argparse
 import gc
 import importlib.util
 import json
-import platform
 import re
-import subprocess
 import sys
 import time
 import types
@@ -16,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gengram import GengramConfig, __version__
+from gengram import GengramConfig
+from gengram.evaluation.machine import describe_machine
 from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
 from gengram.operators.memory_operators import letter_codes, ngram_rows_and_runs
 from gengram.operators.motif_memory import NgramPlan, plan_ngrams
@@ -139,24 +138,10 @@ def extra_memory(step: Callable[[], Any]) -> int:
     return size("VmHWM") - before
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, threads, versions, commit."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    folder = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
-    changes = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True).stdout
-    return dict(
-        processor=names[0] if names else platform.processor(),
-        device=torch.cuda.get_device_name() if _device.type == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        gengram=__version__,
-        native_kernels=status().capability or None,
-        commit=commit,
-        has_uncommitted_changes=bool(changes.strip()),
-    )
+def machine() -> dict[str, Any]:
+    """Where and with what a benchmark ran."""
+    device = torch.cuda.get_device_name() if _device.type == "cuda" else "cpu"
+    return describe_machine() | dict(device=device, native_kernels=status().capability or None)
 
 
 def write_results(name: str, results: dict[str, Any], output: Path | None = None) -> None:

@@ -15,8 +15,8 @@ import time
 import torch
 from memory_setup import (
     add_machine_arguments,
-    describe_machine,
     extra_memory,
+    machine,
     prepare,
     random_bases,
     seconds_of,
@@ -118,6 +118,6 @@ if __name__ == "__main__":
         has_native = status().has_cuda
     if not has_native:
         WAYS.pop()
-    results = dict(machine=describe_machine(), long=million(), whole=share())
+    results = dict(machine=machine(), long=million(), whole=share())
     print(results)
     write_results("memory_share", results)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from memory_setup import (
     add_machine_arguments,
-    describe_machine,
+    machine,
     prepare,
     random_bases,
     reference_module,
@@ -104,7 +104,7 @@ def main() -> None:
     add_machine_arguments(parser)
     arguments = parser.parse_args()
     use_machine(arguments)
-    machine, rows = describe_machine(), []
+    described, rows = machine(), []
     for case in (case for case in CASES if not arguments.lengths or case["length"] in arguments.lengths):
         row = measure(case, arguments.reference, arguments.rounds)
         rows.append(row)
@@ -117,7 +117,7 @@ def main() -> None:
                 f"  {name} {seconds:.3f} s ({base / seconds:.2f}x; fastest runs {best / fastest[name]:.2f}x)",
                 flush=True,
             )
-    write_results("memory_training", dict(machine=machine, rows=rows), arguments.output)
+    write_results("memory_training", dict(machine=described, rows=rows), arguments.output)
 
 
 if __name__ == "__main__":

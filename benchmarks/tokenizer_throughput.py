@@ -10,7 +10,6 @@ random sequence; results are compared before anything is timed, and the medians 
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from gengram.evaluation.machine import describe_machine
 from gengram.tokenization import GengramTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "tokenizer_throughput.json"
@@ -82,19 +81,10 @@ def seconds(task: Callable, tokenizer: PreTrainedTokenizerFast) -> float:
 
 
 def machine() -> dict[str, object]:
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
+    return describe_machine() | {
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
         "numpy": np.__version__,
-        "torch": torch.__version__,
     }
 
 

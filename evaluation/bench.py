@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data_preparation.whole_output import write_whole
+from .machine import describe_machine
 from .protocols import RUNNERS, EvaluatedModel, needs_model
 from .report import write_report
 from .suite import Suite, Task
@@ -69,6 +70,7 @@ def bench(
             "seed": seed,
             **found,
             "seconds": time.perf_counter() - start,
+            "machine": describe_machine(),
         }
         write_whole(path, json.dumps(result, indent=1) + "\n")
         results.append(result)

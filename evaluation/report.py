@@ -1,5 +1,6 @@
 """Results as Parquet, JSON, a Markdown table and a plot."""
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ def results_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row per run and metric."""
     rows = []
     for result in results:
-        shared = {name: value for name, value in result.items() if name not in ("metrics", "metric", "details")}
-        shared["details"] = json.dumps(result["details"])
+        shared = {name: value for name, value in result.items() if name not in ("metrics", "metric")}
+        shared |= {name: json.dumps(shared[name]) for name in ("details", "machine") if name in shared}
         for metric, estimate in result["metrics"].items():
             rows.append({**shared, "metric": metric, "is_main_metric": metric == result["metric"], **estimate})
     return pd.DataFrame(rows)
@@ -109,9 +110,10 @@ def plot(suite: Suite, results: Sequence[dict[str, Any]], path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].invert_yaxis()
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
     plt.close(figure)
+    write_whole(path, content.getvalue())
 
 
 def write_report(suite: Suite, results: Sequence[dict[str, Any]], output: Path) -> None:

@@ -11,11 +11,8 @@ Left in the output folder: the model, `log.jsonl` (a line per log or evaluation)
 what, for how long; written at the start, and again at the end with the results).
 """
 
-import importlib.metadata
 import json
 import math
-import platform
-import subprocess
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from gengram import GengramConfig, GengramForCausalLM, GengramForMaskedLM, GengramTokenizer
 from gengram.data_preparation import DataCollatorForGenomeModeling
 from gengram.data_preparation.whole_output import write_whole
+from gengram.evaluation.machine import describe_machine
 
 
 @dataclass
@@ -208,24 +206,6 @@ def main() -> None:
             "final": {**result.metrics, **evaluated},
         }
         write_whole(output / "training.json", json.dumps(record, indent=1) + "\n")
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, versions and commit, for the record."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    processor = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    return {
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("gengram", "torch", "transformers", "datasets")},
-        "commit": commit.stdout.strip() or None,
-    }
 
 
 if __name__ == "__main__":
