@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from gengram import GengramConfig, GengramForCausalLM
+from gengram.data_preparation.whole_output import write_whole
 
 HERE = Path(__file__).parent
 AS_MEMORY = "as many parameters as memory"
@@ -122,37 +123,49 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
-    """A row per architecture and arm, with the paired difference from the arm with memory of the same seeds."""
+    """A row per architecture and arm, with the paired difference from the arm with memory of the same seeds.
+
+    `pooled` has that difference over all architectures and seeds.
+    """
     results = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
     by_key = {(r["architecture"], r["arm"], r["seed"]): r for r in results}
+
+    def minus_memory(runs: list[dict[str, Any]]) -> list[float]:
+        pairs = [(run, by_key.get((run["architecture"], "memory", run["seed"]))) for run in runs]
+        return [run["bits_per_base"] - other["bits_per_base"] for run, other in pairs if other is not None]
+
     rows = []
     for architecture, arm in dict.fromkeys((run["architecture"], run["arm"]) for run in planned_runs(plan)):
         found = [by_key[architecture, arm, seed] for seed in plan["seeds"] if (architecture, arm, seed) in by_key]
         if not found:
             continue
         mean, half = interval([run["bits_per_base"] for run in found])
-        paired = [
-            run["bits_per_base"] - by_key[architecture, "memory", run["seed"]]["bits_per_base"]
-            for run in found
-            if (architecture, "memory", run["seed"]) in by_key
-        ]
+        paired = minus_memory(found)
         difference, difference_half = interval(paired) if paired else (math.nan, math.nan)
-        rows.append(
-            {
-                "architecture": architecture,
-                "arm": arm,
-                "seeds": [run["seed"] for run in found],
-                "bits_per_base": mean,
-                "half_width_95": half,
-                "minus_memory": difference,
-                "minus_memory_half_width_95": difference_half,
-                "parameters": found[0]["parameters"],
-                "parameters_used_per_token": found[0]["parameters_used_per_token"],
-                "trained_tokens": found[0]["trained_tokens"],
-                "seconds": sum(run["seconds"] for run in found) / len(found),
-            }
-        )
-    return {"plan": plan, "rows": rows, "runs": results}
+        row = {
+            "architecture": architecture,
+            "arm": arm,
+            "seeds": [run["seed"] for run in found],
+            "bits_per_base": mean,
+            "half_width_95": half,
+            "minus_memory": difference,
+            "minus_memory_half_width_95": difference_half,
+            "parameters": found[0]["parameters"],
+            "parameters_used_per_token": found[0]["parameters_used_per_token"],
+            "trained_tokens": found[0]["trained_tokens"],
+        }
+        last = [run["log"][-1].get("router_load_balancing_loss") for run in found]
+        if None not in last:
+            row["last_load_balancing_loss"], row["last_load_balancing_loss_half_width_95"] = interval(last)
+        rows.append(row)
+    pooled = {}
+    for arm in plan["arms"]:
+        paired = minus_memory([run for run in results if run["arm"] == arm]) if arm != "memory" else []
+        if paired:
+            mean, half = interval(paired)
+            above = sum(difference > 0 for difference in paired)
+            pooled[arm] = {"pairs": len(paired), "above_memory": above, "minus_memory": mean, "half_width_95": half}
+    return {"plan": plan, "rows": rows, "pooled": pooled, "runs": results}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -165,57 +178,72 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['half_width_95']:.4f} | {row['minus_memory']:+.4f} ± {row['minus_memory_half_width_95']:.4f} | "
             f"{row['parameters']:,} | {row['parameters_used_per_token']:,} |"
         )
-    return "\n".join(lines).replace("nan", "-")
+    return "\n".join(lines).replace("± nan", "")
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Held-out bits per base with error bars, and the routers' load-balancing loss over steps."""
+    """Held-out bits per base of every run, means with intervals; ablations; the routers' load-balancing loss."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    main = [row for row in found["rows"] if row["arm"] in found["plan"]["arms"]]
-    others = [row for row in found["rows"] if row["arm"] not in found["plan"]["arms"]]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
-    architectures = list(found["plan"]["architectures"])
-    arms = list(found["plan"]["arms"])
-    for place, arm in enumerate(arms):
-        rows = [row for row in main if row["arm"] == arm]
-        axes[0].errorbar(
-            [architectures.index(row["architecture"]) + 0.2 * (place - 1) for row in rows],
+    architectures, arms = list(found["plan"]["architectures"]), list(found["plan"]["arms"])
+    colours = {arm: f"C{place}" for place, arm in enumerate(arms)}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+
+    for arm in arms:
+        shift = 0.25 * (arms.index(arm) - (len(arms) - 1) / 2)
+        runs = [run for run in found["runs"] if run["arm"] == arm]
+        places = [architectures.index(run["architecture"]) + shift for run in runs]
+        left.plot(places, [run["bits_per_base"] for run in runs], ".", color=colours[arm], alpha=0.6)
+        rows = [row for row in found["rows"] if row["arm"] == arm]
+        left.errorbar(
+            [architectures.index(row["architecture"]) + shift + 0.06 for row in rows],
             [row["bits_per_base"] for row in rows],
             [0.0 if math.isnan(row["half_width_95"]) else row["half_width_95"] for row in rows],
-            fmt="o",
+            fmt="_",
             capsize=4,
+            color=colours[arm],
             label=arm,
         )
-    axes[0].set_xticks(range(len(architectures)), architectures)
-    axes[0].set_ylabel("held-out bits per base (95 % interval over seeds)")
-    axes[0].set_title("with and without memory")
-    axes[0].legend()
-    reference = [row for row in main if row["architecture"] == found["plan"]["ablations"]["architecture"]]
-    shown = [row for row in reference if row["arm"] != "widened baseline"] + others
-    axes[1].barh([row["arm"] for row in shown], [row["bits_per_base"] for row in shown], color="tab:gray")
-    if shown:
-        values = [row["bits_per_base"] for row in shown]
-        axes[1].set_xlim(min(values) - 0.01, max(values) + 0.01)
-    axes[1].invert_yaxis()
-    axes[1].set_xlabel("held-out bits per base")
-    axes[1].set_title(f"ablations, {found['plan']['ablations']['architecture']}")
-    colours = {arm: f"C{place}" for place, arm in enumerate(arms)}
-    labelled = set()
-    for run in found["runs"]:
-        points = [(line["step"], line["router_load_balancing_loss"]) for line in run["log"] if len(line) > 2]
-        if points and run["arm"] in colours:
-            label = None if run["arm"] in labelled else run["arm"]
-            labelled.add(run["arm"])
-            axes[2].plot(*zip(*points, strict=True), color=colours[run["arm"]], alpha=0.5, label=label)
-    axes[2].set_xlabel("step")
-    axes[2].set_ylabel("load-balancing loss")
-    axes[2].set_title("routers of the MoE runs")
-    if labelled:
-        axes[2].legend()
+    left.set_xticks(range(len(architectures)), architectures)
+    left.set_ylabel("held-out bits per base")
+    left.set_title("every seed, and the mean with its 95 % interval over seeds", fontsize=10)
+    left.legend()
+
+    ablations = found["plan"]["ablations"]
+    shown = [
+        run
+        for run in found["runs"]
+        if run["architecture"] == ablations["architecture"] and run["seed"] in ablations["seeds"]
+    ]
+    shown.sort(key=lambda run: (run["arm"] not in arms, run["arm"]))
+    middle.plot([run["bits_per_base"] for run in shown], range(len(shown)), "o", color="tab:gray")
+    middle.set_yticks(range(len(shown)), [run["arm"] for run in shown])
+    middle.invert_yaxis()
+    middle.locator_params(axis="x", nbins=5)
+    middle.grid(axis="x", alpha=0.3)
+    middle.set_xlabel("held-out bits per base")
+    seeds = ", ".join(map(str, ablations["seeds"]))
+    middle.set_title(f"ablations, {ablations['architecture']}, seed {seeds}", fontsize=10)
+
+    for arm in arms:
+        curves = [
+            [(line["step"], line["router_load_balancing_loss"]) for line in run["log"]]
+            for run in found["runs"]
+            if run["arm"] == arm and all("router_load_balancing_loss" in line for line in run["log"])
+        ]
+        for curve in curves:
+            right.plot(*zip(*curve, strict=True), color=colours[arm], alpha=0.3, linewidth=0.8)
+        if curves:
+            steps = [step for step, _ in curves[0]]
+            means = [sum(loss for _, loss in point) / len(point) for point in zip(*curves, strict=True)]
+            right.plot(steps, means, color=colours[arm], linewidth=2, label=arm)
+            right.legend()
+    right.set_xlabel("step")
+    right.set_ylabel("load-balancing loss")
+    right.set_title("routers of the MoE runs, and their means", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -246,8 +274,13 @@ def main() -> None:
         print(f"{len(missing)} of {len(runs)} runs are missing; give --dataset to do them")
     found = report(plan, arguments.output)
     print(table(found["rows"]))
+    for arm, pooled in found["pooled"].items():
+        print(
+            f"{arm} minus memory, all architectures: {pooled['minus_memory']:+.4f} ± {pooled['half_width_95']:.4f}, "
+            f"above in {pooled['above_memory']} of {pooled['pairs']} pairs"
+        )
     if arguments.report:
-        arguments.report.write_text(json.dumps(found, indent=1) + "\n")
+        write_whole(arguments.report, json.dumps(found) + "\n")
     if arguments.figure:
         draw(found, arguments.figure)
 
