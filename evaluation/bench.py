@@ -12,7 +12,7 @@ from typing import Any
 
 from ..data_preparation.whole_output import write_whole
 from .machine import describe_machine
-from .protocols import RUNNERS, EvaluatedModel, needs_model
+from .protocols import FINE_TUNING, RUNNERS, EvaluatedModel, needs_model
 from .report import write_report
 from .suite import Suite, Task
 
@@ -95,8 +95,9 @@ def _runs(
 
 def _key(task: Task, protocol: str, model: EvaluatedModel | None, seed: int) -> str:
     """A file name that changes with anything that a result depends on."""
+    unused = {"protocols", "metric"} | (set() if protocol in FINE_TUNING else {"fine_tuning"})
     described = {
-        "task": {name: value for name, value in asdict(task).items() if name not in ("protocols", "metric")},
+        "task": {name: value for name, value in asdict(task).items() if name not in unused},
         "protocol": protocol,
         "model": None if model is None else [model.name, str(model.dtype), model.loading, _weights(model.name)],
         "seed": seed,

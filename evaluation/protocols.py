@@ -166,6 +166,9 @@ CLASSIFICATION: dict[str, Callable[..., Predictions]] = {
 }
 
 
+FINE_TUNING = ("fine-tuned", "lora")
+
+
 def run_classification(
     protocol: str, model: EvaluatedModel | None, task: ClassificationTask, data: Path, seed: int, progress: bool
 ) -> dict[str, Any]:
