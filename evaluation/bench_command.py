@@ -1,12 +1,15 @@
 """`gengram bench`: evaluates models on a suite of tasks, beside baselines."""
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .suite import read_suite
+from .suite import read_suite, with_fine_tuning
 
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +21,30 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default="*", help="shell pattern of the tasks to run")
     parser.add_argument("--protocols", help="comma-separated; by default those of the suite")
     parser.add_argument("--seeds", default="0", help="comma-separated (%(default)s)")
+    parser.add_argument(
+        "--fine-tuning",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of fine-tuning instead of the suite's, as learning_rate=3e-5 epochs=3 batch_size=16 bf16=true",
+    )
     parser.add_argument("--device", help="cpu, cuda, ...; by default the first GPU if there is one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--revision", help="of the models on the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that a model folder brings")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _values(words: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` as a dictionary; values are JSON."""
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f"--fine-tuning: expected NAME=NUMBER, true or false, got {word!r}.") from None
+    return found
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
@@ -34,7 +56,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         print(f"error: gengram bench needs {error.name}: pip install 'gengram[evaluation]'", file=sys.stderr)
         return 1
     try:
-        suite = read_suite(arguments.suite)
+        suite = with_fine_tuning(read_suite(arguments.suite), _values(arguments.fine_tuning))
         models = [
             EvaluatedModel(
                 name,

@@ -1,7 +1,6 @@
 """Fine-tuning of a whole model, or of a low-rank adapter, for one class per sequence."""
 
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,27 +17,7 @@ from transformers import (
 
 from .classifiers import HELD_OUT_SHARE, held_out
 from .labelled_data import LabelledSequences
-
-
-@dataclass(frozen=True)
-class FineTuningOptions:
-    """How a model is fine-tuned; the epoch with the smallest loss on held-out training rows is kept.
-
-    Args:
-        epochs: passes over the training rows.
-        learning_rate: the highest one, after 5 % of the steps; then it falls to 0 along a cosine.
-        batch_size: sequences of a step.
-        weight_decay: of AdamW.
-        lora_rank: of the adapters, for LoRA.
-        bf16: compute in bfloat16 where that is safe.
-    """
-
-    epochs: float = 3.0
-    learning_rate: float = 3e-4
-    batch_size: int = 32
-    weight_decay: float = 0.01
-    lora_rank: int = 8
-    bf16: bool = False
+from .suite import FineTuningOptions
 
 
 def fine_tune(

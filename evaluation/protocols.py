@@ -13,13 +13,13 @@ import torch
 from ..data_preparation.fasta import read_fasta
 from .classifiers import choose, score_of_features
 from .embeddings import POOLINGS, SequenceEncoder
-from .fine_tuning import FineTuningOptions, fine_tune
+from .fine_tuning import fine_tune
 from .labelled_data import LabelledSequences, overlap, read_labelled
 from .likelihood import bits_of_examples, digits_of, interval_of_mean
 from .markov import MarkovModel
 from .metrics import Estimate, evaluate
 from .sequence_baselines import FEATURES
-from .suite import ClassificationTask, LikelihoodTask, VariantTask
+from .suite import ClassificationTask, FineTuningOptions, LikelihoodTask, VariantTask
 from .variant_scores import Variant, score_variants
 
 _ROWS_FOR_CHOICE = 2000

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,27 @@ import yaml
 
 METRICS = ("auc", "auprc", "mcc", "accuracy")
 BUILT_IN = Path(__file__).parent / "suites"
+
+
+@dataclass(frozen=True)
+class FineTuningOptions:
+    """How a model is fine-tuned; the epoch with the smallest loss on held-out training rows is kept.
+
+    Args:
+        epochs: passes over the training rows.
+        learning_rate: the highest one, after 5 % of the steps; then it falls to 0 along a cosine.
+        batch_size: sequences of a step.
+        weight_decay: of AdamW.
+        lora_rank: of the adapters, for LoRA.
+        bf16: compute in bfloat16 where that is safe.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 3e-4
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    lora_rank: int = 8
+    bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,7 +46,7 @@ class ClassificationTask:
         protocols: names of `protocols.CLASSIFICATION`.
         classifiers: what the protocol `frozen` chooses among: logistic, mlp, xgboost.
         both_strands: embed the reverse complement too.
-        fine_tuning: options of `fine_tuning.FineTuningOptions`.
+        fine_tuning: fields of `FineTuningOptions` that differ from its defaults.
         most_train: fit on so many rows only, drawn by the seed.
     """
 
@@ -47,6 +68,10 @@ class ClassificationTask:
             raise ValueError(f"task {self.name!r}: expected exactly one of test and fold.")
         if self.metric not in METRICS:
             raise ValueError(f"task {self.name!r}: expected a metric of {METRICS}, got {self.metric!r}.")
+        known = [option.name for option in fields(FineTuningOptions)]
+        unknown = sorted(set(self.fine_tuning) - set(known))
+        if unknown:
+            raise ValueError(f"task {self.name!r}: unknown options of fine-tuning {unknown}; known are {known}.")
 
 
 @dataclass(frozen=True)
@@ -172,3 +197,16 @@ def _task(content: Any, path: Path) -> Task:
             given[name] = str(given[name])
     task: Task = kind(**given)
     return task
+
+
+def with_fine_tuning(suite: Suite, options: Mapping[str, Any]) -> Suite:
+    """The suite with some options of fine-tuning instead of its tasks' own.
+
+    Raises:
+        ValueError: if there is no such option.
+    """
+    tasks = [
+        replace(task, fine_tuning={**task.fine_tuning, **options}) if isinstance(task, ClassificationTask) else task
+        for task in suite.tasks
+    ]
+    return replace(suite, tasks=tuple(tasks))

@@ -6,6 +6,7 @@ import pytest
 
 from gengram.cli import main
 from gengram.data_preparation import SplitRule, WindowOptions, prepare_genome_dataset
+from gengram.evaluation.suite import read_suite, with_fine_tuning
 
 
 def random_sequence(generator: np.random.Generator, length: int) -> str:
@@ -96,6 +97,8 @@ def _runners():
     [
         (["--tasks", "nothing"], "no task matches 'nothing'"),
         (["--protocols", "magic"], "unknown protocols"),
+        (["--fine-tuning", "epoch=3"], "unknown options of fine-tuning ['epoch']"),
+        (["--fine-tuning", "learning_rate=high"], "expected NAME=NUMBER"),
         (["--protocols", "frozen", "--tasks", "motif"], "nothing to run"),
     ],
 )
@@ -103,6 +106,13 @@ def test_what_cannot_be_run_is_a_clear_error(words, message, data, tmp_path, cap
     common = ["bench", "--suite", str(data / "suite.yaml"), "--data", str(data), "--output", str(tmp_path), "--quiet"]
     assert main([*common, *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_options_of_fine_tuning_on_the_command_line():
+    suite = with_fine_tuning(read_suite("regulatory"), {"learning_rate": 3e-5, "bf16": True})
+    assert {task.fine_tuning["learning_rate"] for task in suite.tasks} == {3e-5}
+    assert suite.tasks[0].fine_tuning["epochs"] == read_suite("regulatory").tasks[0].fine_tuning["epochs"]
+    assert with_fine_tuning(read_suite("variants"), {"epochs": 1}) == read_suite("variants")
 
 
 @pytest.mark.slow
