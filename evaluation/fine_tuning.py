@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -94,6 +95,7 @@ def fine_tune(
             eval_dataset=tokenized(train.take(choose_rows)),
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
+            callbacks=[EarlyStoppingCallback(options.patience)],
         )
         trainer.train()
         logits = torch.as_tensor(trainer.predict(tokenized(test)).predictions[: len(test)])

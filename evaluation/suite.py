@@ -18,6 +18,7 @@ class FineTuningOptions:
 
     Args:
         epochs: passes over the training rows.
+        patience: stop after so many epochs without a smaller loss on held-out rows.
         learning_rate: the highest one, after 5 % of the steps; then it falls to 0 along a cosine.
         batch_size: sequences of a step.
         weight_decay: of AdamW.
@@ -26,6 +27,7 @@ class FineTuningOptions:
     """
 
     epochs: float = 3.0
+    patience: int = 2
     learning_rate: float = 3e-4
     batch_size: int = 32
     weight_decay: float = 0.01
