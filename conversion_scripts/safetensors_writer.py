@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -289,10 +289,7 @@ def intact_start(
             digest = WeightHash(tensor.shape, tensor.dtype)
             whole = tensor.name in tensors
             for _ in range(tensor.nbytes // tensor.slice_bytes if whole else len(slices.get(tensor.name, ()))):
-                for begin in range(0, tensor.slice_bytes, BLOCK):
-                    block = file.read(min(BLOCK, tensor.slice_bytes - begin))
-                    digest.update(memoryview(block))
-                    progress(len(block))
+                _hash_file(file, tensor.slice_bytes, digest, progress)
             if whole and digest.hexdigest() == tensors[tensor.name]:
                 start.tensors[tensor.name] = tensors[tensor.name]
                 start.nbytes += tensor.nbytes
@@ -323,13 +320,18 @@ def shard_is_intact(
             return False
         for tensor in shard:
             digest = WeightHash(tensor.shape, tensor.dtype)
-            for start in range(0, tensor.nbytes, BLOCK):
-                block = file.read(min(BLOCK, tensor.nbytes - start))
-                digest.update(memoryview(block))
-                progress(len(block))
+            _hash_file(file, tensor.nbytes, digest, progress)
             if digest.hexdigest() != digests[tensor.name]:
                 return False
     return True
+
+
+def _hash_file(file: BinaryIO, nbytes: int, digest: WeightHash, progress: Callable[[int], Any]) -> None:
+    """Adds the bytes that come next in a file."""
+    for start in range(0, nbytes, BLOCK):
+        block = file.read(min(BLOCK, nbytes - start))
+        digest.update(memoryview(block))
+        progress(len(block))
 
 
 def tensor_digest(pieces: Iterable[torch.Tensor]) -> str:

@@ -170,8 +170,7 @@ def site_scores(values: np.ndarray, kind: str, flank: int) -> tuple[np.ndarray, 
 
 def auc_with_interval(scores: np.ndarray, half: int) -> list[float]:
     """Chance that a site's score is above a decoy's, and its 95 % bootstrap interval."""
-    scaled = 1 / (1 + np.exp(-(scores - scores.mean()) / max(scores.std(), 1e-12)))  # the order is all that counts
-    found = evaluate(np.repeat([1, 0], half), np.stack([1 - scaled, scaled], 1), ("auc",))["auc"]
+    found = evaluate(np.repeat([1, 0], half), np.stack([-scores, scores], 1), ("auc",))["auc"]
     return [found.value, found.low, found.high]
 
 
