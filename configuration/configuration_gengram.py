@@ -16,6 +16,7 @@ else:  # what may be given
     _Ints = list[int] | tuple[int, ...] | None
 
 _MEMORY_POOLINGS = ("exact", "as_trained")
+SEQUENCE_POOLINGS = ("mean", "max", "last", "centre")
 
 
 @strict
@@ -58,6 +59,11 @@ class GengramConfig(PreTrainedConfig):
         is_causal (`bool`, defaults to `True`): `False` is bidirectional use: full attention, a memory window centred
             on the base and a symmetric short convolution. `GengramForMaskedLM` always works so.
         classifier_dropout (`float`, *optional*): Dropout before the token-classification head.
+        classifier_pooling (`str`, defaults to `"last"`): What the sequence-classification head reads of a sequence's
+            last hidden states: the `"last"` one, the one in the `"centre"` (the earlier of two), their `"mean"` or
+            their `"max"`. A causal model has seen the whole sequence only at the last token, but little of what lies
+            far before it decides there: `"mean"` and `"max"` suit motifs, `"centre"` suits sequences that are aligned
+            to a site.
         memory_layers (`list[int]`, *optional*): Decoder layers with a memory, counted from 0. `None` means
             `[2, 5, 9]`, as far as these layers exist; `[]` is a model without memory.
         memory_ngram_sizes (`list[int]`, *optional*, defaults to `[1, 2, 3, 4, 5, 6]`): k of the k-mers, in any order;
@@ -125,6 +131,7 @@ class GengramConfig(PreTrainedConfig):
     router_jitter_noise: float = 0.0
     is_causal: bool = True
     classifier_dropout: float | int | None = None
+    classifier_pooling: str = "last"
     memory_layers: _Ints = None
     memory_ngram_sizes: _Ints = None
     memory_embedding_dim: int = 1024
@@ -230,6 +237,10 @@ class GengramConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_tok must lie in 1..{self.num_local_experts} (num_local_experts), got "
                 f"{self.num_experts_per_tok}."
+            )
+        if self.classifier_pooling not in SEQUENCE_POOLINGS:
+            raise ValueError(
+                f"classifier_pooling must be one of {', '.join(SEQUENCE_POOLINGS)}, got {self.classifier_pooling!r}."
             )
 
     def validate_memory(self):

@@ -26,7 +26,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="options of fine-tuning instead of the suite's, as learning_rate=3e-5 epochs=3 batch_size=16 bf16=true",
+        help="options of fine-tuning instead of the suite's, as learning_rate=3e-5 epochs=3 pooling=mean bf16=true",
     )
     parser.add_argument("--device", help="cpu, cuda, ...; by default the first GPU if there is one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -36,14 +36,16 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _values(words: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` as a dictionary; values are JSON."""
+    """`NAME=VALUE` as a dictionary; values are JSON, or words."""
     found = {}
     for word in words:
-        name, _, value = word.partition("=")
+        name, separator, value = word.partition("=")
+        if not separator:
+            raise ValueError(f"--fine-tuning: expected NAME=VALUE, got {word!r}.")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
-            raise ValueError(f"--fine-tuning: expected NAME=NUMBER, true or false, got {word!r}.") from None
+            found[name] = value
     return found
 
 

@@ -8,9 +8,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration.configuration_gengram import SEQUENCE_POOLINGS
 from ..data_preparation.windows import reverse_complement
+from ..modeling_gengram.modeling_gengram import pool_hidden_states
 
-POOLINGS = ("mean", "max", "last", "centre")
 _TOKENS_PER_BATCH = 16384
 
 
@@ -64,9 +65,10 @@ class SequenceEncoder:
             ValueError: if a layer or pooling does not exist.
         """
         for layer, pooling in choices:
-            if not 0 <= layer < self.layers or pooling not in POOLINGS:
+            if not 0 <= layer < self.layers or pooling not in SEQUENCE_POOLINGS:
                 raise ValueError(
-                    f"expected a layer in 0..{self.layers - 1} and a pooling of {POOLINGS}, got {layer}, {pooling!r}."
+                    f"expected a layer in 0..{self.layers - 1} and a pooling of {SEQUENCE_POOLINGS}, got {layer}, "
+                    f"{pooling!r}."
                 )
         texts = list(sequences) + ([reverse_complement(text) for text in sequences] if both_strands else [])
         width = self.model.config.hidden_size
@@ -113,21 +115,10 @@ class SequenceEncoder:
         self, batch: dict[str, torch.Tensor], choices: Sequence[tuple[int, str]]
     ) -> dict[tuple[int, str], np.ndarray]:
         outputs = self.model(**batch, output_hidden_states=True)
-        mask = batch["attention_mask"].bool()  # (batch, length)
-        index = torch.arange(mask.shape[1], device=mask.device)
-        first = torch.where(mask, index, mask.shape[1]).min(1).values
-        last = torch.where(mask, index, -1).max(1).values
-        rows = torch.arange(len(mask), device=mask.device)
         found = {}
         for layer, pooling in choices:
             hidden = outputs.hidden_states[layer].float()  # (batch, length, hidden)
-            if pooling == "mean":
-                pooled = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-            elif pooling == "max":
-                pooled = hidden.masked_fill(~mask.unsqueeze(-1), -torch.inf).max(1).values
-            else:
-                pooled = hidden[rows, last if pooling == "last" else (first + last) // 2]
-            found[layer, pooling] = pooled.cpu().numpy()
+            found[layer, pooling] = pool_hidden_states(hidden, batch["attention_mask"], pooling).cpu().numpy()
         return found
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -16,6 +17,7 @@ from transformers import (
     set_seed,
 )
 
+from ..data_preparation.windows import reverse_complement
 from .classifiers import HELD_OUT_SHARE, held_out
 from .labelled_data import LabelledSequences
 from .suite import FineTuningOptions
@@ -27,6 +29,7 @@ def fine_tune(
     test: LabelledSequences,
     options: FineTuningOptions,
     seed: int,
+    both_strands: bool = True,
     with_lora: bool = False,
     progress: bool = True,
     **loading: Any,
@@ -38,17 +41,22 @@ def fine_tune(
         train, test: labelled sequences.
         options: see `FineTuningOptions`.
         seed: of the new head, the order of the rows and the held-out part.
+        both_strands: train on every sequence and its reverse complement, and average the predictions of both; what a
+            causal model sees before a base is then either side of it.
         with_lora: train rank-`lora_rank` adapters of all linear layers and the new head only; needs `peft`.
         progress: show bars.
         loading: further arguments of `from_pretrained`, as `revision` and `trust_remote_code`.
     """
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_name, **loading)
+    config = AutoConfig.from_pretrained(model_name, num_labels=len(train.classes), **loading)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.model_type == "gengram":
+        config.classifier_pooling = options.pooling or config.classifier_pooling
     model = AutoModelForSequenceClassification.from_pretrained(
-        model_name, num_labels=len(train.classes), dtype=torch.float32, **loading
+        model_name, config=config, dtype=torch.float32, **loading
     )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
     if with_lora:
         from peft import LoraConfig, TaskType, get_peft_model
 
@@ -59,13 +67,17 @@ def fine_tune(
             target_modules="all-linear",
         )
         model = get_peft_model(model, adapters)
-    context = min(getattr(model.config, "max_position_embeddings", 10**9), tokenizer.model_max_length)
+    context = min(getattr(config, "max_position_embeddings", 10**9), tokenizer.model_max_length)
     fit_rows, choose_rows = held_out(train.labels, train.groups, seed, HELD_OUT_SHARE / 2)
 
+    strands = 2 if both_strands else 1
+
     def tokenized(rows: LabelledSequences) -> Dataset:
-        encoded = tokenizer(rows.sequences, truncation=True, max_length=context)
+        """Rows as they are, then their reverse complements."""
+        sequences = rows.sequences + [reverse_complement(text) for text in rows.sequences if both_strands]
+        encoded = tokenizer(sequences, truncation=True, max_length=context)
         columns = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
-        return Dataset.from_dict({**columns, "labels": rows.labels.tolist()})
+        return Dataset.from_dict({**columns, "labels": rows.labels.tolist() * strands})
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -98,12 +110,15 @@ def fine_tune(
             callbacks=[EarlyStoppingCallback(options.patience)],
         )
         trainer.train()
-        logits = torch.as_tensor(trainer.predict(tokenized(test)).predictions[: len(test)])
+        predicted = trainer.predict(tokenized(test)).predictions
         best = trainer.state.best_metric
+    logits = torch.as_tensor(predicted[0] if isinstance(predicted, tuple) else predicted)  # some models return more
+    logits = logits.double().unflatten(0, (strands, len(test))).mean(0)
     longest = max(map(len, train.sequences + test.sequences))
     details = {
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "best_held_out_loss": best,
         "truncated_to": context if longest > context else None,
+        "pooling": getattr(config, "classifier_pooling", None),
     }
-    return logits.double().softmax(-1).numpy(), details
+    return logits.softmax(-1).numpy(), details

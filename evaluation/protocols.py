@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..configuration.configuration_gengram import SEQUENCE_POOLINGS
 from ..data_preparation.fasta import read_fasta
 from .classifiers import choose, score_of_features
-from .embeddings import POOLINGS, SequenceEncoder
+from .embeddings import SequenceEncoder
 from .fine_tuning import fine_tune
 from .labelled_data import LabelledSequences, overlap, read_labelled
 from .likelihood import bits_of_examples, digits_of, interval_of_mean
@@ -82,7 +83,7 @@ def frozen(
 ) -> Predictions:
     """The paper's protocol: layer, pooling and classifier chosen on the training rows, then fitted on all of them."""
     rows = train.sample(_ROWS_FOR_CHOICE, seed)
-    choices = [(layer, pooling) for layer in range(model.encoder.layers) for pooling in POOLINGS]
+    choices = [(layer, pooling) for layer in range(model.encoder.layers) for pooling in SEQUENCE_POOLINGS]
     found = model.embed(rows.sequences, choices, task.both_strands, progress)
     scores = {choice: score_of_features(vectors, rows.labels, seed, rows.groups) for choice, vectors in found.items()}
     best = max(scores, key=lambda choice: scores[choice])
@@ -130,9 +131,9 @@ def full_fine_tuning(
     """All weights, or low-rank adapters of all linear layers, through `Trainer`."""
     options = FineTuningOptions(**task.fine_tuning)
     probabilities, details = fine_tune(
-        model.name, train, test, options, seed, with_lora=with_lora, progress=progress, **model.loading
+        model.name, train, test, options, seed, task.both_strands, with_lora, progress, **model.loading
     )
-    return probabilities, {**asdict(options), **details}
+    return probabilities, {**asdict(options), **details}  # details know better which pooling was used
 
 
 def sequence_baseline(

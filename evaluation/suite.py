@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from ..configuration.configuration_gengram import SEQUENCE_POOLINGS
+
 METRICS = ("auc", "auprc", "mcc", "accuracy")
 BUILT_IN = Path(__file__).parent / "suites"
 
@@ -23,6 +25,8 @@ class FineTuningOptions:
         batch_size: sequences of a step.
         weight_decay: of AdamW.
         lora_rank: of the adapters, for LoRA.
+        pooling: what a Gengram model's head reads, see `GengramConfig.classifier_pooling`; by default what the model's
+            configuration says. Heads of other models stay as they are.
         bf16: compute in bfloat16 where that is safe.
     """
 
@@ -33,6 +37,19 @@ class FineTuningOptions:
     weight_decay: float = 0.01
     lora_rank: int = 8
     bf16: bool = False
+    pooling: str | None = None
+
+    def __post_init__(self):
+        for option in fields(self):
+            value, default = getattr(self, option.name), option.default
+            if default is None:
+                continue
+            kind = type(default)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                hint = " (YAML reads 3e-4 as a word, 3.0e-4 as a number)" if isinstance(value, str) else ""
+                raise ValueError(f"fine-tuning: {option.name} must be of type {kind.__name__}, got {value!r}{hint}.")
+        if self.pooling is not None and self.pooling not in SEQUENCE_POOLINGS:
+            raise ValueError(f"fine-tuning: expected a pooling of {SEQUENCE_POOLINGS}, got {self.pooling!r}.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,8 @@ class ClassificationTask:
         metric: the one that tables and plots show; all are reported.
         protocols: names of `protocols.CLASSIFICATION`.
         classifiers: what the protocol `frozen` chooses among: logistic, mlp, xgboost.
-        both_strands: embed the reverse complement too.
+        both_strands: read the reverse complement too: embeddings of both strands stand side by side; fine-tuning
+            trains on both, and averages its predictions over them.
         fine_tuning: fields of `FineTuningOptions` that differ from its defaults.
         most_train: fit on so many rows only, drawn by the seed.
     """
@@ -74,6 +92,7 @@ class ClassificationTask:
         unknown = sorted(set(self.fine_tuning) - set(known))
         if unknown:
             raise ValueError(f"task {self.name!r}: unknown options of fine-tuning {unknown}; known are {known}.")
+        FineTuningOptions(**self.fine_tuning)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,12 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
@@ -33,7 +38,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_gengram import GengramConfig
+from ..configuration.configuration_gengram import SEQUENCE_POOLINGS, GengramConfig
 from ..operators.folded_memory import FoldedTables, fold_tables, folded_key_value
 from ..operators.memory_operators import folded_memory, gated_memory, letter_codes, ngram_rows_and_runs
 from ..operators.memory_operators import window_features as window_features_operator
@@ -1104,12 +1109,41 @@ class GengramForMaskedLM(_LanguageModelLoss, GengramPreTrainedModel):
         )
 
 
+def pool_hidden_states(hidden_states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """One vector per sequence: (batch, length, hidden) -> (batch, hidden).
+
+    Args:
+        hidden_states: (batch, length, hidden).
+        mask: (batch, length), true (or 1) where a token belongs to the sequence, padding on either side false.
+        pooling: the `"last"` token, the one in the `"centre"` (the earlier of two), or the `"mean"` or `"max"` of all.
+
+    Raises:
+        ValueError: if the pooling is not known.
+    """
+    mask = mask.to(device=hidden_states.device, dtype=torch.bool)
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(hidden_states.dtype)
+        return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    if pooling == "max":
+        return hidden_states.masked_fill(~mask.unsqueeze(-1), torch.finfo(hidden_states.dtype).min).amax(1)
+    if pooling not in SEQUENCE_POOLINGS:
+        raise ValueError(f"expected a pooling of {SEQUENCE_POOLINGS}, got {pooling!r}.")
+    index = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, index, -1).amax(1)
+    first = torch.where(mask, index, mask.shape[1]).amin(1)
+    chosen = last if pooling == "last" else (first + last) // 2
+    return hidden_states[torch.arange(len(mask), device=mask.device), chosen]
+
+
 # The library's classification heads would build their backbone with AutoModel, which asks for `trust_remote_code` a
 # second time in remote code; so they are initialised here and only their `forward` is used.
 
 
 class GengramForSequenceClassification(GenericForSequenceClassification, GengramPreTrainedModel):
-    """Gengram with a linear head on the last token of each sequence: logits (batch, num_labels)."""
+    """Gengram with a linear head on one vector per sequence: logits (batch, num_labels).
+
+    The vector is the hidden state of the last token, or what `config.classifier_pooling` says.
+    """
 
     def __init__(self, config: GengramConfig):
         GengramPreTrainedModel.__init__(self, config)
@@ -1117,6 +1151,58 @@ class GengramForSequenceClassification(GenericForSequenceClassification, Gengram
         self.model = GengramModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits of each sequence's classes, and the loss if labels are given; other arguments as in `GengramModel`.
+
+        Args:
+            attention_mask: (batch, length), 0 for padding; by default no `config.pad_token_id` is pooled.
+            labels: (batch,) classes or, for regression, numbers; (batch, num_labels) for several of either.
+
+        Raises:
+            ValueError: if `classifier_pooling` is not `"last"` and the mask is not (batch, length).
+        """
+        if self.config.classifier_pooling == "last":
+            return super().forward(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                **kwargs,
+            )
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f'classifier_pooling="{self.config.classifier_pooling}" needs an attention_mask of (batch, length), '
+                f"got {tuple(attention_mask.shape)}."
+            )
+        kwargs["use_cache"] = False
+        outputs: GengramModelOutput = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        hidden_states: Any = outputs.last_hidden_state
+        if attention_mask is not None:
+            mask = attention_mask
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            mask = input_ids != self.config.pad_token_id
+        else:
+            mask = hidden_states.new_ones(hidden_states.shape[:2])
+        logits = self.score(pool_hidden_states(hidden_states, mask, self.config.classifier_pooling))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class GengramForTokenClassification(GenericForTokenClassification, GengramPreTrainedModel):

@@ -10,8 +10,9 @@ on these rows is kept. Any model of the Hub works whose tokenizer reads DNA, and
 `--lora` trains low-rank adapters of all linear layers and the new head instead of all weights; with `--lora_memory`
 Gengram's memory is trained whole beside them, with `--lora_experts` its experts get adapters too.
 
-The head reads the last token, which sees the whole sequence also in a causal model; `--bidirectional` lets every base
-see both sides, which a model that was trained causally has to learn from the labels.
+Gengram's head reads the last token, which alone sees the whole sequence in a causal model, or with `--pooling` the
+`mean` or `max` of all tokens, or the `centre` of sequences that are aligned to a site. `--bidirectional` lets every
+base see both sides, which a model that was trained causally has to learn from the labels.
 
 Left in the output folder: the model (adapters merged into it, and by themselves in `adapter/`), `metrics.json` and
 `predictions.parquet` of the test rows.
@@ -53,6 +54,7 @@ class ModelArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run the code that the model carries"})
     dtype: str = field(default="float32", metadata={"help": "of the weights; bfloat16 for LoRA of large models"})
     bidirectional: bool = field(default=False, metadata={"help": "bases see both sides (is_causal=False)"})
+    pooling: str | None = field(default=None, metadata={"help": "of Gengram's head: last, mean, max or centre"})
     lora: bool = field(default=False, metadata={"help": "train low-rank adapters and the head only; needs peft"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapters"})
     lora_memory: bool = field(default=False, metadata={"help": "with --lora: train Gengram's memory whole"})
@@ -83,6 +85,10 @@ def load_model(arguments: ModelArguments, classes: list[str]) -> tuple[PreTraine
         if not hasattr(config, "is_causal"):
             raise ValueError(f"--bidirectional sets is_causal, which a {config.model_type} model does not have.")
         config.is_causal = False
+    if arguments.pooling is not None:
+        if config.model_type != "gengram":
+            raise ValueError(f"--pooling is for Gengram's head, which a {config.model_type} model does not have.")
+        config.classifier_pooling = arguments.pooling
     model = AutoModelForSequenceClassification.from_pretrained(
         arguments.model, config=config, dtype=arguments.dtype, **loading
     )

@@ -11,8 +11,9 @@ option (`--learning_rate`, `--bf16`, `--num_train_epochs`, ...).
 The model learns targets of mean 0 and standard deviation 1; the mean and deviation of the training rows are in its
 configuration: prediction = logit * config.target_deviation + config.target_mean.
 
-The head reads the last token, which sees the whole sequence also in a causal model; `--bidirectional` lets every base
-see both sides, which a model that was trained causally has to learn from the targets.
+Gengram's head reads the last token, which alone sees the whole sequence in a causal model, or with `--pooling` the
+`mean` or `max` of all tokens, or the `centre` of sequences that are aligned to a site. `--bidirectional` lets every
+base see both sides, which a model that was trained causally has to learn from the targets.
 
 Left in the output folder: the model, `metrics.json` and `predictions.parquet` of the test rows.
 """
@@ -48,6 +49,7 @@ class ModelArguments:
     revision: str | None = field(default=None, metadata={"help": "of the model on the Hub"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run the code that the model carries"})
     bidirectional: bool = field(default=False, metadata={"help": "bases see both sides (is_causal=False)"})
+    pooling: str | None = field(default=None, metadata={"help": "of Gengram's head: last, mean, max or centre"})
 
 
 @dataclass
@@ -109,6 +111,10 @@ def load_model(
         if not hasattr(config, "is_causal"):
             raise ValueError(f"--bidirectional sets is_causal, which a {config.model_type} model does not have.")
         config.is_causal = False
+    if arguments.pooling is not None:
+        if config.model_type != "gengram":
+            raise ValueError(f"--pooling is for Gengram's head, which a {config.model_type} model does not have.")
+        config.classifier_pooling = arguments.pooling
     model = AutoModelForSequenceClassification.from_pretrained(
         arguments.model, config=config, dtype="float32", **loading
     )

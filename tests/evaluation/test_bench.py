@@ -98,7 +98,9 @@ def _runners():
         (["--tasks", "nothing"], "no task matches 'nothing'"),
         (["--protocols", "magic"], "unknown protocols"),
         (["--fine-tuning", "epoch=3"], "unknown options of fine-tuning ['epoch']"),
-        (["--fine-tuning", "learning_rate=high"], "expected NAME=NUMBER"),
+        (["--fine-tuning", "epochs"], "expected NAME=VALUE, got 'epochs'"),
+        (["--fine-tuning", "pooling=middle"], "expected a pooling of"),
+        (["--fine-tuning", "learning_rate=high"], "learning_rate must be of type float, got 'high'"),
         (["--protocols", "frozen", "--tasks", "motif"], "nothing to run"),
     ],
 )
@@ -116,14 +118,15 @@ def test_options_of_fine_tuning_on_the_command_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["fine-tuned", "lora"])
-def test_fine_tuning_learns_a_motif(protocol, data, tiny_folder, tmp_path):
+@pytest.mark.parametrize("protocol, pooling", [("fine-tuned", "last"), ("fine-tuned", "max"), ("lora", "mean")])
+def test_fine_tuning_learns_a_motif(protocol, pooling, data, tiny_folder, tmp_path):
     suite = tmp_path / "suite.yaml"
     suite.write_text(
         "tasks: [{name: motif, train: train.csv, test: test.csv, metric: auc, "
-        "fine_tuning: {epochs: 15, learning_rate: 0.003, batch_size: 8, lora_rank: 4}}]"
+        f"fine_tuning: {{epochs: 10, learning_rate: 0.003, batch_size: 8, lora_rank: 4, pooling: {pooling}}}}}]"
     )
     words = ["bench", str(tiny_folder), "--suite", str(suite), "--data", str(data), "--quiet"]
     assert main([*words, "--output", str(tmp_path / "out"), "--protocols", protocol]) == 0
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["metrics"]["auc"]["value"] > 0.8
+    assert result["details"]["pooling"] == pooling

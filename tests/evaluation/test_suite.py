@@ -32,6 +32,12 @@ def test_a_suite_of_a_file(tmp_path):
         ("tasks: [{name: a, test: x}]\n", "'a' lacks train"),
         ("tasks: [{name: a, train: x, test: y, protocol: [z]}]\n", "did you mean 'protocols'"),
         ("tasks: [{name: a, train: x, test: y, metric: f1}]\n", "expected a metric of"),
+        ("tasks: [{name: a, train: x, test: y, fine_tuning: {learning_rate: 3e-4}}]\n", "YAML reads 3e-4 as a word"),
+        (
+            "tasks: [{name: a, train: x, test: y, fine_tuning: {batch_size: 8.0}}]\n",
+            "batch_size must be of type int",
+        ),
+        ("tasks: [{name: a, train: x, test: y, fine_tuning: {bf16: 1}}]\n", "bf16 must be of type bool, got 1"),
         ("tasks: [{name: a, kind: other}]\n", "expected a task with a kind of"),
         ("tasks: [{name: a, train: x, test: y}, {name: a, train: x, test: y}]\n", "same name"),
     ],

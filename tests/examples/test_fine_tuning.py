@@ -199,15 +199,21 @@ def test_regression_tables_that_cannot_be_read(tmp_path):
         regress.read_table(str(tmp_path / "t.tsv"), arguments)
 
 
-def test_bidirectional_is_for_models_that_have_it(tmp_path, model):
-    arguments = classify.ModelArguments(model=str(model), bidirectional=True)
-    assert classify.load_model(arguments, ["a", "b"])[0].config.is_causal is False
+def test_bidirectional_and_pooling_are_for_models_that_have_them(tmp_path, model):
+    arguments = classify.ModelArguments(model=str(model), bidirectional=True, pooling="centre")
+    config = classify.load_model(arguments, ["a", "b"])[0].config
+    assert config.is_causal is False and config.classifier_pooling == "centre"
+    arguments = regress.ModelArguments(model=str(model), pooling="max")
+    assert regress.load_model(arguments, 0.0, 1.0)[0].config.classifier_pooling == "max"
     config = BertConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     for script, rest in ((classify, (["a", "b"],)), (label_bases, (CLASSES,)), (regress, (0.0, 1.0))):
         with pytest.raises(ValueError, match="which a bert model does not have"):
             script.load_model(script.ModelArguments(model=str(tmp_path), bidirectional=True), *rest)
+    for script, rest in ((classify, (["a", "b"],)), (regress, (0.0, 1.0))):
+        with pytest.raises(ValueError, match="which a bert model does not have"):
+            script.load_model(script.ModelArguments(model=str(tmp_path), pooling="mean"), *rest)
 
 
 # As a user runs them

@@ -117,6 +117,44 @@ def test_ragged_batch_equals_one_by_one(head, side, pad_token, variant):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pooling", ["last", "centre", "mean", "max"])
+def test_sequence_classification_reads_what_its_pooling_says(pooling, is_causal, side):
+    model = tiny_model(GengramForSequenceClassification, classifier_pooling=pooling, is_causal=is_causal, num_labels=3)
+    rows = [random_ids(1, length, seed=length)[0] for length in (31, 6, 18, 1)]
+    expected = []
+    for row in rows:
+        hidden = model.model(row[None]).last_hidden_state[0].double()
+        vector = {
+            "last": hidden[-1],
+            "centre": hidden[(len(row) - 1) // 2],
+            "mean": sum(hidden) / len(row),
+            "max": torch.stack([max(column) for column in hidden.T]),
+        }[pooling]
+        expected.append(model.score.weight.double() @ vector)
+    ids, mask = pad(rows, side)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    labels = torch.tensor([0, 2, 1, 1])
+    found = model(ids, attention_mask=mask, position_ids=positions, labels=labels)
+    torch.testing.assert_close(found.logits.double(), torch.stack(expected), **FP32)
+    loss = torch.stack([-row.log_softmax(0)[label] for row, label in zip(expected, labels, strict=True)]).mean()
+    torch.testing.assert_close(found.loss.double(), loss, **FP32)
+    if side == "right" and is_causal:  # what is padding is known from the ids too
+        torch.testing.assert_close(model(ids).logits, found.logits, **FP32)
+    (alone,) = model(inputs_embeds=model.model.embed_tokens(rows[0][None]), return_dict=False)[:1]
+    assert alone.shape == (1, 3)
+
+
+def test_a_pooling_that_is_not_known_or_cannot_be_done_is_an_error():
+    with pytest.raises(ValueError, match=r"classifier_pooling must be one of mean, max, last, centre, got 'middle'"):
+        tiny_config(classifier_pooling="middle")
+    model = tiny_model(GengramForSequenceClassification, classifier_pooling="mean")
+    with pytest.raises(ValueError, match=r"needs an attention_mask of \(batch, length\), got \(1, 1, 5, 5\)"):
+        model(random_ids(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
+
+
+@torch.no_grad()
 def test_left_padding_without_position_ids_does_not_reach_the_memory():
     model = tiny_model(GengramForCausalLM)
     row = random_ids(1, 20)[0]
