@@ -14,6 +14,7 @@ import torch
 from memory_setup import machine, write_results
 
 from gengram import GengramConfig, memory_path
+from gengram.evaluation.figures import write_figure
 from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
 from gengram.operators.motif_memory import letter_codes, plan_ngrams
 from gengram.operators.native import status
@@ -59,8 +60,7 @@ def draw(rows: dict[str, list[float]], path: Path) -> None:
     axes.set(xlabel="position (bases)", ylabel="relative error of the memory's residual")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    write_figure(path, figure)
 
 
 def main() -> None:

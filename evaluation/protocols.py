@@ -233,10 +233,11 @@ VARIANTS: dict[str, Callable[..., np.ndarray]] = {"zero-shot": zero_shot, "basel
 def run_variants(
     protocol: str, model: EvaluatedModel | None, task: VariantTask, data: Path, seed: int, progress: bool
 ) -> dict[str, Any]:
-    """Rank variants by one protocol; the area under the curve is that of the positive class."""
+    """Rank variants by one protocol; areas under the curve are those of the positive class."""
     path = data / task.variants
     table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={task.label: str})
     needed = [task.position, task.reference, task.alternative, task.label]
+    needed += [task.stratum] if task.stratum is not None else []
     missing = [name for name in needed if name not in table.columns]
     if missing:
         raise ValueError(f"{path}: expected the columns {needed}, got {list(table.columns)}.")
@@ -251,11 +252,27 @@ def run_variants(
     if not 0 < labels.sum() < len(labels):
         raise ValueError(f"{path}: expected some rows with {task.label} = {task.positive!r} and some without.")
     scores = VARIANTS[protocol](model, task, sequence, variants, progress=progress)
-    ranks = pd.Series(scores).rank().to_numpy() / len(scores)  # any increasing function gives the same areas
-    found = evaluate(labels, np.stack([1 - ranks, ranks], axis=1), ("auc", "auprc"))
+
+    def areas(rows: np.ndarray) -> dict[str, Any]:
+        found = evaluate(labels[rows], np.stack([-scores[rows], scores[rows]], axis=1), ("auc", "auprc"))
+        return {name: asdict(estimate) for name, estimate in found.items()}
+
+    details: dict[str, Any] = {"flank": task.flank, "positive_share": float(labels.mean())}
+    if task.stratum is not None:
+        kinds = table[task.stratum].astype(str).to_numpy()
+        details["strata"] = {
+            kind: {
+                "rows": int(rows.sum()),
+                "positives": int(labels[rows].sum()),
+                "mean_score": float(scores[rows].mean()),
+                **(areas(rows) if 0 < labels[rows].sum() < rows.sum() else {}),
+            }
+            for kind in np.unique(kinds)
+            for rows in [kinds == kind]
+        }
     return {
-        "metrics": {name: asdict(estimate) for name, estimate in found.items()},
-        "details": {"flank": task.flank, "positive_share": float(labels.mean())},
+        "metrics": areas(np.ones(len(labels), dtype=bool)),
+        "details": details,
         "train_rows": 0,
         "test_rows": len(labels),
     }

@@ -1,6 +1,5 @@
 """Results as Parquet, JSON, a Markdown table and a plot."""
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..data_preparation.whole_output import write_whole
+from .figures import write_figure
 from .suite import Suite
 
 
@@ -110,10 +110,7 @@ def plot(suite: Suite, results: Sequence[dict[str, Any]], path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].invert_yaxis()
     figure.tight_layout()
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix.removeprefix("."))
-    plt.close(figure)
-    write_whole(path, content.getvalue())
+    write_figure(path, figure)
 
 
 def write_report(suite: Suite, results: Sequence[dict[str, Any]], output: Path) -> None:

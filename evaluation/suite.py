@@ -108,6 +108,8 @@ class VariantTask:
         position, reference, alternative, label: columns.
         positive: the value of `label` that a low likelihood should mean.
         negative: the value it is compared with; by default all others.
+        stratum: column of what kind of variant each is; areas under the curve are reported within each kind too,
+            because a score may tell the kinds apart rather than the variants.
         flank: bases of context on either side.
         metric, protocols: as for `ClassificationTask`; protocols of `protocols.VARIANTS`.
     """
@@ -122,6 +124,7 @@ class VariantTask:
     label: str = "label"
     positive: str = "1"
     negative: str | None = None
+    stratum: str | None = None
     flank: int = 256
     metric: str = "auc"
     protocols: tuple[str, ...] = ("zero-shot", "baseline-transversion")

@@ -25,6 +25,7 @@ from gengram.data_preparation.annotation import Transcript, read_transcripts
 from gengram.data_preparation.fasta import read_fasta
 from gengram.data_preparation.whole_output import whole_folder
 from gengram.data_preparation.windows import reverse_complement
+from gengram.evaluation.figures import write_figure
 from gengram.evaluation.machine import describe_machine
 from gengram.evaluation.metrics import evaluate
 
@@ -247,7 +248,7 @@ def draw(results: dict[str, Any], flank: int, path: Path) -> None:
         axes[0, column].set_title(f"{kind}s ({MOTIFS[kind]}), {found['pairs']} and as many decoys")
         axes[-1, column].set_xlabel(f"bases from the first of {MOTIFS[kind]}, in the direction of transcription")
     axes[0, 0].legend()
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import torch
 
 from gengram import GengramConfig, GengramForCausalLM
 from gengram.data_preparation.whole_output import write_whole
+from gengram.evaluation.figures import write_figure
 
 HERE = Path(__file__).parent
 AS_MEMORY = "as many parameters as memory"
@@ -244,8 +245,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     right.set_xlabel("step")
     right.set_ylabel("load-balancing loss")
     right.set_title("routers of the MoE runs, and their means", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    write_figure(path, figure)
 
 
 def main() -> None:

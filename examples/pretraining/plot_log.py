@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from gengram.evaluation.figures import write_figure
+
 
 def read_stages(paths: list[Path]) -> tuple[list[tuple[int, float]], list[tuple[int, float]], list[int]]:
     """(tokens seen, bits per base) of training and of validation, and the tokens seen at the end of each stage."""
@@ -51,8 +53,7 @@ def main() -> None:
     axis.set_xlabel("tokens seen")
     axis.set_ylabel("bits per base")
     axis.legend()
-    arguments.figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.figure)
+    write_figure(arguments.figure, figure)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,12 @@ def data(tmp_path_factory):
     genome = random_sequence(generator, 200)
     (folder / "genome.fa").write_text(f">g\n{genome}\n")
     variants = [
-        (i + 101, genome[i], "ACGT"["ACGT".index(genome[i]) ^ (1 + i // 10 % 3)], i // 10 % 2)
+        (i + 101, genome[i], "ACGT"["ACGT".index(genome[i]) ^ (1 + i // 10 % 3)], i // 10 % 2, ["far", "near"][i < 90])
         for i in range(0, 200, 10)
     ]
-    pd.DataFrame(variants, columns=["pos", "ref", "alt", "label"]).to_csv(folder / "variants.csv", index=False)
+    variants.append((200, genome[99], "ACGT".replace(genome[99], "")[0], 1, "alone"))
+    columns = ["pos", "ref", "alt", "label", "where"]
+    pd.DataFrame(variants, columns=columns).to_csv(folder / "variants.csv", index=False)
     (folder / "repeats.fa").write_text("".join(f">{name}\n{'ACGTTGCA' * 40}\n" for name in ("a", "b", "c")))
     rules = [SplitRule("*:a", "train"), SplitRule("*:b", "validation"), SplitRule("*:c", "test")]
     prepare_genome_dataset([folder / "repeats.fa"], folder / "prepared", WindowOptions(40), rules, progress=False)
@@ -43,7 +45,7 @@ tasks:
 - {name: motif, train: train.csv, test: test.csv, metric: auc, protocols: [frozen, baseline-positional, baseline-kmer],
    classifiers: [logistic]}
 - {name: folds, train: folds.csv, fold: fold, protocols: [linear]}
-- {name: effects, kind: variants, variants: variants.csv, fasta: genome.fa, first_base: 101, flank: 12}
+- {name: effects, kind: variants, variants: variants.csv, fasta: genome.fa, first_base: 101, flank: 12, stratum: where}
 - {name: repeats, kind: likelihood, dataset: prepared}
 """
     )
@@ -73,6 +75,17 @@ def test_a_suite_of_every_kind_and_what_it_leaves(data, tiny_folder, tmp_path, c
     assert results["folds", "linear"]["test_rows"] == 120
     assert results["repeats", "baseline-markov-5"]["metrics"]["bits_per_base"]["value"] < 0.2
     assert results["repeats", "likelihood"]["metrics"]["bits_per_base"]["value"] > 1
+    strata = results["effects", "baseline-transversion"]["details"]["strata"]
+    assert {kind: found["rows"] for kind, found in strata.items()} == {"alone": 1, "far": 11, "near": 9}
+    assert strata["alone"]["positives"] == 1 and "auc" not in strata["alone"]
+    variants = pd.read_csv(data / "variants.csv").query("where == 'far'")
+    crossed = [(a in "AG") != (b in "AG") for a, b in zip(variants["ref"], variants["alt"], strict=True)]
+    pairs = [
+        (crossed[i] > crossed[j]) + 0.5 * (crossed[i] == crossed[j])
+        for i in np.flatnonzero(variants["label"] == 1)
+        for j in np.flatnonzero(variants["label"] == 0)
+    ]
+    assert strata["far"]["auc"]["value"] == pytest.approx(np.mean(pairs))
     assert "4 of 44 test rows also stand in the training rows" in report
     table = pd.read_parquet(tmp_path / "results.parquet")
     assert len(table) == 4 * 4 + 2 * 2 + 3
