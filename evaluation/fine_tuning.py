@@ -29,7 +29,6 @@ def fine_tune(
     test: LabelledSequences,
     options: FineTuningOptions,
     seed: int,
-    both_strands: bool = True,
     with_lora: bool = False,
     progress: bool = True,
     **loading: Any,
@@ -41,8 +40,6 @@ def fine_tune(
         train, test: labelled sequences.
         options: see `FineTuningOptions`.
         seed: of the new head, the order of the rows and the held-out part.
-        both_strands: train on every sequence and its reverse complement, and average the predictions of both; what a
-            causal model sees before a base is then either side of it.
         with_lora: train rank-`lora_rank` adapters of all linear layers and the new head only; needs `peft`.
         progress: show bars.
         loading: further arguments of `from_pretrained`, as `revision` and `trust_remote_code`.
@@ -52,8 +49,10 @@ def fine_tune(
     config = AutoConfig.from_pretrained(model_name, num_labels=len(train.classes), **loading)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
-    if config.model_type == "gengram":
+    is_gengram = config.model_type == "gengram"
+    if is_gengram:
         config.classifier_pooling = options.pooling or config.classifier_pooling
+        config.is_causal = config.is_causal and not options.bidirectional
     model = AutoModelForSequenceClassification.from_pretrained(
         model_name, config=config, dtype=torch.float32, **loading
     )
@@ -69,12 +68,11 @@ def fine_tune(
         model = get_peft_model(model, adapters)
     context = min(getattr(config, "max_position_embeddings", 10**9), tokenizer.model_max_length)
     fit_rows, choose_rows = held_out(train.labels, train.groups, seed, HELD_OUT_SHARE / 2)
-
-    strands = 2 if both_strands else 1
+    strands = 2 if options.both_strands else 1
 
     def tokenized(rows: LabelledSequences) -> Dataset:
         """Rows as they are, then their reverse complements."""
-        sequences = rows.sequences + [reverse_complement(text) for text in rows.sequences if both_strands]
+        sequences = rows.sequences + [reverse_complement(text) for text in rows.sequences if strands == 2]
         encoded = tokenizer(sequences, truncation=True, max_length=context)
         columns = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
         return Dataset.from_dict({**columns, "labels": rows.labels.tolist() * strands})
@@ -92,6 +90,7 @@ def fine_tune(
                 lr_scheduler_type="cosine",
                 warmup_steps=0.05,
                 bf16=options.bf16,
+                label_smoothing_factor=options.label_smoothing,
                 eval_strategy="epoch",
                 save_strategy="epoch",
                 save_total_limit=1,
@@ -119,6 +118,7 @@ def fine_tune(
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "best_held_out_loss": best,
         "truncated_to": context if longest > context else None,
-        "pooling": getattr(config, "classifier_pooling", None),
+        "pooling": config.classifier_pooling if is_gengram else None,
+        "bidirectional": not config.is_causal if is_gengram else None,
     }
     return logits.softmax(-1).numpy(), details

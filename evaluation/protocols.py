@@ -131,7 +131,7 @@ def full_fine_tuning(
     """All weights, or low-rank adapters of all linear layers, through `Trainer`."""
     options = FineTuningOptions(**task.fine_tuning)
     probabilities, details = fine_tune(
-        model.name, train, test, options, seed, task.both_strands, with_lora, progress, **model.loading
+        model.name, train, test, options, seed, with_lora=with_lora, progress=progress, **model.loading
     )
     return probabilities, {**asdict(options), **details}  # details know better which pooling was used
 

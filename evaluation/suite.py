@@ -25,8 +25,12 @@ class FineTuningOptions:
         batch_size: sequences of a step.
         weight_decay: of AdamW.
         lora_rank: of the adapters, for LoRA.
+        label_smoothing: share of the probability that is spread over all classes, in training and on held-out rows.
+        both_strands: train on every sequence and its reverse complement, and average the predictions of both.
         pooling: what a Gengram model's head reads, see `GengramConfig.classifier_pooling`; by default what the model's
             configuration says. Heads of other models stay as they are.
+        bidirectional: let the bases of a causal Gengram model see both sides (`is_causal=False`), which it has to
+            learn from the training rows.
         bf16: compute in bfloat16 where that is safe.
     """
 
@@ -37,7 +41,10 @@ class FineTuningOptions:
     weight_decay: float = 0.01
     lora_rank: int = 8
     bf16: bool = False
+    label_smoothing: float = 0.0
+    both_strands: bool = True
     pooling: str | None = None
+    bidirectional: bool = False
 
     def __post_init__(self):
         for option in fields(self):
@@ -64,8 +71,7 @@ class ClassificationTask:
         metric: the one that tables and plots show; all are reported.
         protocols: names of `protocols.CLASSIFICATION`.
         classifiers: what the protocol `frozen` chooses among: logistic, mlp, xgboost.
-        both_strands: read the reverse complement too: embeddings of both strands stand side by side; fine-tuning
-            trains on both, and averages its predictions over them.
+        both_strands: embed the reverse complement too.
         fine_tuning: fields of `FineTuningOptions` that differ from its defaults.
         most_train: fit on so many rows only, drawn by the seed.
     """

@@ -131,15 +131,19 @@ def test_options_of_fine_tuning_on_the_command_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol, pooling", [("fine-tuned", "last"), ("fine-tuned", "max"), ("lora", "mean")])
-def test_fine_tuning_learns_a_motif(protocol, pooling, data, tiny_folder, tmp_path):
+@pytest.mark.parametrize(
+    "protocol, pooling, bidirectional",
+    [("fine-tuned", "last", False), ("fine-tuned", "max", True), ("lora", "mean", False)],
+)
+def test_fine_tuning_learns_a_motif(protocol, pooling, bidirectional, data, tiny_folder, tmp_path):
     suite = tmp_path / "suite.yaml"
     suite.write_text(
         "tasks: [{name: motif, train: train.csv, test: test.csv, metric: auc, "
-        f"fine_tuning: {{epochs: 10, learning_rate: 0.003, batch_size: 8, lora_rank: 4, pooling: {pooling}}}}}]"
+        f"fine_tuning: {{epochs: 10, learning_rate: 0.003, batch_size: 8, lora_rank: 4, "
+        f"pooling: {pooling}, bidirectional: {str(bidirectional).lower()}, label_smoothing: 0.1}}}}]"
     )
     words = ["bench", str(tiny_folder), "--suite", str(suite), "--data", str(data), "--quiet"]
     assert main([*words, "--output", str(tmp_path / "out"), "--protocols", protocol]) == 0
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["metrics"]["auc"]["value"] > 0.8
-    assert result["details"]["pooling"] == pooling
+    assert (result["details"]["pooling"], result["details"]["bidirectional"]) == (pooling, bidirectional)
