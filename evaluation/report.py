@@ -80,6 +80,16 @@ def markdown(suite: Suite, results: Sequence[dict[str, Any]]) -> str:
                 f"- {result['task']}: {shared} of {result['test_rows']} test rows also stand in the training rows "
                 f"({result['conflicting_labels']} with another label); {repeated} training rows are repeats."
             )
+    for result in results:
+        strata = result["details"].get("strata") if isinstance(result["details"], dict) else None
+        if strata:
+            lines += ["", f"## {result['task']}, {_way(result)}, within each kind", ""]
+            lines += ["| kind | rows | positive | mean score | AUC |", "|---|---|---|---|---|"]
+            for kind, found in strata.items():
+                auc = "{value:.3f} ({low:.3f} to {high:.3f})".format(**found["auc"]) if "auc" in found else ""
+                lines.append(
+                    f"| {kind} | {found['rows']} | {found['positives']} | {found['mean_score']:.3g} | {auc} |"
+                )
     return "\n".join(lines) + "\n"
 
 

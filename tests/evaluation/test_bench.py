@@ -86,6 +86,7 @@ def test_a_suite_of_every_kind_and_what_it_leaves(data, tiny_folder, tmp_path, c
         for j in np.flatnonzero(variants["label"] == 0)
     ]
     assert strata["far"]["auc"]["value"] == pytest.approx(np.mean(pairs))
+    assert "## effects, transversion, within each kind" in report and "| alone | 1 | 1 |" in report
     assert "4 of 44 test rows also stand in the training rows" in report
     table = pd.read_parquet(tmp_path / "results.parquet")
     assert len(table) == 4 * 4 + 2 * 2 + 3
