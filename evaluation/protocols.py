@@ -259,19 +259,13 @@ def run_variants(
 
     details: dict[str, Any] = {"flank": task.flank, "positive_share": float(labels.mean())}
     if task.stratum is not None:
-        kinds = table[task.stratum].astype(str).to_numpy()
-        details["strata"] = {
-            kind: {
-                "rows": int(rows.sum()),
-                "positives": int(labels[rows].sum()),
-                "mean_score": float(scores[rows].mean()),
-                **(areas(rows) if 0 < labels[rows].sum() < rows.sum() else {}),
-            }
-            for kind in np.unique(kinds)
-            for rows in [kinds == kind]
-        }
+        details["strata"] = {}
+        for kind, rows in table.groupby(table[task.stratum].astype(str)).indices.items():
+            positives = int(labels[rows].sum())
+            stratum = {"rows": len(rows), "positives": positives, "mean_score": float(scores[rows].mean())}
+            details["strata"][kind] = stratum | (areas(rows) if 0 < positives < len(rows) else {})
     return {
-        "metrics": areas(np.ones(len(labels), dtype=bool)),
+        "metrics": areas(np.arange(len(labels))),
         "details": details,
         "train_rows": 0,
         "test_rows": len(labels),

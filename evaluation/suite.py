@@ -98,7 +98,10 @@ class ClassificationTask:
         unknown = sorted(set(self.fine_tuning) - set(known))
         if unknown:
             raise ValueError(f"task {self.name!r}: unknown options of fine-tuning {unknown}; known are {known}.")
-        FineTuningOptions(**self.fine_tuning)
+        try:
+            FineTuningOptions(**self.fine_tuning)
+        except ValueError as error:
+            raise ValueError(f"task {self.name!r}: {error}") from None
 
 
 @dataclass(frozen=True)
