@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from gengram.evaluation.machine import describe_machine
+from gengram.support.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "conversion.json"
 HIDDEN, HEADS, GROUPS, HEAD_DIM, EXPERTS, WIDTH, VOCAB, MEMORY = 4096, 16, 8, 256, 4, 8192, 128, 1024

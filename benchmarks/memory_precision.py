@@ -14,10 +14,10 @@ import torch
 from memory_setup import machine, write_results
 
 from gengram import GengramConfig, memory_path
-from gengram.evaluation.figures import write_figure
 from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
 from gengram.operators.motif_memory import letter_codes, plan_ngrams
 from gengram.operators.native import status
+from gengram.support.figures import write_figure
 
 LENGTH = 131_072
 BINS = [(64, 128)] + [(2**k, 2**k + 2 ** (k - 2)) for k in range(9, 17)] + [(LENGTH - 8192, LENGTH)]

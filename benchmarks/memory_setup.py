@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from gengram import GengramConfig
-from gengram.evaluation.machine import describe_machine
 from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
 from gengram.operators.memory_operators import letter_codes, ngram_rows_and_runs
 from gengram.operators.motif_memory import NgramPlan, plan_ngrams
 from gengram.operators.native import status
+from gengram.support.machine import describe_machine
 
 _device = torch.device("cpu")
 

@@ -21,7 +21,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gengram.evaluation.machine import describe_machine
+from gengram.support.machine import describe_machine
 from gengram.tokenization import GengramTokenizer
 
 RESULTS = Path(__file__).parent / "results" / "tokenizer_throughput.json"

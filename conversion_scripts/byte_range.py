@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConversionError
+from ..support.errors import ConversionError
 from .hub_path import PARALLEL_PARTS, PART, HubPath, SourcePath, size_of
 from .tensor_memory import drop_from_page_cache
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import size_text
+from ..support.errors import size_text
 from .fetch_plan import FetchPlan
 from .megatron_checkpoint import Dropped, summary_of_dropped
 

@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from ..configuration.configuration_gengram import GengramConfig
+from ..support.errors import ConversionError, quoted, shortened, size_text
 from .convert_megatron_to_hf import DTYPES, OUTPUT_DTYPES, RECORD, with_clear_errors
-from .errors import ConversionError, quoted, shortened, size_text
 from .hf_folder import StoredTensor, read_json, stored_tensors
 from .megatron_checkpoint import TRACKER
 from .megatron_config import args_from_config, config_from_args, differing_fields

@@ -32,9 +32,9 @@ from transformers import GenerationConfig
 
 from ..configuration.configuration_gengram import GengramConfig
 from ..modeling_gengram.remote_code import write_remote_code
+from ..support.errors import ConversionError, FetchError, size_text
 from ..tokenization import GengramTokenizer
 from .conversion_plan import ConversionPlan, PlannedSource, PlannedWeight
-from .errors import ConversionError, FetchError, size_text
 from .fetch_plan import FETCH, FetchPlan, plan_fetch
 from .hub_path import HubPath, HubRepository, SourcePath, open_source, relative_name, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, open_checkpoint, summary_of_dropped

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ..configuration.configuration_gengram import GengramConfig
-from .errors import ConversionError
+from ..support.errors import ConversionError
 from .hf_folder import StoredTensor, read_json, stored_tensors
 from .megatron_checkpoint import MegatronCheckpoint, open_checkpoint
 from .megatron_config import config_from_args, differing_fields

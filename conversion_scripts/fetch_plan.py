@@ -7,8 +7,8 @@ from typing import Any
 
 from huggingface_hub import constants
 
+from ..support.errors import size_text
 from .byte_range import Span, bytes_by_file
-from .errors import size_text
 from .hub_path import HubPath, HubRepository, cache_free, relative_name
 
 FETCH = ("auto", "ranges", "files")

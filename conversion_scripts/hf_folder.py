@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import ConversionError, quoted, shortened
+from ..support.errors import ConversionError, quoted, shortened
 from .hub_path import SourcePath, size_of
 from .safetensors_writer import DTYPE_NAMES
 

@@ -39,7 +39,7 @@ from huggingface_hub.utils import (
     http_stream_backoff,
 )
 
-from .errors import ConversionError, FetchError, shortened, size_text
+from ..support.errors import ConversionError, FetchError, shortened, size_text
 
 SMALL_FILE = 64 * 2**10  # up to here a file is fetched whole
 BLOCK = 8 * 2**10  # fetched at once where headers and directories of archives are read

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration.configuration_gengram import GengramConfig
+from ..support.errors import ConversionError, size_text
 from .convert_megatron_to_hf import RECORD, with_clear_errors
-from .errors import ConversionError, size_text
 from .hf_folder import read_json, stored_tensors
 from .hub_path import HubPath, SourcePath, open_source, size_of
 from .megatron_checkpoint import open_checkpoint, summary_of_dropped

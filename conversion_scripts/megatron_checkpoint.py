@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConversionError, quoted, shortened, size_text
+from ..support.errors import ConversionError, quoted, shortened, size_text
 from .hub_path import HubPath, SourcePath, open_source
 from .safe_pickle import ForeignObject, TensorReference
 from .torch_archive import LazyTensor

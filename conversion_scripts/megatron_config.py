@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..configuration.configuration_gengram import GengramConfig
-from .errors import ConversionError, quoted, shortened
+from ..support.errors import ConversionError, quoted, shortened
 from .megatron_checkpoint import argument, is_plain
 from .weight_table import MEMORY_PREFIXES
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import ConversionError
+from ..support.errors import ConversionError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError, quoted, shortened
+from ..support.errors import ConversionError, quoted, shortened
 from .hub_path import SourcePath, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, args_of, argument, is_plain, iteration_of, tensor_bytes
 from .megatron_parallel import (

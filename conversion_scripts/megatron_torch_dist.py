@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..support.errors import ConversionError, quoted, shortened
 from .byte_range import Span
-from .errors import ConversionError, quoted, shortened
 from .hub_path import SourcePath, fetch_now, size_of
 from .megatron_checkpoint import Dropped, MegatronCheckpoint, args_of, argument, iteration_of
 from .safe_pickle import MAX_PICKLE_BYTES, ForeignObject, TensorReference, load_pickle

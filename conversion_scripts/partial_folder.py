@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import ConversionError, quoted, shortened, size_text
+from ..support.errors import ConversionError, quoted, shortened, size_text
 
 _LOCK, _JOURNAL, _PARTS, _FOLDER = "lock", "journal.jsonl", "parts.jsonl", "folder"
 _RESERVE = 16 * 2**20  # configuration, tokenizer, code

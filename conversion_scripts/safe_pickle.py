@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError, shortened
+from ..support.errors import ConversionError, shortened
 
 MAX_PICKLE_BYTES = 128 * 2**20
 MAX_OPERATIONS = 32_000_000

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .errors import ConversionError
+from ..support.errors import ConversionError
 from .tensor_memory import drop_from_page_cache
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..support.errors import ConversionError, shortened
 from .byte_range import ByteRange, Span, open_range
-from .errors import ConversionError, shortened
 from .hub_path import SourcePath
 from .safe_pickle import (
     MAX_PICKLE_BYTES,

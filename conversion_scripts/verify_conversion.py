@@ -17,8 +17,8 @@ import torch
 
 from ..configuration.configuration_gengram import GengramConfig
 from ..modeling_gengram.modeling_gengram import GengramForCausalLM
+from ..support.errors import ConversionError, quoted, shortened
 from .convert_megatron_to_hf import DTYPES, RECORD, with_clear_errors
-from .errors import ConversionError, quoted, shortened
 from .hf_folder import StoredTensor, read_json, stored_tensors
 from .megatron_checkpoint import open_checkpoint
 from .safetensors_writer import tensor_digest, weight_digest

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from ..configuration.configuration_gengram import GengramConfig
-from .errors import ConversionError, quoted
+from ..support.errors import ConversionError, quoted
 from .megatron_checkpoint import Dropped
 from .torch_archive import LazyTensor
 

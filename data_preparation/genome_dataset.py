@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 from datasets import Features, IterableDataset, List, Value
 from tqdm import tqdm
 
+from ..support.whole_output import whole_folder
 from ..tokenization.tokenization_gengram import GengramTokenizer
 from .fasta import read_fasta
 from .leakage import KMER, canonical_kmers, containment, sketch
 from .split_rules import EVERYTHING_TRAINS, SplitRule, parts_of_record
-from .whole_output import whole_folder
 from .windows import reverse_complement, runs_between_gaps, window_bounds
 
 _PIECE = 1 << 20  # bases that are tokenized at once

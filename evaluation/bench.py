@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data_preparation.whole_output import write_whole
-from .machine import describe_machine
+from ..support.machine import describe_machine
+from ..support.whole_output import write_whole
 from .protocols import FINE_TUNING, RUNNERS, EvaluatedModel, needs_model
 from .report import write_report
 from .suite import Suite, Task

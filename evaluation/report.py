@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..data_preparation.whole_output import write_whole
-from .figures import write_figure
+from ..support.figures import write_figure
+from ..support.whole_output import write_whole
 from .suite import Suite
 
 

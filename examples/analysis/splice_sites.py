@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gengram
 from gengram.data_preparation.annotation import Transcript, read_transcripts
 from gengram.data_preparation.fasta import read_fasta
-from gengram.data_preparation.whole_output import whole_folder
 from gengram.data_preparation.windows import reverse_complement
-from gengram.evaluation.figures import write_figure
-from gengram.evaluation.machine import describe_machine
 from gengram.evaluation.metrics import evaluate
+from gengram.support.figures import write_figure
+from gengram.support.machine import describe_machine
+from gengram.support.whole_output import whole_folder
 
 MOTIFS = {"donor": "GT", "acceptor": "AG"}
 # Bases of a site's score from the motif's first on: those of MaxEntScan (Yeo & Burge 2004, J Comput Biol 11:377).

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from gengram import GengramConfig, GengramForCausalLM
-from gengram.data_preparation.whole_output import write_whole
-from gengram.evaluation.figures import write_figure
+from gengram.support.figures import write_figure
+from gengram.support.whole_output import write_whole
 
 HERE = Path(__file__).parent
 AS_MEMORY = "as many parameters as memory"

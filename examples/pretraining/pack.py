@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from gengram import GengramForCausalLM, GengramTokenizer
-from gengram.data_preparation.whole_output import whole_folder
+from gengram.support.whole_output import whole_folder
 
 
 def main() -> None:

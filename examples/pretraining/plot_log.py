@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gengram.evaluation.figures import write_figure
+from gengram.support.figures import write_figure
 
 
 def read_stages(paths: list[Path]) -> tuple[list[tuple[int, float]], list[tuple[int, float]], list[int]]:

@@ -25,8 +25,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gengram import GengramConfig, GengramForCausalLM, GengramForMaskedLM, GengramTokenizer
 from gengram.data_preparation import DataCollatorForGenomeModeling
-from gengram.data_preparation.whole_output import write_whole
-from gengram.evaluation.machine import describe_machine
+from gengram.support.machine import describe_machine
+from gengram.support.whole_output import write_whole
 
 
 @dataclass

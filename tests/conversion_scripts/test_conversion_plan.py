@@ -6,7 +6,7 @@ from math import prod
 import pytest
 
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, main, plan_conversion
-from gengram.conversion_scripts.errors import ConversionError
+from gengram.support.errors import ConversionError
 
 
 @pytest.mark.parametrize("source", ["small_torch", "small_torch_dist"])

@@ -24,11 +24,11 @@ from gengram.configuration import GengramConfig
 from gengram.conversion_scripts import convert_hf_to_megatron as back
 from gengram.conversion_scripts.convert_hf_to_megatron import convert_to_megatron, main
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
 from gengram.conversion_scripts.megatron_config import args_from_config, config_from_args, differing_fields
 from gengram.conversion_scripts.megatron_torch_dist import open_torch_dist_checkpoint
 from gengram.modeling_gengram.modeling_gengram import GengramForCausalLM
+from gengram.support.errors import ConversionError
 
 SPLITS = [("torch_dist", 1, 1), *(("torch", stages, ranks) for stages in (1, 2, 3) for ranks in (1, 2))]
 

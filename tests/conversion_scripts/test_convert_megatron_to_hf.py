@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 from gengram.configuration import GengramConfig
 from gengram.conversion_scripts import convert_megatron_to_hf as convert
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, main
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.modeling_gengram.modeling_gengram import GengramForCausalLM
+from gengram.support.errors import ConversionError
 from gengram.tokenization import GengramTokenizer
 
 

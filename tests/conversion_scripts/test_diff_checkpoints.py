@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from gengram.conversion_scripts.convert_hf_to_megatron import convert_to_megatron
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
 from gengram.conversion_scripts.diff_checkpoints import diff_checkpoints
-from gengram.conversion_scripts.errors import ConversionError
+from gengram.support.errors import ConversionError
 
 
 @pytest.fixture

@@ -21,13 +21,13 @@ from huggingface_hub.utils import close_session
 from gengram.cli import main as gengram
 from gengram.conversion_scripts import hub_path
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, plan_conversion
-from gengram.conversion_scripts.errors import ConversionError, FetchError
 from gengram.conversion_scripts.hub_path import open_source
 from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
 from gengram.conversion_scripts.megatron_checkpoint import open_checkpoint
 from gengram.conversion_scripts.partial_folder import leftover, partial_path
 from gengram.conversion_scripts.safetensors_writer import tensor_bytes
 from gengram.conversion_scripts.verify_conversion import verify_conversion
+from gengram.support.errors import ConversionError, FetchError
 
 REPO = "lab/gengram"
 

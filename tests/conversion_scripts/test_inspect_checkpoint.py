@@ -7,8 +7,8 @@ import pytest
 
 from gengram.conversion_scripts import inspect_checkpoint as inspect
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
+from gengram.support.errors import ConversionError
 
 
 def test_megatron_and_converted_folders_agree(small_torch, small_torch_dist_b, tmp_path):

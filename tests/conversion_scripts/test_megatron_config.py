@@ -8,10 +8,10 @@ from shared_files import FIXTURES, fixture_json, needs_fixtures
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gengram.configuration import GengramConfig
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.megatron_checkpoint import args_of
 from gengram.conversion_scripts.megatron_config import _FIXED, RecordedArgs, config_from_args
 from gengram.conversion_scripts.torch_archive import TorchArchive
+from gengram.support.errors import ConversionError
 
 
 @needs_fixtures

@@ -5,10 +5,10 @@ import torch
 from megatron_ranks import save_ranks
 
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
 from gengram.conversion_scripts.megatron_checkpoint import open_checkpoint
 from gengram.conversion_scripts.megatron_parallel import Split, saving_ranks
+from gengram.support.errors import ConversionError
 
 GRIDS = {  # pipeline, tensor, expert, expert tensor
     "tensor": (1, 2, 1, 2),

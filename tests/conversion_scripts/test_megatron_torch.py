@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.megatron_checkpoint import open_checkpoint
+from gengram.support.errors import ConversionError
 
 
 def spoil(folder, rank="mp_rank_00_001", **changes):

@@ -10,8 +10,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.megatron_checkpoint import open_checkpoint
+from gengram.support.errors import ConversionError
 
 ROUTER = "decoder.layers.mlp.router.weight"
 

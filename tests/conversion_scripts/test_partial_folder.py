@@ -14,8 +14,8 @@ import pytest
 from gengram.conversion_scripts import convert_megatron_to_hf as convert
 from gengram.conversion_scripts import safetensors_writer
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, main
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.partial_folder import PartialFolder, partial_path
+from gengram.support.errors import ConversionError
 
 SHARD = "1500"
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

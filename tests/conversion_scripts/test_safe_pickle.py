@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from gengram.conversion_scripts.errors import ConversionError, shortened
 from gengram.conversion_scripts.safe_pickle import ForeignName, ForeignObject, load_pickle
+from gengram.support.errors import ConversionError, shortened
 
 
 def load(data):

@@ -9,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gengram.conversion_scripts import safetensors_writer
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.safetensors_writer import (
     TensorSpec,
     WeightHash,
@@ -20,6 +19,7 @@ from gengram.conversion_scripts.safetensors_writer import (
     weight_digest,
     write_safetensors,
 )
+from gengram.support.errors import ConversionError
 
 TENSORS = {
     "b": torch.randn(4, 3, 5),

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gengram.conversion_scripts.byte_range import FileRange
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.torch_archive import TorchArchive
+from gengram.support.errors import ConversionError
 
 
 def tensors():

@@ -9,10 +9,10 @@ import torch
 
 from gengram.conversion_scripts import verify_conversion as verify
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.hf_folder import stored_tensors
 from gengram.conversion_scripts.verify_conversion import verify_conversion
 from gengram.modeling_gengram.modeling_gengram import GengramForCausalLM
+from gengram.support.errors import ConversionError
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gengram.configuration import GengramConfig
-from gengram.conversion_scripts.errors import ConversionError
 from gengram.conversion_scripts.megatron_config import config_from_args
 from gengram.conversion_scripts.weight_table import (
     TABLE,
@@ -20,6 +19,7 @@ from gengram.conversion_scripts.weight_table import (
     parameters,
 )
 from gengram.modeling_gengram.modeling_gengram import GengramForCausalLM
+from gengram.support.errors import ConversionError
 
 small = st.integers(1, 4)
 

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..data_preparation.whole_output import write_whole
+from .whole_output import write_whole
 
 
 def write_figure(path: str | Path, figure: Any) -> None:

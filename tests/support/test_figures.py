@@ -3,7 +3,7 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
-from gengram.evaluation.figures import write_figure
+from gengram.support.figures import write_figure
 
 
 def drawn() -> Figure:

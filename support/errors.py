@@ -1,4 +1,4 @@
-"""What conversion raises, and how it names things."""
+"""What is raised for a user, and how names and sizes are put into words."""
 
 import difflib
 import reprlib
@@ -14,6 +14,10 @@ class FetchError(Exception):
 
     No `OSError`, which `zipfile` takes for a damaged archive.
     """
+
+
+class MissingExtra(ImportError):
+    """An optional library is not installed; the message names the extra that brings it."""
 
 
 def quoted(names: Iterable[str], known: Sequence[str] = (), limit: int = 10) -> str:

@@ -1,0 +1,1 @@
+"""The `gengram` command: one file per subcommand."""

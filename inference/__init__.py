@@ -1,0 +1,1 @@
+"""The jobs that a loaded model does on sequences."""

@@ -1,0 +1,1 @@
+"""What DNA is in files and text."""
