@@ -16,7 +16,7 @@ class FetchError(Exception):
     """
 
 
-class MissingExtra(ImportError):
+class MissingExtraError(ImportError):
     """An optional library is not installed; the message names the extra that brings it."""
 
 
