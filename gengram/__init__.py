@@ -19,7 +19,7 @@ from .modeling_gengram import (
     GengramModel,
     GengramPreTrainedModel,
 )
-from .operators.memory_path import memory_path
+from .motif_memory.ways.choose import memory_path
 from .tokenization import GengramTokenizer
 
 register()

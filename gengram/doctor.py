@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ._version import __version__
-from .operators.memory_path import forced_path
-from .operators.native import status
+from .motif_memory.ways.choose import forced_path
+from .motif_memory.ways.native import status
 
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "datasets", "peft")
 

@@ -7,43 +7,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_files import FIXTURES, fixture_json, fixture_tensors, needs_fixtures
 
-from gengram import GengramConfig
-from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
-from gengram.operators.motif_memory import letter_codes, plan_ngrams
+from gengram.motif_memory import MotifMemory, MotifMemoryConfig, letter_codes, plan_ngrams
+
+LETTERS = [8, 5, 6, 7, 9]
 
 FOLDERS = ("module_gengram", "module_gengram_small")
 
 
-def memory_config(kwargs: dict, **changes) -> GengramConfig:
+def memory_config(kwargs: dict, **changes) -> MotifMemoryConfig:
     """Our configuration of a module that the original builds with these keyword arguments."""
-    return GengramConfig(
-        hidden_size=kwargs["hidden_size"],
-        head_dim=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        memory_layers=[0],
-        memory_token_ids=kwargs["dna_token_ids"],
-        memory_ngram_sizes=kwargs["ngram_sizes"],
-        memory_embedding_dim=kwargs["embed_dim_per_ngram"],
-        memory_window=kwargs["window_size"],
-        memory_conv_kernel=kwargs["short_conv_kernel_size"] if kwargs["use_short_conv"] else 0,
-        memory_conv_dilation=kwargs["short_conv_dilation"],
+    return MotifMemoryConfig(
+        ngram_sizes=kwargs["ngram_sizes"],
+        embedding_dim=kwargs["embed_dim_per_ngram"],
+        window=kwargs["window_size"],
+        conv_kernel=kwargs["short_conv_kernel_size"] if kwargs["use_short_conv"] else 0,
+        conv_dilation=kwargs["short_conv_dilation"],
         **changes,
     )
 
 
-def plan_for(config: GengramConfig, ids: torch.Tensor, **arguments):
-    codes = letter_codes(ids, config.memory_token_ids)
-    return plan_ngrams(codes, config.memory_ngram_sizes, config.memory_window, **arguments)
+def plan_for(config: MotifMemoryConfig, ids: torch.Tensor, letters=LETTERS, **arguments):
+    return plan_ngrams(letter_codes(ids, letters), config, **arguments)
 
 
-def run(config: GengramConfig, weights: dict, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    module = GengramMotifMemory(config, 0).to(hidden.dtype)
+def run(config: MotifMemoryConfig, weights: dict, hidden: torch.Tensor, ids: torch.Tensor, letters=LETTERS):
+    module = MotifMemory(config, hidden.shape[-1]).to(hidden.dtype)
     wanted = {name: value.to(hidden.dtype) for name, value in weights.items() if name in module.state_dict()}
     module.load_state_dict(wanted)
     with torch.no_grad():
-        return module(hidden, plan_for(config, ids))[0]
+        return module(hidden, plan_for(config, ids, letters)).residual
 
 
 def recorded():
@@ -66,7 +58,7 @@ def test_module_equals_the_authors(folder, variant, dtype, tolerance):
         ids = inputs[f"{case}/input_ids"]
         hidden = inputs[f"{case}/hidden_states"].transpose(0, 1).to(dtype)  # (batch, length, hidden)
         expected = outputs[f"{case}/out_fp64"].transpose(0, 1)
-        ours = run(config, weights, hidden, ids)
+        ours = run(config, weights, hidden, ids, index["kwargs"]["dna_token_ids"])
         torch.testing.assert_close(ours.double(), expected, rtol=0, atol=tolerance, msg=lambda m, c=case: f"{c}: {m}")
 
 
@@ -77,7 +69,7 @@ def test_plan_equals_the_authors_ngram_ids():
     outputs = fixture_tensors("module_gengram", "out_w21_conv.safetensors")
     for case in sorted({name.split("/")[0] for name in outputs}):
         plan = plan_for(config, inputs[f"{case}/input_ids"])
-        for index, size in enumerate(config.memory_ngram_sizes):
+        for index, size in enumerate(config.ngram_sizes):
             assert torch.equal(plan.rows(index).long(), outputs[f"{case}/ngram_ids.{size}"].T), (case, size)
             assert torch.equal(plan.valid(index), outputs[f"{case}/ngram_valid.{size}"].T.bool()), (case, size)
 
@@ -92,7 +84,7 @@ def test_as_trained_equals_the_authors_in_bfloat16():
     cases = sorted(name.split("/")[0] for name in outputs if name.endswith("out_bf16_cuda_emulated"))
     errors = {}
     for pooling in ("as_trained", "exact"):
-        config = memory_config(kwargs, memory_pooling=pooling)
+        config = memory_config(kwargs, pooling=pooling)
         for case in cases:
             hidden = inputs[f"{case}/hidden_states"].transpose(0, 1).bfloat16()
             expected = outputs[f"{case}/out_bf16_cuda_emulated"].transpose(0, 1).double()
@@ -119,22 +111,14 @@ sizes_of_ngrams = st.lists(st.integers(1, 3), min_size=1, max_size=3)
 def test_module_equals_brute_force_in_values_and_gradients(length, sizes, extra, kernel, dilation, is_causal, seed):
     generator = torch.Generator().manual_seed(seed)
     letters = torch.randperm(12, generator=generator)[:5].tolist()
-    config = GengramConfig(
-        vocab_size=12,
-        hidden_size=6,
-        head_dim=2,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        memory_layers=[0],
-        memory_ngram_sizes=sizes,
-        memory_embedding_dim=2,
-        memory_window=max(sizes) + extra,
-        memory_token_ids=letters,
-        memory_conv_kernel=kernel,
-        memory_conv_dilation=dilation,
+    config = MotifMemoryConfig(
+        ngram_sizes=sizes,
+        embedding_dim=2,
+        window=max(sizes) + extra,
+        conv_kernel=kernel,
+        conv_dilation=dilation,
     )
-    module = GengramMotifMemory(config, 0).double()
+    module = MotifMemory(config, 6).double()
     with torch.no_grad():
         for weight in module.parameters():
             weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
@@ -144,7 +128,7 @@ def test_module_equals_brute_force_in_values_and_gradients(length, sizes, extra,
     direction = torch.randn(2, length, 6, generator=generator, dtype=torch.float64)
 
     ours_in = hidden.clone().requires_grad_()
-    ours, gate, _ = module(ours_in, plan_for(config, ids, is_causal=is_causal), is_causal=is_causal)
+    ours, gate = module(ours_in, plan_for(config, ids, letters, is_causal=is_causal))[:2]
     weights = {name: value.detach().clone().requires_grad_() for name, value in module.named_parameters()}
     truth_in = hidden.clone().requires_grad_()
     truth = torch.stack(
@@ -154,7 +138,7 @@ def test_module_equals_brute_force_in_values_and_gradients(length, sizes, extra,
                 ids[b].tolist(),
                 weights,
                 sizes=sizes,
-                window=config.memory_window,
+                window=config.window,
                 letters=letters,
                 dilation=dilation,
                 centred=not is_causal,
@@ -188,7 +172,7 @@ def test_half_precision_error_is_that_of_rounding(dtype):
     )
     config = memory_config(kwargs)
     generator = torch.Generator().manual_seed(0)
-    module = GengramMotifMemory(config, 0)
+    module = MotifMemory(config, 64)
     weights = {
         name: (torch.randn(w.shape, generator=generator) / (w.shape[-1] ** 0.5 if w.dim() > 1 else 1)).to(dtype)
         for name, w in module.named_parameters()
@@ -219,7 +203,7 @@ def test_a_letter_changes_only_what_its_window_and_convolution_reach():
             short_conv_dilation=2,
         )
     )
-    module = GengramMotifMemory(config, 0).double()
+    module = MotifMemory(config, 8).double()
     torch.nn.init.normal_(module.short_conv.conv.weight)
     ids = torch.tensor([[8, 5, 6, 7] * 8])
     changed = ids.clone()
@@ -227,9 +211,6 @@ def test_a_letter_changes_only_what_its_window_and_convolution_reach():
     hidden = torch.randn(1, 32, 8, dtype=torch.float64)
     for is_causal, reached in ((True, range(10, 10 + 5 + 4)), (False, range(10 - 2 - 2, 10 + 3 + 2))):
         with torch.no_grad():
-            before, after = (
-                module(hidden, plan_for(config, x, is_causal=is_causal), is_causal=is_causal)[0]
-                for x in (ids, changed)
-            )
+            before, after = (module(hidden, plan_for(config, x, is_causal=is_causal)).residual for x in (ids, changed))
         moved = (before != after).any(-1)[0].nonzero().flatten().tolist()
         assert moved == list(reached)

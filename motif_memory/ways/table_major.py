@@ -1,6 +1,6 @@
 """Training through the tables: project the rows in use once per step, instead of every token.
 
-The projections commute with the window mean (`operators/README.md`, "Folding"), so their cost can depend on the number
+The projections commute with the window mean (`../README.md`, "Folding"), so their cost can depend on the number
 of distinct n-grams rather than on the number of tokens.
 """
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .folded_memory import FoldedTables, project_tables, table_sections
-from .motif_memory import NgramPlan
+from ..definition import NgramPlan
+from .packed_tables import PackedTables, project_tables, table_sections
 
 
 def used_rows(plan: NgramPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,8 +38,8 @@ def packed_rows(
     plan: NgramPlan,
     used: torch.Tensor | None,
     slab_width: int | None = None,
-) -> FoldedTables:
+) -> PackedTables:
     """Packed tables of one step, differentiable; `used` from `used_rows`, or None for all rows."""
     with torch.autocast(device_type=key_weight.device.type, enabled=False):
         rows = project_tables(tables, key_weight, value_weight, plan.ngram_sizes, plan.window, used, slab_width)
-    return FoldedTables(rows, 1.0)
+    return PackedTables(rows, 1.0)

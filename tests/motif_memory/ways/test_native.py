@@ -5,6 +5,7 @@ each is there.
 """
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from emulated_cuda import COMPILER, EmulatedKernels
 from memory_cases import LETTERS, random_case
 from torch.library import opcheck
 
-from gengram import memory_path
-from gengram.operators import memory_operators as operators
-from gengram.operators import motif_memory as definition
-from gengram.operators.folded_memory import fold_tables
-from gengram.operators.native import slab_width, status
-from gengram.operators.table_major import packed_rows, used_rows
+from gengram.motif_memory import definition
+from gengram.motif_memory.definition import MemoryLayer
+from gengram.motif_memory.ways import operators
+from gengram.motif_memory.ways.native import slab_width, status
+from gengram.motif_memory.ways.packed_tables import pack_tables
+from gengram.motif_memory.ways.table_major import packed_rows, used_rows
 
 HIDDEN = [16, 32, 48, 256, 512]
 
@@ -31,11 +32,9 @@ class Kernels:
     @contextlib.contextmanager
     def forced(self):
         if self.emulated is None:
-            with memory_path(kernels="native"):
-                yield
+            yield
             return
         with self.patch.context() as patch:
-            patch.setattr(operators, "uses_native", lambda device, dtype, hidden: dtype != torch.float64)
             patch.setattr(operators, "_native", lambda name: getattr(self.emulated, name))
             yield
 
@@ -83,12 +82,9 @@ def exact(case):
     plan = case.plan
     features = definition.window_features([t.double() for t in case.tables], plan)
     key, value = features @ case.key_weight.double().T, features @ case.value_weight.double().T
-    doubles = [None if x is None else x.double() for x in (case.norm_weight, case.taps, case.history)]
-    behind = None if plan.behind is None else plan.behind[:, plan.context :]
-    return definition.gated_memory(
-        case.hidden_states.double(), key, value, doubles[0], 1e-5, doubles[1], case.dilation, case.reach_back,
-        doubles[2], plan.exists, behind, plan.ahead,
-    )  # fmt: skip
+    weight, taps, history = (None if x is None else x.double() for x in (*case.layer[:3:2], case.history))
+    layer = case.layer._replace(norm_weight=weight, taps=taps)
+    return definition.gated_memory(case.hidden_states.double(), key, value, plan, layer, history)[:3]
 
 
 def prepared(kernels, seed, hidden=None, dtype=torch.float32, **changes):
@@ -101,13 +97,9 @@ def prepared(kernels, seed, hidden=None, dtype=torch.float32, **changes):
     return single(case, dtype)
 
 
-def numbers(case):
-    return case.norm_weight, 1e-5, case.conv_weight, case.dilation, case.reach_back
-
-
 def folded(kernels, case, dtype=torch.float32):
     width = kernels.slab_width(case.hidden_states.shape[-1])
-    return fold_tables(case.tables, case.key_weight, case.value_weight, case.sizes, case.plan.window, dtype, width)
+    return pack_tables(case.tables, case.key_weight, case.value_weight, case.sizes, case.plan.window, dtype, width)
 
 
 def assert_near(ours, truth, tolerance):
@@ -121,8 +113,8 @@ def test_folded_memory_equals_the_definition(kernels, seed):
     case = prepared(kernels, seed, length=[None, 600, 0][seed % 20 if seed % 20 < 3 else 0])
     with kernels.forced():
         ours = operators.folded_memory(
-            case.hidden_states, folded(kernels, case), case.plan, *numbers(case), case.history
-        )
+            case.hidden_states, folded(kernels, case), case.plan, case.layer, case.history, native=True
+        )[:3]
     assert_near(ours, exact(case), 1e-5)
 
 
@@ -133,8 +125,8 @@ def test_16_bit_hidden_states_and_tables(kernels, dtype, rows):
         case = prepared(kernels, seed, dtype=dtype)
         with kernels.forced():
             ours = operators.folded_memory(
-                case.hidden_states, folded(kernels, case, rows), case.plan, *numbers(case), case.history
-            )
+                case.hidden_states, folded(kernels, case, rows), case.plan, case.layer, case.history, native=True
+            )[:3]
         assert ours[0].dtype == dtype
         eps = max(torch.finfo(dtype).eps, torch.finfo(rows).eps)
         assert_near(ours, exact(case), 2 * eps)
@@ -146,7 +138,9 @@ def test_gated_memory_equals_the_definition(kernels, seed):
     features = definition.window_features(case.tables, case.plan)
     key, value = features @ case.key_weight.T, features @ case.value_weight.T
     with kernels.forced():
-        ours = operators.gated_memory(case.hidden_states, key, value, case.plan, *numbers(case), case.history)
+        ours = operators.gated_memory(
+            case.hidden_states, key, value, case.plan, case.layer, case.history, native=True
+        )[:3]
     assert_near(ours, exact(case), 1e-5)
 
 
@@ -156,7 +150,7 @@ def test_window_features_equal_the_definition(kernels, seed, dtype):
     case = prepared(kernels, seed)
     tables = [table.to(dtype) for table in case.tables]
     with kernels.forced():
-        ours = operators.window_features(tables, case.plan)
+        ours = operators.window_features(tables, case.plan, native=True)
     truth = definition.window_features([table.double() for table in tables], case.plan)
     assert ours.dtype == dtype
     assert_near([ours], [truth], torch.finfo(dtype).eps)
@@ -168,7 +162,7 @@ def test_plan_equals_the_definition(kernels, seed):
     codes = definition.letter_codes(case.tokens, LETTERS)
     truth = definition.ngram_rows_and_runs(codes, max(case.sizes), case.plan.behind)
     with kernels.forced():
-        ours = operators.ngram_rows_and_runs(codes, max(case.sizes), case.plan.behind)
+        ours = operators.ngram_rows_and_runs(codes, max(case.sizes), case.plan.behind, native=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, truth, strict=True))
 
 
@@ -176,13 +170,13 @@ def through_tables(kernels, case):
     used, top = used_rows(case.plan)
     width = kernels.slab_width(case.hidden_states.shape[-1])
     rows = packed_rows(case.tables, case.key_weight, case.value_weight, case.plan, used, width)
-    return operators.folded_memory(case.hidden_states, rows, case.plan, *numbers(case), None, top)[:2]
+    return operators.folded_memory(case.hidden_states, rows, case.plan, case.layer, None, top, native=True)[:2]
 
 
 def through_tokens(kernels, case):
-    features = operators.window_features(case.tables, case.plan)
+    features = operators.window_features(case.tables, case.plan, native=True)
     key, value = features @ case.key_weight.T, features @ case.value_weight.T
-    return operators.gated_memory(case.hidden_states, key, value, case.plan, *numbers(case))[:2]
+    return operators.gated_memory(case.hidden_states, key, value, case.plan, case.layer, native=True)[:2]
 
 
 def gradients(case, outputs):
@@ -237,28 +231,27 @@ def test_decoding_gives_the_bits_of_prefill(kernels, rows, window):
     weights = torch.randn(2, hidden, 96, generator=generator)
     tables = [table.to(kernels.device) for table in tables]
     weights = weights.to(kernels.device)
-    tables = fold_tables(tables, *weights, sizes, window, rows, kernels.slab_width(hidden))
+    tables = pack_tables(tables, *weights, sizes, window, rows, kernels.slab_width(hidden))
     tokens = torch.tensor(LETTERS)[torch.randint(5, (2, 700), generator=generator)].to(kernels.device)
     tokens[0, 50] = tokens[1, 640] = 3
     codes = definition.letter_codes(tokens, LETTERS)
     hidden_states = torch.randn(2, 700, hidden, generator=generator).bfloat16().to(kernels.device)
     taps, reach = torch.randn(hidden, 4, generator=generator).to(kernels.device), 3 * dilation
-    layer = (torch.ones(hidden, device=kernels.device), 1e-5, taps, dilation, reach)
+    layer = MemoryLayer(torch.ones(hidden, device=kernels.device), 1e-5, taps, dilation, reach)
 
     with kernels.forced():
-        whole = operators.folded_memory(hidden_states, tables, definition.plan_ngrams(codes, sizes, window), *layer)[0]
+        plan = definition.plan_windows(codes, sizes, window)
+        whole = operators.folded_memory(hidden_states, tables, plan, layer, native=True).residual
         history, parts, start = torch.zeros(2, reach, hidden, device=kernels.device), [], 0
         padded = torch.nn.functional.pad(codes, (window - 1, 0))
         for length in [3, 1, 1, 600, *[1] * 60, 35]:
             piece = padded[:, start : start + window - 1 + length]
-            plan = definition.plan_ngrams(
-                piece, sizes, window, context=window - 1, rows_and_runs=operators.ngram_rows_and_runs
-            )
-            part, _, last = operators.folded_memory(
-                hidden_states[:, start : start + length], tables, plan, *layer, history
-            )
-            history = torch.cat([history, last], dim=1)[:, -reach:]
-            parts.append(part)
+            rows_and_runs = partial(operators.ngram_rows_and_runs, native=True)
+            plan = definition.plan_windows(piece, sizes, window, context=window - 1, rows_and_runs=rows_and_runs)
+            states = hidden_states[:, start : start + length]
+            part = operators.folded_memory(states, tables, plan, layer, history, native=True)
+            history = torch.cat([history, part.gated], dim=1)[:, -reach:]
+            parts.append(part.residual)
             start += length
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
@@ -268,7 +261,8 @@ def test_not_finite_numbers_stay_where_they_are(kernels):
     case.history = None
     case.hidden_states[0, 20] = float("nan")
     with kernels.forced():
-        residual = operators.folded_memory(case.hidden_states, folded(kernels, case), case.plan, *numbers(case))[0]
+        tables = folded(kernels, case)
+        residual = operators.folded_memory(case.hidden_states, tables, case.plan, case.layer, native=True).residual
     assert residual[1].isfinite().all()
     assert residual[0, : 20 - case.conv_weight.shape[1] * case.dilation].isfinite().all()
 
@@ -284,7 +278,7 @@ def test_wrong_arguments_are_errors_not_crashes(kernels):
         norm = case.norm_weight if norm is None else norm
         native.folded_memory(
             hidden_states, rows, grams, case.plan.runs, None, None, None, None, norm, None, None, sizes,
-            case.plan.window, case.plan.last, 1.0, 1e-5, 1, 0,
+            case.plan.window, case.plan.reach_ahead, 1.0, 1e-5, 1, 0,
         )  # fmt: skip
 
     run()
@@ -308,7 +302,7 @@ def test_gradients_of_full_windows_in_float32(kernels):
     sizes, window, hidden, length = [1, 2, 3, 4, 5, 6], 21, 160, 400
     case = prepared(kernels, 3, hidden=hidden, length=length, context=False)
     codes = torch.randint(1, 5, (2, length), generator=generator).to(kernels.device)
-    case.plan = definition.plan_ngrams(codes, sizes, window)
+    case.plan = definition.plan_windows(codes, sizes, window)
     case.tables = [torch.randn(5**n, 16, generator=generator).to(kernels.device) for n in sizes]
     weights = torch.randn(2, hidden, 16 * len(sizes), generator=generator).to(kernels.device)
     case.key_weight, case.value_weight = weights[0].clone(), weights[1].clone()
@@ -329,26 +323,15 @@ def test_operators_are_what_pytorch_expects(kernels, seed):
     plan = case.plan
     for weight in case.weights:
         weight.requires_grad_()
-    behind = None if plan.behind is None else plan.behind[:, plan.context :]
-    segments, windows = (plan.behind, plan.ahead), (case.sizes, plan.window, plan.last)
-    tail = (1e-5, case.dilation, case.reach_back)
     key, value = (torch.randn_like(case.hidden_states).requires_grad_() for _ in range(2))
     tables = folded(kernels, case)
     with kernels.forced():
-        opcheck(
-            operators._window_features_operator,
-            (case.tables, plan.grams, plan.runs, *segments, *windows, plan.length),
-        )
-        opcheck(
-            operators._gated_memory_operator,
-            (case.hidden_states, key, value, plan.exists, behind, plan.ahead, case.norm_weight, case.conv_weight,
-             None, *tail),
-        )  # fmt: skip
-        opcheck(
-            operators._folded_memory_operator,
-            (case.hidden_states, tables.rows.detach().requires_grad_(), plan.grams, plan.runs, None, *segments,
-             plan.exists, case.norm_weight, case.conv_weight, None, *windows, tables.scale, *tail),
-        )  # fmt: skip
+        opcheck(operators.OPERATORS["window_features"], (case.tables, *plan, True))
+        states = (case.hidden_states, key, value)
+        opcheck(operators.OPERATORS["gated_memory"], (*states, *plan, *case.layer, None, True))
+        rows = tables.rows.detach().requires_grad_()
+        arguments = (case.hidden_states, rows, tables.scale, *plan, *case.layer, None, None, True)
+        opcheck(operators.OPERATORS["folded_memory"], arguments)
 
 
 @torch.no_grad()
@@ -359,7 +342,9 @@ def test_a_cuda_graph_replays_the_forward_pass(kernels):
     tables = folded(kernels, case)
 
     def run():
-        return operators.folded_memory(case.hidden_states, tables, case.plan, *numbers(case), case.history)[0]
+        return operators.folded_memory(
+            case.hidden_states, tables, case.plan, case.layer, case.history, native=True
+        ).residual
 
     with kernels.forced():
         expected = run()

@@ -6,18 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gengram.operators.motif_memory import (
+from gengram.motif_memory.as_trained import running_sum
+from gengram.motif_memory.definition import (
     dilated_taps,
     letter_codes,
-    letter_codes_of_few,
     memory_gate,
     ngram_rows_and_runs,
-    plan_ngrams,
-    rows_and_runs_of_few,
-    running_sum,
+    plan_windows,
     window_mean,
     window_sum,
 )
+from gengram.motif_memory.ways.one_token import letter_codes_of_few, rows_and_runs_of_few
 
 LETTERS = [8, 5, 6, 7, 9]
 
@@ -39,7 +38,7 @@ def test_letter_codes_follow_the_order_of_the_token_ids():
 )
 def test_span_of_a_window(window, size, is_causal, expected):
     codes = torch.ones(1, 30, dtype=torch.int64)
-    assert plan_ngrams(codes, [size], window, is_causal=is_causal).span(0) == expected
+    assert plan_windows(codes, [size], window, is_causal=is_causal).span(0) == expected
 
 
 @settings(deadline=None, max_examples=60)
@@ -81,7 +80,7 @@ def test_window_means_equal_brute_force(length, sizes, extra, centred, segmented
     if segmented:
         behind = torch.tensor([[int((segments[:t] == segments[t]).sum()) for t in range(length)]]).view(1, length)
         ahead = torch.tensor([[int((segments[t + 1 :] == segments[t]).sum()) for t in range(length)]]).view(1, length)
-    plan = plan_ngrams(
+    plan = plan_windows(
         letter_codes(tokens[None], LETTERS), sizes, window, is_causal=not centred, behind=behind, ahead=ahead
     )
     ours = torch.cat([window_mean(table[plan.rows(j)], plan, j) for j, table in enumerate(tables)], dim=-1)[0]
@@ -95,7 +94,7 @@ def test_window_means_equal_brute_force(length, sizes, extra, centred, segmented
 def test_window_mean_of_half_precision_rows_is_taken_in_float32(dtype):
     tokens = torch.tensor(LETTERS)[torch.randint(5, (1, 5000), generator=torch.Generator().manual_seed(1))]
     table = torch.randn(5, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
-    plan = plan_ngrams(letter_codes(tokens, LETTERS), [1], 21)
+    plan = plan_windows(letter_codes(tokens, LETTERS), [1], 21)
     ours = window_mean(table[plan.rows(0)], plan, 0)
     exact = window_mean(table.double()[plan.rows(0)], plan, 0)
     assert ours.dtype == torch.float32
@@ -104,8 +103,8 @@ def test_window_mean_of_half_precision_rows_is_taken_in_float32(dtype):
 
 def test_history_in_front_gives_the_same_plan():
     codes = letter_codes(torch.tensor(LETTERS)[torch.randint(5, (2, 50))], LETTERS)
-    whole = plan_ngrams(codes, [1, 3], 9)
-    step = plan_ngrams(codes[:, 32:], [1, 3], 9, context=8)
+    whole = plan_windows(codes, [1, 3], 9)
+    step = plan_windows(codes[:, 32:], [1, 3], 9, context=8)
     for index in range(2):
         assert torch.equal(step.rows(index)[:, 8:], whole.rows(index)[:, 40:])
         assert torch.equal(step.counts(index), whole.counts(index)[:, 40:])
@@ -143,7 +142,7 @@ def test_causal_taps_equal_a_depthwise_convolution(dilation, taps):
     reach = (taps - 1) * dilation
     padded = torch.nn.functional.pad(x, (0, 0, reach, 0))
     expected = torch.nn.functional.conv1d(padded.transpose(1, 2), weight, dilation=dilation, groups=5).transpose(1, 2)
-    torch.testing.assert_close(dilated_taps(padded, weight, dilation, reach), expected)
+    torch.testing.assert_close(dilated_taps(padded, weight[:, 0], dilation, reach), expected)
 
 
 @pytest.mark.parametrize("seed", range(20))

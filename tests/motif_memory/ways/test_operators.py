@@ -1,28 +1,20 @@
 """The registered operators: values and gradients of the definition, and what PyTorch expects of an operator."""
 
+from functools import partial
+
 import pytest
 import torch
 from memory_cases import LETTERS, random_case
 from torch.library import opcheck
 
-from gengram.operators import folded_memory
-from gengram.operators import memory_operators as operators
-from gengram.operators import motif_memory as definition
-from gengram.operators.table_major import packed_rows, used_rows
-
-
-def behind_current(plan):
-    return None if plan.behind is None else plan.behind[:, plan.context :]
+from gengram.motif_memory import definition
+from gengram.motif_memory.ways import folded, operators
+from gengram.motif_memory.ways.table_major import packed_rows, used_rows
 
 
 def composed(case, key, value):
     """The definition's last step, differentiated by PyTorch itself."""
-    plan = case.plan
-    numbers = (case.norm_weight, 1e-5, case.taps, case.dilation, case.reach_back, None)
-    residual, gate, _ = definition.gated_memory(
-        case.hidden_states, key, value, *numbers, plan.exists, behind_current(plan), plan.ahead
-    )
-    return residual, gate
+    return definition.gated_memory(case.hidden_states, key, value, case.plan, case.layer)[:2]
 
 
 def by_definition(case):
@@ -33,15 +25,13 @@ def by_definition(case):
 def token_major(case):
     features = operators.window_features(case.tables, case.plan)
     key, value = features @ case.key_weight.T, features @ case.value_weight.T
-    numbers = (case.norm_weight, 1e-5, case.conv_weight, case.dilation, case.reach_back)
-    return operators.gated_memory(case.hidden_states, key, value, case.plan, *numbers)[:2]
+    return operators.gated_memory(case.hidden_states, key, value, case.plan, case.layer)[:2]
 
 
 def table_major(case, only_used=True, slab_width=None):
     used, top = used_rows(case.plan) if only_used else (None, None)
     rows = packed_rows(case.tables, case.key_weight, case.value_weight, case.plan, used, slab_width)
-    numbers = (case.norm_weight, 1e-5, case.conv_weight, case.dilation, case.reach_back, None)
-    return operators.folded_memory(case.hidden_states, rows, case.plan, *numbers, top)[:2]
+    return operators.folded_memory(case.hidden_states, rows, case.plan, case.layer, None, top)[:2]
 
 
 def table_major_of_all_rows(case):
@@ -66,7 +56,7 @@ def values_and_gradients(case, way):
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("chunk", [7, 256])
 def test_values_and_gradients_equal_the_definition(way, seed, chunk, monkeypatch):
-    monkeypatch.setattr(folded_memory, "_positions_at_a_time", lambda device, hidden: chunk)
+    monkeypatch.setattr(folded, "_positions_at_a_time", lambda device, hidden: chunk)
     case = random_case(seed)
     case.history = None
     ours, truth = values_and_gradients(case, way), values_and_gradients(case, by_definition)
@@ -96,31 +86,16 @@ def test_operators_are_what_pytorch_expects(seed):
     plan = case.plan
     for weight in case.weights:
         weight.requires_grad_()
-    segments = (plan.behind, plan.ahead)
-    numbers = (case.sizes, plan.window, plan.last)
-    opcheck(
-        operators._ngram_rows_and_runs_operator,
-        (definition.letter_codes(case.tokens, LETTERS), plan.behind, max(case.sizes)),
-    )
-    opcheck(
-        operators._window_features_operator,
-        (case.tables, plan.grams, plan.runs, *segments, *numbers, plan.length),
-    )
+    check = {name: partial(opcheck, operator) for name, operator in operators.OPERATORS.items()}
+    codes = definition.letter_codes(case.tokens, LETTERS)
+    check["ngram_rows_and_runs"]((codes, max(case.sizes), plan.behind, False))
+    check["window_features"]((case.tables, *plan, False))
     features = definition.window_features(case.tables, plan).detach()
     key, value = ((features @ weight.T).detach().requires_grad_() for weight in (case.key_weight, case.value_weight))
-    tail = (1e-5, case.dilation, case.reach_back)
-    opcheck(
-        operators._gated_memory_operator,
-        (case.hidden_states, key, value, plan.exists, behind_current(plan), plan.ahead, case.norm_weight,
-         case.conv_weight, None, *tail),
-    )  # fmt: skip
+    check["gated_memory"]((case.hidden_states, key, value, *plan, *case.layer, None, False))
     used, top = used_rows(plan)
     rows = packed_rows(case.tables, case.key_weight, case.value_weight, plan, used).rows.detach().requires_grad_()
-    opcheck(
-        operators._folded_memory_operator,
-        (case.hidden_states, rows, plan.grams, plan.runs, top, *segments, plan.exists, case.norm_weight,
-         case.conv_weight, None, *numbers, 1.0, *tail),
-    )  # fmt: skip
+    check["folded_memory"]((case.hidden_states, rows, 1.0, *plan, *case.layer, None, top, False))
 
 
 def test_used_rows_are_those_that_occur():
