@@ -7,7 +7,7 @@ import torch
 
 from gengram import doctor, memory_path
 from gengram.cli import main
-from gengram.operators.native import NativeStatus
+from gengram.motif_memory.ways.native import NativeStatus
 
 
 def test_json_names_versions_and_kernels(capsys):

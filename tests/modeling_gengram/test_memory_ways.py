@@ -9,7 +9,8 @@ from transformers import DynamicCache
 
 import gengram
 from gengram import GengramForCausalLM, GengramForMaskedLM, memory_path
-from gengram.modeling_gengram import modeling_gengram
+from gengram.motif_memory import plan_ngrams
+from gengram.motif_memory.ways import choose, compute, kept_fold
 
 CLOSE = dict(rtol=0, atol=1e-5)
 
@@ -19,7 +20,7 @@ def memories(model):
 
 
 def folds(model):
-    return [memory._fold for memory in memories(model)]
+    return [memory.kept_fold.fold for memory in memories(model)]
 
 
 @pytest.fixture
@@ -27,13 +28,24 @@ def algorithms(monkeypatch):
     """The algorithms taken, one entry per memory layer and pass."""
     taken = []
 
-    def choose(**arguments):
-        taken.append(original(**arguments))
+    def choose(*states, **arguments):
+        taken.append(original(*states, **arguments))
         return taken[-1]
 
-    original = modeling_gengram.choose_algorithm
-    monkeypatch.setattr(modeling_gengram, "choose_algorithm", choose)
-    return taken
+    class Names(list):
+        def __getitem__(self, which):
+            found = taken[which]
+            return [way.algorithm for way in found] if isinstance(which, slice) else found.algorithm
+
+        def __iter__(self):
+            return (way.algorithm for way in taken)
+
+        def __len__(self):
+            return len(taken)
+
+    original = compute.choose_way
+    monkeypatch.setattr(compute, "choose_way", choose)
+    return Names()
 
 
 @torch.no_grad()
@@ -77,16 +89,23 @@ def test_training_is_the_same_every_time():
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-def test_inference_folds_by_itself_and_training_does_not(algorithms):
+def test_long_inference_folds_by_itself_and_training_does_not(algorithms, monkeypatch):
+    monkeypatch.setattr(kept_fold, "tokens_to_repay", lambda weights, plan: 50)
+    monkeypatch.setattr(kept_fold, "tokens_to_check", lambda weights: 10)
     model, ids = tiny_model(GengramForCausalLM), random_ids(1, 20, non_letters=0)
     model(ids)
     assert set(algorithms) == {"token_major"} and folds(model) == [None, None]
     with torch.no_grad():
         model(ids)
-        assert algorithms[2:] == ["folded"] * 2 and None not in folds(model)
+        model(ids)
+        assert set(algorithms) == {"token_major"} and folds(model) == [None, None]  # 40 tokens of 50
+        model(ids)
+        assert algorithms[-2:] == ["folded"] * 2 and None not in folds(model)
         before = folds(model)
         model(ids)
         assert all(a is b for a, b in zip(before, folds(model), strict=True))
+        model(ids[:, :5])
+        assert algorithms[-2:] == ["token_major"] * 2  # too short to repay a check of the weights
         model.train()(ids)
     assert algorithms[-2:] == ["token_major"] * 2 and folds(model) == [None, None]
     model(random_ids(8, 1200))
@@ -94,29 +113,18 @@ def test_inference_folds_by_itself_and_training_does_not(algorithms):
 
 
 @torch.no_grad()
-def test_few_full_windows_are_not_folded(algorithms):
-    model = tiny_model(GengramForMaskedLM)
-    model(random_ids(1, 200, non_letters=0.3))
-    assert set(algorithms) == {"token_major"}
+def test_a_short_pass_makes_no_fold(algorithms):
+    model = GengramForCausalLM.from_pretrained(gengram.DEFAULT_MODEL).eval()
+    model(random_ids(1, 8))
+    assert set(algorithms) == {"token_major"} and folds(model) == [None]
 
 
 @torch.no_grad()
-def test_folded_tables_follow_the_weights():
-    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 40, non_letters=0)
-    model(ids)
-    memories(model)[0].key_proj.weight.mul_(-1)
-    changed = model(ids).logits
-    with memory_path("token_major"):
-        torch.testing.assert_close(model(ids).logits, changed, **CLOSE)
-    other = tiny_model(GengramForCausalLM, seed=5)
-    model.load_state_dict(other.state_dict())
-    torch.testing.assert_close(model(ids).logits, other(ids).logits, **CLOSE)
-    assert folds(copy.deepcopy(model)) == [None, None]
-    assert not any("fold" in name for name in model.state_dict())
-    model.double()
-    assert folds(model) == [None, None]
-    assert model(ids).logits.dtype == torch.float64
-    assert {fold.tables.rows.dtype for fold in folds(model)} == {torch.float64}
+def test_few_full_windows_are_not_folded(algorithms, monkeypatch):
+    monkeypatch.setattr(kept_fold, "tokens_to_repay", lambda weights, plan: 0)
+    model = tiny_model(GengramForMaskedLM)
+    model(random_ids(1, 200, non_letters=0.3))
+    assert set(algorithms) == {"token_major"}
 
 
 @torch.no_grad()
@@ -124,18 +132,20 @@ def test_folded_tables_follow_the_weights():
 def test_16_bit_models_get_float16_tables(dtype):
     model, ids = tiny_model(GengramForCausalLM).to(dtype), random_ids(1, 40, non_letters=0)
     memory, hidden = memories(model)[0], torch.randn(1, 40, 32).to(dtype)
-    plan = model.model._plan_memory(model.model._letter_codes(ids, None), None, None, None, True)
-    ours = memory(hidden, plan)[0].double()
+    plan = plan_ngrams(model.model._letter_codes(ids, None), model.config.memory)
+    with memory_path("folded"):
+        ours = memory(hidden, plan).residual.double()
     assert folds(model)[0].tables.rows.dtype == torch.float16
     with memory_path("token_major", "torch"):
-        exact = memory.double()(hidden.double(), plan)[0]
+        exact = memory.double()(hidden.double(), plan).residual
     assert (ours - exact).norm() / exact.norm() < 2 * torch.finfo(dtype).eps
 
 
 @torch.no_grad()
 def test_decoding_equals_prefill():
     model, ids = tiny_model(GengramForCausalLM).fold_memory(torch.float16), random_ids(2, 40)
-    full, cache = model(ids).logits, DynamicCache(config=model.config)
+    with memory_path("folded"):
+        full, cache = model(ids).logits, DynamicCache(config=model.config)
     parts = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 1, 20, 1, 10], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, **CLOSE)
 
@@ -169,7 +179,7 @@ def test_compiled_training_is_one_graph():
 
 @torch.no_grad()
 def test_memory_is_exported_with_its_operators():
-    memory = memories(tiny_model(GengramForCausalLM).fold_memory())[0]
+    memory = memories(tiny_model(GengramForCausalLM))[0]
 
     class Layer(torch.nn.Module):
         def __init__(self):
@@ -177,15 +187,13 @@ def test_memory_is_exported_with_its_operators():
             self.memory = memory
 
         def forward(self, hidden_states, codes):
-            plan = modeling_gengram.plan_ngrams(
-                codes, memory.ngram_sizes, memory.window, rows_and_runs=modeling_gengram.ngram_rows_and_runs
-            )
-            return self.memory(hidden_states, plan)[0]
+            return self.memory(hidden_states, plan_ngrams(codes, memory.config)).residual
 
     arguments = (torch.randn(1, 40, 32), torch.randint(1, 6, (1, 40)))
     layer = Layer().eval()
     length = torch.export.Dim("length", min=30, max=1000)
-    program = torch.export.export(layer, arguments, dynamic_shapes=({1: length}, {1: length}))
+    with memory_path("table_major"):
+        program = torch.export.export(layer, arguments, dynamic_shapes=({1: length}, {1: length}))
     assert "gengram.folded_memory" in str(program.graph)
     longer = (torch.randn(1, 77, 32), torch.randint(1, 6, (1, 77)))
     torch.testing.assert_close(program.module()(*longer), layer(*longer), **CLOSE)
@@ -239,7 +247,7 @@ def test_forcing_a_way_that_is_not_there_is_an_error(monkeypatch):
     as_trained = tiny_model(GengramForCausalLM, memory_pooling="as_trained")
     with memory_path("folded"), pytest.raises(ValueError, match="as_trained"):
         as_trained(ids)
-    monkeypatch.setattr(gengram.operators.memory_path, "_is_read", False)
+    monkeypatch.setattr(choose, "_is_read", False)
     monkeypatch.setenv("GENGRAM_MEMORY_ALGORITHM", "slow")
     with pytest.raises(ValueError, match="GENGRAM_MEMORY_ALGORITHM must be one of"):
         model(ids)
@@ -247,8 +255,8 @@ def test_forcing_a_way_that_is_not_there_is_an_error(monkeypatch):
 
 @torch.no_grad()
 def test_the_environment_forces_a_way(monkeypatch, algorithms):
-    monkeypatch.setattr(gengram.operators.memory_path, "_is_read", False)
-    monkeypatch.setattr(gengram.operators.memory_path, "_forced", gengram.operators.memory_path.MemoryPath())
+    monkeypatch.setattr(choose, "_is_read", False)
+    monkeypatch.setattr(choose, "_forced", choose.MemoryPath())
     monkeypatch.setenv("GENGRAM_MEMORY_ALGORITHM", "table_major")
     monkeypatch.setenv("GENGRAM_MEMORY_KERNELS", "torch")
     model, ids = tiny_model(GengramForCausalLM), random_ids(1, 30)
@@ -256,18 +264,19 @@ def test_the_environment_forces_a_way(monkeypatch, algorithms):
     assert set(algorithms) == {"table_major"}
     with memory_path("token_major"):
         model(ids)
-    assert algorithms[-1] == "token_major" and gengram.operators.memory_path.forced_path().kernels == "torch"
+    assert algorithms[-1] == "token_major" and choose.forced_path().kernels == "torch"
 
 
 @torch.no_grad()
 def test_the_way_and_its_reason_are_logged_once(monkeypatch, caplog):
-    monkeypatch.setattr(gengram.operators.memory_path, "_logged", set())
+    monkeypatch.setattr(choose, "_logged", set())
     model, ids = tiny_model(GengramForCausalLM), random_ids(1, 40, non_letters=0)
-    with caplog.at_level("INFO", "gengram.operators.memory_path"), memory_path(kernels="torch"):
+    with caplog.at_level("INFO", "gengram.motif_memory.ways.choose"), memory_path(kernels="torch"):
         model(ids)
         model(ids)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1 and "folded, PyTorch's operations (" in lines[0]
+    assert len(lines) == 1 and "token_major (a fold does not repay itself yet" in lines[0]
+    assert "PyTorch's operations (PyTorch's operations are asked for)" in lines[0]
 
 
 @torch.no_grad()
@@ -277,14 +286,3 @@ def test_folded_tables_are_never_saved(tmp_path):
     loaded = GengramForCausalLM.from_pretrained(tmp_path)
     assert folds(loaded) == [None, None] and None not in folds(model)
     assert set(loaded.state_dict()) == set(model.state_dict())
-
-
-@torch.no_grad()
-def test_folded_tables_follow_norms_and_taps():
-    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 40, non_letters=0)
-    model(ids)
-    memories(model)[0].norm_k.weight.mul_(0.5)
-    memories(model)[1].short_conv.conv.weight.mul_(3)
-    changed = model(ids).logits
-    with memory_path("token_major"):
-        torch.testing.assert_close(model(ids).logits, changed, **CLOSE)
