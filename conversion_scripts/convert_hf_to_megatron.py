@@ -135,7 +135,7 @@ def convert_to_megatron(
     stored = stored_tensors(source)
     record = _recorded_source(source)
     prefix = name_prefix or _recorded_prefix(record)
-    target = DTYPES[dtype] if dtype else _stored_dtype(stored)
+    target = DTYPES[dtype] if dtype else _folder_dtype(stored)
 
     recorded, contradiction = _recorded_args(record, config, prefix)
     args = args_from_config(config, prefix) | recorded
@@ -203,7 +203,7 @@ def _check_options(
         )
 
 
-def _stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+def _folder_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
     found = sorted({str(tensor.dtype) for tensor in stored.values()})
     if len(found) != 1:
         raise ConversionError(

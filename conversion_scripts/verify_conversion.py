@@ -58,7 +58,7 @@ def verify_conversion(output: str | Path, source: str | Path | None = None, load
     record = _read_record(output)
     report = VerificationReport(output)
     tensors = stored_tensors(output)
-    _check_files(output, record, tensors)
+    _check_against_record(output, record, tensors)
     report.checks.append(f"{len(tensors)} tensors on disk have the recorded names, shapes, dtypes and hashes")
     _check_round_trip(output, record, tensors, report)
     _check_source(record, source, report)
@@ -93,7 +93,7 @@ def _read_record(output: Path) -> dict[str, Any]:
     return record
 
 
-def _check_files(output: Path, record: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
+def _check_against_record(output: Path, record: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
     weights = record["weights"]
     missing = [name for name in weights if name not in tensors]
     extra = [name for name in tensors if name not in weights]

@@ -44,7 +44,7 @@ class _Arena:
                 return None
             if self._memory is None:
                 try:
-                    self._memory = _mapping(self.size)
+                    self._memory = _anonymous_memory(self.size)
                 except OSError:  # a limit on addresses
                     self.size = 0
                     return None
@@ -58,7 +58,7 @@ class _Arena:
             self._lent = [block for block in self._lent if block[0] != place]
 
 
-def _mapping(nbytes: int) -> mmap.mmap:
+def _anonymous_memory(nbytes: int) -> mmap.mmap:
     flags = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     memory = mmap.mmap(-1, nbytes, **flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # fresh memory costs half as much time then
@@ -100,7 +100,7 @@ def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     arena = _arena
     array = arena.take(nbytes) if arena else None
     if array is None:
-        array = np.frombuffer(_mapping(nbytes), dtype=np.uint8)
+        array = np.frombuffer(_anonymous_memory(nbytes), dtype=np.uint8)
     return torch.from_numpy(array).view(dtype).reshape(shape)  # it and its views hold the array
 
 

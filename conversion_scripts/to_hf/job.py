@@ -25,7 +25,7 @@ class ConversionJob:
         self.arguments = RecordedArgs(checkpoint.args)
         self.config = config_from_args(self.arguments)
         self.plan = match(checkpoint.shapes, self.config)
-        self.dtype = DTYPES[dtype] if dtype else _stored_dtype(checkpoint, self.plan)
+        self.dtype = DTYPES[dtype] if dtype else _checkpoint_dtype(checkpoint, self.plan)
         self.config.dtype = dtype_name(self.dtype)
         self.outputs = {out.name: out for out in self.plan.outputs}
         self.specs = [TensorSpec(out.name, out.shape, self.dtype) for out in self.plan.outputs]
@@ -79,7 +79,7 @@ def prepare_job(
     return ConversionJob(open_checkpoint(folder), dtype)
 
 
-def _stored_dtype(checkpoint: MegatronCheckpoint, plan: WeightPlan) -> torch.dtype:
+def _checkpoint_dtype(checkpoint: MegatronCheckpoint, plan: WeightPlan) -> torch.dtype:
     found = sorted({str(checkpoint.tensors[move.source].dtype) for move in plan.moves})
     if len(found) != 1 or found[0].removeprefix("torch.") not in DTYPES:
         raise ConversionError(

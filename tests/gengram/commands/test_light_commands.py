@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import gengram
-from gengram.demo import DEMO_DATA
 
-TINY = str(DEMO_DATA / "tiny_checkpoint")
+TINY = str(Path(gengram.__file__).parent / "demo_data" / "tiny_checkpoint")
 HEAVY = ("torch", "numpy", "transformers", "huggingface_hub")
 MODELS = ("modeling_gengram", "operators", "motif_memory", "inference", "evaluation", "tokenization")
 # What the configuration may need of the memory.
