@@ -1,20 +1,16 @@
 """The `gengram` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from . import demo, doctor
 from ._version import __version__
-from .conversion_scripts import (
-    convert_hf_to_megatron,
-    convert_megatron_to_hf,
-    diff_checkpoints,
-    inspect_checkpoint,
-    verify_conversion,
-)
+from .commands import convert, diff, info, verify
 from .data_preparation import prepare_command
 from .evaluation import bench_command
+from .support.errors import FetchError, MissingExtraError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,26 +19,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gengram {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    convert = commands.add_parser("convert", help="convert checkpoints between formats")
-    directions = convert.add_subparsers(title="directions", required=True, metavar="DIRECTION")
-    to_hf = directions.add_parser("to-hf", help="Megatron checkpoint to Hugging Face folder")
-    convert_megatron_to_hf.add_convert_arguments(to_hf)
-    to_hf.set_defaults(run=convert_megatron_to_hf.run_convert)
-    to_megatron = directions.add_parser("to-megatron", help="Hugging Face folder to Megatron checkpoint")
-    convert_hf_to_megatron.add_back_arguments(to_megatron)
-    to_megatron.set_defaults(run=convert_hf_to_megatron.run_back)
-
-    info = commands.add_parser("info", help="say what a checkpoint or folder is")
-    inspect_checkpoint.add_info_arguments(info)
-    info.set_defaults(run=inspect_checkpoint.run_info)
-
-    verify = commands.add_parser("verify", help="check a converted folder against its record and its source")
-    verify_conversion.add_verify_arguments(verify)
-    verify.set_defaults(run=verify_conversion.run_verify)
-
-    diff = commands.add_parser("diff", help="compare the weights of two checkpoints or folders")
-    diff_checkpoints.add_diff_arguments(diff)
-    diff.set_defaults(run=diff_checkpoints.run_diff)
+    for module in (convert, info, verify, diff):
+        command = commands.add_parser(module.__name__.rpartition(".")[-1], help=module.HELP)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
 
     prepare = commands.add_parser("prepare", help="FASTA files to a tokenized data set")
     prepare_command.add_prepare_arguments(prepare)
@@ -63,9 +43,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code; what the user can mend is one message, without a traceback."""
     arguments = build_parser().parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, FetchError, MissingExtraError) as error:
+        _print_error(f"error: {error}", error)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt as error:
+        _print_error("interrupted", error)
+        return 130
+
+
+def _print_error(message: str, error: BaseException) -> None:
+    print("\n".join([message, *getattr(error, "__notes__", ())]), file=sys.stderr)
 
 
 if __name__ == "__main__":
