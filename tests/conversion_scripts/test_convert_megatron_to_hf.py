@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from saved_sources import SAVED_SOURCES
 from transformers import GenerationConfig
 
 from gengram.configuration import GengramConfig
@@ -111,8 +112,7 @@ def test_the_folder_is_complete(small_torch, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "conversion.json"),
         *("tokenizer.json", "tokenizer_config.json"),
-        *("configuration_gengram.py", "modeling_gengram.py", "motif_memory.py", "folded_memory.py"),
-        *("memory_operators.py", "memory_path.py", "native.py", "table_major.py"),
+        *SAVED_SOURCES,
     }
     assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers")
     config = json.loads((out / "config.json").read_text())
