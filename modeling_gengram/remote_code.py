@@ -33,7 +33,7 @@ _OTHER_IMPORT = re.compile(r"^\s*(?:from \.+ import|from gengram|import gengram)
 
 def flat_name(module: str) -> str:
     """File name, without its ending, of a module such as `motif_memory.ways.choose`."""
-    room, _, name = module.rpartition(".")
+    name = module.rpartition(".")[-1]
     if name.startswith(("configuration_", "modeling_")):
         return name
     return module.replace(".", "_")
