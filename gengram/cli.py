@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from . import demo, doctor
 from ._version import __version__
+from .commands import bench, prepare
 from .conversion_scripts import (
     convert_hf_to_megatron,
     convert_megatron_to_hf,
@@ -13,8 +14,7 @@ from .conversion_scripts import (
     inspect_checkpoint,
     verify_conversion,
 )
-from .data_preparation import prepare_command
-from .evaluation import bench_command
+from .support.errors import MissingExtraError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,13 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
     diff_checkpoints.add_diff_arguments(diff)
     diff.set_defaults(run=diff_checkpoints.run_diff)
 
-    prepare = commands.add_parser("prepare", help="FASTA files to a tokenized data set")
-    prepare_command.add_prepare_arguments(prepare)
-    prepare.set_defaults(run=prepare_command.run_prepare)
-
-    evaluate = commands.add_parser("bench", help="evaluate models on a suite of tasks, beside baselines")
-    bench_command.add_bench_arguments(evaluate)
-    evaluate.set_defaults(run=bench_command.run_bench)
+    for name, command in {"prepare": prepare, "bench": bench}.items():
+        subparser = commands.add_parser(name, help=command.HELP)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
 
     demonstrate = commands.add_parser("demo", help="convert a bundled checkpoint, and use the default model")
     demo.add_demo_arguments(demonstrate)
@@ -65,7 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = build_parser().parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except (OSError, ValueError, MissingExtraError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gengram
-from gengram.data_preparation.annotation import Transcript, read_transcripts
-from gengram.data_preparation.fasta import read_fasta
-from gengram.data_preparation.windows import reverse_complement
 from gengram.evaluation.metrics import evaluate
+from gengram.sequences.alphabet import reverse_complement
+from gengram.sequences.annotation import Transcript, read_transcripts
+from gengram.sequences.fasta import read_fasta
 from gengram.support.figures import write_figure
 from gengram.support.machine import describe_machine
 from gengram.support.whole_output import whole_folder

@@ -50,9 +50,10 @@ from transformers import (
 
 import gengram  # noqa: F401  (the Auto classes then know Gengram)
 from gengram.data_preparation import read_fasta, read_split_rules
-from gengram.data_preparation.annotation import LABELS, Transcript, base_labels, read_transcripts
 from gengram.data_preparation.split_rules import SplitRule, parts_of_record
-from gengram.data_preparation.windows import reverse_complement, runs_between_gaps, window_bounds
+from gengram.sequences.alphabet import reverse_complement
+from gengram.sequences.annotation import LABELS, Transcript, base_labels, read_transcripts
+from gengram.sequences.windows import runs_between_gaps, window_bounds
 
 SPLITS = ("train", "validation", "test")
 WEIGHT_POWERS = {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}
