@@ -61,12 +61,10 @@ def evaluate(
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise ValueError(f"unknown metrics {unknown}; known are {list(METRICS)}.")
-    found = {}
+
+    def of(metric: Callable[[np.ndarray, np.ndarray], float]) -> Estimate:
+        return estimate(lambda rows: metric(labels[rows], probabilities[rows]), len(labels), samples)
+
     with warnings.catch_warnings():  # a sample may lack a class
         warnings.simplefilter("ignore")
-        for name in names:
-            metric = METRICS[name]
-            found[name] = estimate(
-                lambda rows, metric=metric: metric(labels[rows], probabilities[rows]), len(labels), samples
-            )
-    return found
+        return {name: of(METRICS[name]) for name in names}

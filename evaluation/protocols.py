@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,85 +69,68 @@ class EvaluatedModel:
         self._embedded.clear()
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Rows of a classification task to fit on, rows to predict the classes of, and a seed."""
+
+    task: ClassificationTask
+    train: LabelledSequences
+    test: LabelledSequences
+    seed: int
+    progress: bool
+
+
 Predictions = tuple[np.ndarray, dict[str, Any]]  # class probabilities (rows, classes), and what was chosen
 
 
-def frozen(
-    model: EvaluatedModel,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-) -> Predictions:
+def frozen(model: EvaluatedModel, trial: Trial) -> Predictions:
     """The paper's protocol: layer, pooling and classifier chosen on the training rows, then fitted on all of them."""
-    rows = train.sample(_ROWS_FOR_CHOICE, seed)
+    rows = trial.train.sample(_ROWS_FOR_CHOICE, trial.seed)
     choices = [(layer, pooling) for layer in range(model.encoder.layers) for pooling in POOLINGS]
-    found = model.embed(rows.sequences, choices, task.both_strands, progress)
-    scores = {choice: score_of_features(vectors, rows.labels, seed, rows.groups) for choice, vectors in found.items()}
+    found = model.embed(rows.sequences, choices, trial.task.both_strands, trial.progress)
+    scores = {
+        choice: score_of_features(vectors, rows.labels, trial.seed, rows.groups) for choice, vectors in found.items()
+    }
     best = max(scores, key=lambda choice: scores[choice])
-    return _on_embeddings(model, task, train, test, seed, progress, best, task.classifiers)
+    return _on_embeddings(model, trial, best, trial.task.classifiers)
 
 
-def linear_probe(
-    model: EvaluatedModel,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-) -> Predictions:
+def linear_probe(model: EvaluatedModel, trial: Trial) -> Predictions:
     """Logistic regression on the mean of the last hidden states."""
-    choice = (model.encoder.layers - 1, "mean")
-    return _on_embeddings(model, task, train, test, seed, progress, choice, ("logistic",))
+    return _on_embeddings(model, trial, (model.encoder.layers - 1, "mean"), ("logistic",))
 
 
 def _on_embeddings(
-    model: EvaluatedModel,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-    choice: tuple[int, str],
-    classifiers: Sequence[str],
+    model: EvaluatedModel, trial: Trial, choice: tuple[int, str], classifiers: Sequence[str]
 ) -> Predictions:
-    vectors = model.embed(train.sequences + test.sequences, [choice], task.both_strands, progress)[choice]
-    classifier, name, score = choose(classifiers, vectors[: len(train)], train.labels, seed, train.groups)
+    train, sequences = trial.train, trial.train.sequences + trial.test.sequences
+    vectors = model.embed(sequences, [choice], trial.task.both_strands, trial.progress)[choice]
+    classifier, name, score = choose(classifiers, vectors[: len(train)], train.labels, trial.seed, train.groups)
     details = {"layer": choice[0], "pooling": choice[1], "classifier": name, "held_out_auc": score}
     return classifier.predict_proba(vectors[len(train) :]), details
 
 
-def full_fine_tuning(
-    model: EvaluatedModel,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-    with_lora: bool = False,
-) -> Predictions:
+def full_fine_tuning(model: EvaluatedModel, trial: Trial, with_lora: bool = False) -> Predictions:
     """All weights, or low-rank adapters of all linear layers, through `Trainer`."""
-    options = FineTuningOptions(**task.fine_tuning)
+    options = FineTuningOptions(**trial.task.fine_tuning)
     probabilities, details = fine_tune(
-        model.name, train, test, options, seed, with_lora=with_lora, progress=progress, **model.loading
+        model.name,
+        trial.train,
+        trial.test,
+        options,
+        trial.seed,
+        with_lora=with_lora,
+        progress=trial.progress,
+        **model.loading,
     )
     return probabilities, {**asdict(options), **details}  # details know better which pooling was used
 
 
-def sequence_baseline(
-    model: None,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-    features: str,
-    classifier: str,
-) -> Predictions:
+def sequence_baseline(model: None, trial: Trial, features: str, classifier: str) -> Predictions:
     """A classifier on `sequence_baselines.FEATURES`."""
-    vectors = FEATURES[features](train.sequences + test.sequences)
-    fitted, name, score = choose([classifier], vectors[: len(train)], train.labels, seed, train.groups)
+    train = trial.train
+    vectors = FEATURES[features](train.sequences + trial.test.sequences)
+    fitted, name, score = choose([classifier], vectors[: len(train)], train.labels, trial.seed, train.groups)
     return fitted.predict_proba(vectors[len(train) :]), {
         "features": features,
         "classifier": name,
@@ -186,9 +169,8 @@ def run_classification(
     labels, probabilities, details, overlaps = [], [], [], []
     for fit, test in splits:
         overlaps.append(overlap(fit, test))
-        predicted, chosen = CLASSIFICATION[protocol](
-            model, task, fit.sample(task.most_train, seed), test, seed=seed, progress=progress
-        )
+        trial = Trial(task, fit.sample(task.most_train, seed), test, seed, progress)
+        predicted, chosen = CLASSIFICATION[protocol](model, trial)
         labels.append(test.labels)
         probabilities.append(predicted)
         details.append(chosen)
