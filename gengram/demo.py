@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from . import DEFAULT_MODEL
 from .conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from .data_preparation.fasta import read_fasta
+from .sequences.fasta import read_fasta
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 LONGEST = 1024  # the default model's context, in bases

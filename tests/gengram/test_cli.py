@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from gengram import GengramForCausalLM, __version__
 from gengram.cli import main
-from gengram.data_preparation.fasta import read_fasta
 from gengram.demo import DEMO_DATA
+from gengram.sequences.fasta import read_fasta
 
 TINY = str(DEMO_DATA / "tiny_checkpoint")
 

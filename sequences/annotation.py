@@ -4,14 +4,14 @@ GTF counts bases from 1 and includes the last one. Here as everywhere in this pa
 half-open, on the forward strand, also for transcripts of the reverse strand.
 """
 
-import gzip
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
+
+from .text_lines import read_lines
 
 LABELS = {"exon": ("other", "exon"), "splice": ("other", "donor", "acceptor")}
 
@@ -61,7 +61,7 @@ def read_transcripts(path: str | Path) -> list[Transcript]:
         OSError: if the file cannot be read.
     """
     exons: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(read_lines(path, "GTF"), start=1):
         line = line.rstrip("\r\n")
         if not line.strip() or line.startswith("#"):
             continue
@@ -122,16 +122,6 @@ def base_labels(transcripts: Iterable[Transcript], strand: str, length: int, kin
         for transcript in transcripts:
             labels[transcript.acceptors if site == "acceptor" else transcript.donors] = LABELS["splice"].index(site)
     return labels
-
-
-def _lines(path: str | Path) -> Iterator[str]:
-    with open(path, "rb") as raw:
-        is_compressed = raw.read(2) == b"\x1f\x8b"
-    with cast(IO[str], gzip.open(path, "rt") if is_compressed else open(path)) as file:
-        try:
-            yield from file
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: expected GTF text, got bytes that are not text") from None
 
 
 def _joined(exons: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -2,17 +2,14 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .suite import read_suite, with_fine_tuning
+HELP = "evaluate models on a suite of tasks, beside baselines"
 
 
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gengram bench`."""
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folders or Hub ids; none runs the baselines only")
     parser.add_argument("--suite", required=True, help="YAML file, or the name of a suite of this package")
@@ -49,41 +46,48 @@ def _values(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def run_bench(arguments: argparse.Namespace) -> int:
-    """Run `gengram bench`; returns the exit code."""
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is missing of the suite, and print the report.
+
+    Raises:
+        ValueError: if the suite, its data or an option cannot be used.
+        OSError: if a file or model cannot be read.
+        MissingExtraError: if a library of the extra `evaluation` is not installed.
+    """
+    from ..support.errors import MissingExtraError
+
     try:
-        from .bench import bench
-        from .protocols import EvaluatedModel
+        import torch
+
+        from ..evaluation.bench import bench
+        from ..evaluation.protocols import EvaluatedModel
+        from ..evaluation.suite import read_suite, with_fine_tuning
     except ImportError as error:
-        print(f"error: gengram bench needs {error.name}: pip install 'gengram[evaluation]'", file=sys.stderr)
-        return 1
+        raise MissingExtraError(f"gengram bench needs {error.name}: pip install 'gengram[evaluation]'") from error
+    suite = with_fine_tuning(read_suite(arguments.suite), _values(arguments.fine_tuning))
+    models = [
+        EvaluatedModel(
+            name,
+            arguments.device,
+            getattr(torch, arguments.dtype),
+            revision=arguments.revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        for name in arguments.models
+    ]
     try:
-        suite = with_fine_tuning(read_suite(arguments.suite), _values(arguments.fine_tuning))
-        models = [
-            EvaluatedModel(
-                name,
-                arguments.device,
-                getattr(torch, arguments.dtype),
-                revision=arguments.revision,
-                trust_remote_code=arguments.trust_remote_code,
-            )
-            for name in arguments.models
-        ]
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
-        protocols = arguments.protocols.split(",") if arguments.protocols else None
         results = bench(
             suite,
             models,
             arguments.data,
             arguments.output,
             tasks=arguments.tasks,
-            protocols=protocols,
-            seeds=seeds,
+            protocols=arguments.protocols.split(",") if arguments.protocols else None,
+            seeds=[int(seed) for seed in arguments.seeds.split(",")],
             progress=not arguments.quiet,
         )
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except ImportError as error:  # of what a model's own code needs; its message names it
+        raise MissingExtraError(str(error)) from error
     print((arguments.output / "report.md").read_text())
     print(
         f"wrote results.parquet, results.json, report.md and report.svg of {len(results)} runs to {arguments.output}"

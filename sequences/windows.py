@@ -3,13 +3,6 @@
 import re
 from collections.abc import Iterator
 
-_COMPLEMENT = str.maketrans("ACGTUNRYSWKMBDHVacgtunryswkmbdhv", "TGCAANYRSWMKVHDBtgcaanyrswmkvhdb")
-
-
-def reverse_complement(sequence: str) -> str:
-    """The other strand, read in its own direction; case and IUPAC codes are kept, U becomes A."""
-    return sequence.translate(_COMPLEMENT)[::-1]
-
 
 def runs_between_gaps(sequence: str, longest_gap: int) -> Iterator[tuple[int, int]]:
     """Start and end of each piece of `sequence` that has no run of more than `longest_gap` N in it.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from shared_files import DATA, needs_data
 
-from gengram.data_preparation import read_fasta
-from gengram.data_preparation.annotation import Transcript, base_labels, read_transcripts
-from gengram.data_preparation.windows import reverse_complement
+from gengram.sequences.alphabet import reverse_complement
+from gengram.sequences.annotation import Transcript, base_labels, read_transcripts
+from gengram.sequences.fasta import read_fasta
 
 
 def line(start, end, strand="+", transcript="T1", record="r", feature="exon") -> str:

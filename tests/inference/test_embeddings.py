@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from gengram import GengramModel, GengramTokenizer
-from gengram.configuration.configuration_gengram import SEQUENCE_POOLINGS
-from gengram.data_preparation.windows import reverse_complement
-from gengram.evaluation.embeddings import SequenceEncoder
+from gengram.inference.embeddings import SequenceEncoder
+from gengram.inference.pooling import POOLINGS
+from gengram.sequences.alphabet import reverse_complement
 
 SEQUENCES = ["ACGTTGCA", "A", "TTGACAGGCTATTTACGACGATTACG", "ACGT" * 30, "GGN"]
 
@@ -28,8 +28,8 @@ def one_by_one(folder, sequence: str, layer: int, pooling: str) -> np.ndarray:
 def test_batches_equal_one_by_one_on_both_strands(tiny_folder, layer):
     encoder = SequenceEncoder(str(tiny_folder), device="cpu")
     assert (encoder.layers, encoder.context) == (5, 48)
-    found = encoder.embed(SEQUENCES, [(layer, pooling) for pooling in SEQUENCE_POOLINGS])
-    for pooling in SEQUENCE_POOLINGS:
+    found = encoder.embed(SEQUENCES, [(layer, pooling) for pooling in POOLINGS])
+    for pooling in POOLINGS:
         expected = [
             np.concatenate(
                 [one_by_one(tiny_folder, s, layer, pooling) for s in (sequence, reverse_complement(sequence))]

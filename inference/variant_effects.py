@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from ..data_preparation.windows import reverse_complement
-
-_TOKENS_PER_BATCH = 8192
+from ..sequences.alphabet import reverse_complement
+from .likelihood import log_likelihoods
 
 
 class Variant(NamedTuple):
@@ -95,23 +92,3 @@ def score_variants(
     likelihoods = log_likelihoods(model, tokenizer, texts, progress)
     found = likelihoods[np.array(pairs).reshape(-1, 4)]  # (variants, reference, alternative, both reversed)
     return VariantScores(found[:, 1] - found[:, 0], found[:, 3] - found[:, 2])
-
-
-@torch.inference_mode()
-def log_likelihoods(model: Any, tokenizer: Any, texts: Sequence[str], progress: str | None = None) -> np.ndarray:
-    """Sum of log P(token | tokens before it) of each text in nats, without its first token; (texts,) float64."""
-    result = np.zeros(len(texts))
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    device = next(model.parameters()).device
-    limit = max(1, _TOKENS_PER_BATCH // max(1, max(map(len, texts), default=1)))
-    model.eval()
-    for start in tqdm(range(0, len(order), limit), desc=progress, unit="batch", disable=progress is None):
-        rows = order[start : start + limit]
-        batch = tokenizer([texts[row] for row in rows], padding=True, return_tensors="pt").to(device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        picked = -torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2).float(), batch["input_ids"][:, 1:], reduction="none"
-        )
-        mask = batch["attention_mask"]
-        result[rows] = (picked.double() * (mask[:, 1:] * mask[:, :-1])).sum(1).cpu().numpy()
-    return result

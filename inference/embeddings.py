@@ -1,16 +1,14 @@
 """Fixed embeddings of sequences, by any model of Transformers."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration.configuration_gengram import SEQUENCE_POOLINGS
-from ..data_preparation.windows import reverse_complement
-from ..modeling_gengram.modeling_gengram import pool_hidden_states
+from ..sequences.alphabet import reverse_complement
+from ..support.progress import progress_bar
+from .loaded_model import load_model
+from .pooling import POOLINGS, pool
 
 _TOKENS_PER_BATCH = 16384
 
@@ -36,12 +34,9 @@ class SequenceEncoder:
         dtype: torch.dtype = torch.float32,
         device: str | None = None,
     ):
-        loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model: PreTrainedModel = AutoModel.from_pretrained(model, dtype=dtype, **loading).to(self.device).eval()
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, **loading)
-        context = getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        self.context = min(int(context), self.tokenizer.model_max_length)
+        loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.device, self.context = loaded.device, loaded.context
         self.layers = self.model.config.num_hidden_layers + 1  # the embedding is layer 0
 
     def embed(
@@ -65,16 +60,15 @@ class SequenceEncoder:
             ValueError: if a layer or pooling does not exist.
         """
         for layer, pooling in choices:
-            if not 0 <= layer < self.layers or pooling not in SEQUENCE_POOLINGS:
+            if not 0 <= layer < self.layers or pooling not in POOLINGS:
                 raise ValueError(
-                    f"expected a layer in 0..{self.layers - 1} and a pooling of {SEQUENCE_POOLINGS}, got {layer}, "
-                    f"{pooling!r}."
+                    f"expected a layer in 0..{self.layers - 1} and a pooling of {POOLINGS}, got {layer}, {pooling!r}."
                 )
         texts = list(sequences) + ([reverse_complement(text) for text in sequences] if both_strands else [])
         width = self.model.config.hidden_size
         sums = {choice: np.zeros((len(texts), width), dtype=np.float32) for choice in choices}
         pieces = np.zeros(len(texts), dtype=np.int64)
-        with tqdm(total=len(texts), desc=progress, unit="seq", disable=progress is None) as bar:
+        with progress_bar(progress, "seq", total=len(texts)) as bar:
             for rows, batch in self._batches(texts):
                 for choice, pooled in self._pooled(batch, choices).items():
                     np.add.at(sums[choice], rows, pooled)
@@ -118,7 +112,7 @@ class SequenceEncoder:
         found = {}
         for layer, pooling in choices:
             hidden = outputs.hidden_states[layer].float()  # (batch, length, hidden)
-            found[layer, pooling] = pool_hidden_states(hidden, batch["attention_mask"], pooling).cpu().numpy()
+            found[layer, pooling] = pool(hidden, batch["attention_mask"], pooling).cpu().numpy()
         return found
 
 

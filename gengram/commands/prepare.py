@@ -2,15 +2,15 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from .genome_dataset import WindowOptions, prepare_genome_dataset
-from .split_rules import EVERYTHING_TRAINS, read_split_rules
+HELP = "FASTA files to a tokenized data set"
 
 
-def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gengram prepare`."""
+    from ..data_preparation.window_options import WindowOptions
+
     defaults = WindowOptions()
     parser.add_argument("fasta", nargs="+", type=Path, help="FASTA files, plain, gzip or bgzip")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; load_dataset reads it")
@@ -34,23 +34,28 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the record as JSON, and no progress bar")
 
 
-def run_prepare(arguments: argparse.Namespace) -> int:
-    """Run `gengram prepare`; returns the exit code."""
-    try:
-        options = WindowOptions(
-            length=arguments.length,
-            stride=arguments.stride,
-            packed=arguments.packed,
-            both_strands=arguments.both_strands,
-            longest_gap=arguments.longest_gap,
-            shortest=arguments.shortest,
-            seed=arguments.seed,
-        )
-        rules = read_split_rules(arguments.splits) if arguments.splits else EVERYTHING_TRAINS
-        record = prepare_genome_dataset(arguments.fasta, arguments.output, options, rules, progress=not arguments.json)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def run(arguments: argparse.Namespace) -> int:
+    """Write the data set, and say what went into each split.
+
+    Raises:
+        ValueError: if options contradict each other, a file is not FASTA, or a table of splits cannot be read.
+        OSError: if a file cannot be read, or the output holds something.
+    """
+    from ..data_preparation.genome_dataset import prepare_genome_dataset
+    from ..data_preparation.split_rules import EVERYTHING_TRAINS, read_split_rules
+    from ..data_preparation.window_options import WindowOptions
+
+    options = WindowOptions(
+        length=arguments.length,
+        stride=arguments.stride,
+        packed=arguments.packed,
+        both_strands=arguments.both_strands,
+        longest_gap=arguments.longest_gap,
+        shortest=arguments.shortest,
+        seed=arguments.seed,
+    )
+    rules = read_split_rules(arguments.splits) if arguments.splits else EVERYTHING_TRAINS
+    record = prepare_genome_dataset(arguments.fasta, arguments.output, options, rules, progress=not arguments.json)
     if arguments.json:
         print(json.dumps(record, indent=1))
         return 0

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from gengram import GengramForCausalLM, GengramTokenizer
-from gengram.data_preparation.windows import reverse_complement
-from gengram.evaluation.variant_scores import Variant, score_variants, variant_windows
+from gengram.inference.variant_effects import Variant, score_variants, variant_windows
+from gengram.sequences.alphabet import reverse_complement
 
 SEQUENCE = "ACGTTGCAAATTGACAGGCTATTTACGACGATTACGGGACATTA"
 VARIANTS = [

@@ -2,18 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gengram.data_preparation.windows import reverse_complement, runs_between_gaps, window_bounds
-
-
-def test_reverse_complement_keeps_case_and_ambiguity_codes():
-    assert reverse_complement("ACGTNacgtn") == "nacgtNACGT"
-    assert reverse_complement("RYSWKMBDHV") == "BDHVKMWSRY"
-    assert reverse_complement("ACGU") == "ACGT"
-
-
-@given(st.text("ACGTN", max_size=60))
-def test_reverse_complement_twice_is_the_sequence(sequence):
-    assert reverse_complement(reverse_complement(sequence)) == sequence
+from gengram.sequences.windows import runs_between_gaps, window_bounds
 
 
 @given(st.text("AN", max_size=60), st.integers(0, 4))
