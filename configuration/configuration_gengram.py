@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 
-from ..motif_memory.configuration_motif_memory import MotifMemoryConfig, check_memory_fields
+from ..motif_memory.configuration_motif_memory import MotifMemoryConfig, check_memory_fields, states_needed
 
 if TYPE_CHECKING:  # what a field holds once it is filled in
     _Int = int
@@ -180,9 +180,9 @@ class GengramConfig(PreTrainedConfig):
             for name, style in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise")):
                 plan[f"layers.*.mlp.{name}"] = style
             self.base_model_tp_plan = plan
-        super().__post_init__(**kwargs)
         self.validate_architecture()  # here, so that the caller sees a plain ValueError
         self.validate_memory()
+        super().__post_init__(**kwargs)
 
     def _memory_fields(self) -> dict:
         """The fields of the memory by their names in `MotifMemoryConfig`."""
@@ -196,7 +196,7 @@ class GengramConfig(PreTrainedConfig):
     @property
     def number_of_conv_states(self) -> int:
         """States per memory layer, under the name that Transformers' caches look for."""
-        return len(self.memory.states)
+        return len(states_needed(self.memory_window, self.memory_conv_kernel, self.memory_pooling))
 
     @property
     def layer_types(self) -> list[str]:

@@ -329,6 +329,7 @@ class GengramModel(GengramPreTrainedModel):
         self.layers = nn.ModuleList(GengramDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = GengramRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MixtralRotaryEmbedding(config=config)
+        self.memory_config = config.memory
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -407,12 +408,12 @@ class GengramModel(GengramPreTrainedModel):
 
         memory_plan = memory_state = codes = None
         if config.memory_layers:
-            memory_state = MemoryState.of(past_key_values, config.memory, config.memory_layers)
+            memory_state = MemoryState.of(past_key_values, self.memory_config, config.memory_layers)
             codes = self._letter_codes(input_ids if memory_input_ids is None else memory_input_ids, inputs_embeds)
             exists = masks.get("linear_attention")
             if exists is not None:
                 codes = codes.masked_fill(~exists.to(device=codes.device, dtype=torch.bool), 0)
-            memory_plan = plan_ngrams(codes, config.memory, segments, exists, memory_state, is_causal=is_causal)
+            memory_plan = plan_ngrams(codes, self.memory_config, segments, exists, memory_state, is_causal=is_causal)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)

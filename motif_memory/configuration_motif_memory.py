@@ -64,21 +64,22 @@ class MotifMemoryConfig:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """What a cache keeps per memory layer, in the order of its states.
-
-        `"conv_inputs"` (batch, hidden, `conv_context`), `"letter_codes"` (batch, 1, `context`) and, for `"as_trained"`
-        pooling, `"prefix_sums"` (batch, features, `window`); each only where it is needed.
-        """
-        needed = {
-            "conv_inputs": self.conv_context > 0,
-            "letter_codes": self.context > 0,
-            "prefix_sums": self.pooling == "as_trained",
-        }
-        return tuple(state for state, is_needed in needed.items() if is_needed)
+        """What a cache keeps per memory layer, in the order of its states; see `states_needed`."""
+        return states_needed(self.window, self.conv_kernel, self.pooling)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them; `MotifMemoryConfig(**fields)` reads them back."""
         return asdict(self) | {"ngram_sizes": list(self.ngram_sizes)}
+
+
+def states_needed(window: int, conv_kernel: int, pooling: str) -> tuple[str, ...]:
+    """What a cache keeps per memory layer, in the order of its states, each only where it is needed.
+
+    `"conv_inputs"` (batch, hidden, `conv_context`), `"letter_codes"` (batch, 1, `context`) and, for `"as_trained"`
+    pooling, `"prefix_sums"` (batch, features, `window`).
+    """
+    needed = {"conv_inputs": conv_kernel > 1, "letter_codes": window > 1, "prefix_sums": pooling == "as_trained"}
+    return tuple(state for state, is_needed in needed.items() if is_needed)
 
 
 def check_memory_fields(fields: Mapping[str, Any], prefix: str = "", without: str = "") -> None:

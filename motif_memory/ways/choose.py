@@ -149,8 +149,6 @@ def choose_way(
     wanted = forced_path().algorithm
     if wanted == "folded" and needs_grad:
         raise ValueError("folded tables are asked for but this pass needs gradients; use torch.no_grad() and eval().")
-    if is_as_trained:
-        can_project = 'memory_pooling="as_trained" repeats the original\'s operations in their order'
     if wanted in ("folded", "table_major") and can_project is not None:
         raise ValueError(f"the algorithm {wanted} is asked for but {can_project}.")
     kernels, no_kernels = ("torch", "") if can_project is not None else _kernels_of(hidden_states)

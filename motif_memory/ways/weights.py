@@ -49,6 +49,8 @@ def conv_reach_back(reach: int, is_causal: bool) -> int:
 
 def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, str | None]:
     """The weights of a `MotifMemory`, or why they cannot be read past the modules that hold them."""
+    if memory.config.pooling == "as_trained":
+        return None, 'memory_pooling="as_trained" repeats the original\'s operations in their order'
     embeddings, projections = list(memory.embeddings), [memory.key_proj, memory.value_proj]
     others: list[nn.Module] = [memory.norm_q, memory.norm_k]
     if memory.short_conv is not None:
