@@ -1,5 +1,7 @@
 """The memory module: against the authors' recorded outputs, and against brute force in values and gradients."""
 
+import json
+
 import memory_oracle
 import pytest
 import torch
@@ -214,3 +216,26 @@ def test_a_letter_changes_only_what_its_window_and_convolution_reach():
             before, after = (module(hidden, plan_for(config, x, is_causal=is_causal)).residual for x in (ids, changed))
         moved = (before != after).any(-1)[0].nonzero().flatten().tolist()
         assert moved == list(reached)
+
+
+def test_a_new_memory_initialises_itself():
+    memory = MotifMemory(MotifMemoryConfig(embedding_dim=8), 64, initializer_range=0.05)
+    for name, weight in memory.named_parameters():
+        if weight.dim() == 1:
+            assert (weight == 1).all(), name
+        else:
+            assert 0.03 < weight.std() < 0.07 and weight.isfinite().all(), name
+
+
+def test_a_configuration_is_checked_and_goes_through_json():
+    config = MotifMemoryConfig(ngram_sizes=[2, 3], embedding_dim=4, window=8)
+    assert MotifMemoryConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert config.conv_dilation == 3 and config.features == 8 and config.conv_context == 9
+    for wrong, message in [
+        (dict(ngram_sizes=[]), "ngram_sizes must name at least one size"),
+        (dict(ngram_sizes=[9], window=8), "window must be at least the largest of ngram_sizes"),
+        (dict(norm_eps=float("nan")), "norm_eps must be positive"),
+        (dict(pooling="mean"), "pooling must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            MotifMemoryConfig(**wrong)
