@@ -253,7 +253,9 @@ def prepare_genome_dataset(
         if sketch_scale and "train" in counts:
             record[f"share_of_{KMER}mers_also_in_train"] = _leakage(counts)
         (folder / "preparation.json").write_text(json.dumps(record, indent=1) + "\n")
-        (folder / "README.md").write_text(_card(record, sorted(writers)))
+        digests = [_sha256(path) for path in sorted((folder / "data").iterdir())]
+        content = hashlib.sha256("".join(digests).encode()).hexdigest()
+        (folder / "README.md").write_text(_card(record, sorted(writers), content))
     return record
 
 
@@ -324,13 +326,18 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _card(record: dict[str, Any], splits: list[str]) -> str:
+def _card(record: dict[str, Any], splits: list[str], content: str) -> str:
+    """The data set's card; it holds the hash of the content, by which `datasets` tells folders of one name apart.
+
+    Its cache goes by the folder's name and this card's head, and would serve what another such folder held.
+    """
     files = "\n".join(f"  - split: {split}\n    path: data/{split}-*" for split in splits)
     rows = "\n".join(
         f"| {split} | {count['examples']:,} | {count['tokens']:,} |" for split, count in record["splits"].items()
     )
     return (
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}\ntags:\n- dna\n- gengram\n---\n\n"
+        f"---\nconfigs:\n- config_name: default\n  description: sha256 {content}\n  data_files:\n{files}\n"
+        "tags:\n- dna\n- gengram\n---\n\n"
         "# Tokenized DNA\n\nMade by `gengram prepare`; `preparation.json` says from what and how. `input_ids` are "
         "token ids of `GengramTokenizer`, `origin` the bases they are from (0-based, half-open, forward strand; on "
         f"`(-)` the example is their reverse complement).\n\n| split | examples | tokens |\n|---|---|---|\n{rows}\n"

@@ -113,6 +113,17 @@ def test_streamed_examples_equal_prepared_ones(genome, tmp_path):
     assert list(streamed) == list(prepared) == list(from_parquet)
 
 
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    """The cache of `datasets` goes by the folder's name and what its card says."""
+    for place, repeats in (("first", 30), ("second", 70)):
+        (tmp_path / place).mkdir()
+        (tmp_path / f"{place}.fa").write_text(f">a\n{'ACGTTGCA' * repeats}\n")
+        output = tmp_path / place / "dataset"
+        prepare_genome_dataset([tmp_path / f"{place}.fa"], output, WindowOptions(64, shortest=1), progress=False)
+        loaded = load_dataset(str(output), cache_dir=str(tmp_path / "cache"), split="train")
+        assert sum(map(len, loaded["input_ids"])) == 8 * repeats
+
+
 def test_nothing_half_written_remains(genome, tmp_path):
     files, _ = genome
     bad = tmp_path / "bad.fa"
