@@ -1,72 +1,75 @@
-"""The `gengram` command."""
+"""The `gengram` command: finds the subcommand, and says errors in one way for all."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import Protocol
 
-from . import demo, doctor
 from ._version import __version__
-from .conversion_scripts import (
-    convert_hf_to_megatron,
-    convert_megatron_to_hf,
-    diff_checkpoints,
-    inspect_checkpoint,
-    verify_conversion,
-)
-from .data_preparation import prepare_command
-from .evaluation import bench_command
+from .commands import bench, convert, demo, diff, doctor, info, prepare, verify
+from .support.errors import FetchError, MissingExtraError
+
+
+class Command(Protocol):
+    """What a module of `gengram/commands` holds. It imports the standard library only, and the rest in `run`."""
+
+    HELP: str  # one line
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments, or commands of its own, to `parser`."""
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do the work and return the exit code; errors that the user can mend are raised, not printed."""
+
+
+COMMANDS: dict[str, Command] = {
+    "convert": convert,
+    "info": info,
+    "verify": verify,
+    "diff": diff,
+    "prepare": prepare,
+    "bench": bench,
+    "demo": demo,
+    "doctor": doctor,
+}
+INTERRUPTED = 130  # as a shell reports Control-C
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments; each subcommand brings its own and a function `run(arguments) -> exit code`."""
+    """The command's arguments; `run` of what it returns is the subcommand's."""
     parser = argparse.ArgumentParser(prog="gengram", description="Gengram for Hugging Face Transformers.")
     parser.add_argument("--version", action="version", version=f"gengram {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    convert = commands.add_parser("convert", help="convert checkpoints between formats")
-    directions = convert.add_subparsers(title="directions", required=True, metavar="DIRECTION")
-    to_hf = directions.add_parser("to-hf", help="Megatron checkpoint to Hugging Face folder")
-    convert_megatron_to_hf.add_convert_arguments(to_hf)
-    to_hf.set_defaults(run=convert_megatron_to_hf.run_convert)
-    to_megatron = directions.add_parser("to-megatron", help="Hugging Face folder to Megatron checkpoint")
-    convert_hf_to_megatron.add_back_arguments(to_megatron)
-    to_megatron.set_defaults(run=convert_hf_to_megatron.run_back)
-
-    info = commands.add_parser("info", help="say what a checkpoint or folder is")
-    inspect_checkpoint.add_info_arguments(info)
-    info.set_defaults(run=inspect_checkpoint.run_info)
-
-    verify = commands.add_parser("verify", help="check a converted folder against its record and its source")
-    verify_conversion.add_verify_arguments(verify)
-    verify.set_defaults(run=verify_conversion.run_verify)
-
-    diff = commands.add_parser("diff", help="compare the weights of two checkpoints or folders")
-    diff_checkpoints.add_diff_arguments(diff)
-    diff.set_defaults(run=diff_checkpoints.run_diff)
-
-    prepare = commands.add_parser("prepare", help="FASTA files to a tokenized data set")
-    prepare_command.add_prepare_arguments(prepare)
-    prepare.set_defaults(run=prepare_command.run_prepare)
-
-    evaluate = commands.add_parser("bench", help="evaluate models on a suite of tasks, beside baselines")
-    bench_command.add_bench_arguments(evaluate)
-    evaluate.set_defaults(run=bench_command.run_bench)
-
-    demonstrate = commands.add_parser("demo", help="convert a bundled checkpoint, and use the default model")
-    demo.add_demo_arguments(demonstrate)
-    demonstrate.set_defaults(run=demo.run_demo)
-
-    examine = commands.add_parser("doctor", help="say what runs here: versions, devices, native kernels")
-    doctor.add_doctor_arguments(examine)
-    examine.set_defaults(run=doctor.run_doctor)
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.HELP)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code.
+
+    What the user can mend (a wrong value or file, a download that failed, a library that is missing) is one message
+    on stderr and exit code 1. Any other exception keeps its traceback.
+    """
     arguments = build_parser().parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, FetchError, MissingExtraError) as error:
+        _say(f"error: {error}", error)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        _say("interrupted", interrupt)
+        return INTERRUPTED
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _say(message: str, error: BaseException) -> None:
+    """Print `message` and the notes of `error`, such as what is kept for the next try, on lines of their own."""
+    print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
