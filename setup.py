@@ -23,7 +23,7 @@ CUDA_CODE = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)] + ["-ge
 
 
 def native_kernels() -> dict:
-    """Arguments of `setup` that build `gengram/operators/_native*.so`; needs PyTorch and a C++ compiler."""
+    """Arguments of `setup` that build `gengram/motif_memory/ways/_native*.so`; needs PyTorch and a C++ compiler."""
     import torch
     from torch.utils import cpp_extension
 
@@ -64,7 +64,7 @@ def native_kernels() -> dict:
     sources = ["csrc/cpu/operators.cpp", *(["csrc/cuda/operators.cpp"] if has_cuda else [])]
     kind = cpp_extension.CUDAExtension if has_cuda else cpp_extension.CppExtension
     extension = kind(
-        "gengram.operators._native",
+        "gengram.motif_memory.ways._native",
         sources,
         define_macros=[("GENGRAM_TORCH_VERSION", f'"{torch.__version__}"')],
         extra_compile_args=["-O2", "-fopenmp"],  # PyTorch's parallel_for is written with OpenMP

@@ -1,12 +1,15 @@
 """Gengram model configuration."""
 
 import difflib
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+
+from ..motif_memory.configuration_motif_memory import MotifMemoryConfig, check_memory_fields
 
 if TYPE_CHECKING:  # what a field holds once it is filled in
     _Int = int
@@ -15,7 +18,6 @@ else:  # what may be given
     _Int = int | None
     _Ints = list[int] | tuple[int, ...] | None
 
-_MEMORY_POOLINGS = ("exact", "as_trained")
 SEQUENCE_POOLINGS = ("mean", "max", "last", "centre")
 
 
@@ -182,34 +184,19 @@ class GengramConfig(PreTrainedConfig):
         self.validate_architecture()  # here, so that the caller sees a plain ValueError
         self.validate_memory()
 
-    @property
-    def memory_context(self) -> int:
-        """Earlier bases that a decoding step must remember for the window: `memory_window - 1`."""
-        return self.memory_window - 1
+    def _memory_fields(self) -> dict:
+        """The fields of the memory by their names in `MotifMemoryConfig`."""
+        return {field.name: getattr(self, f"memory_{field.name}") for field in fields(MotifMemoryConfig)}
 
     @property
-    def memory_conv_context(self) -> int:
-        """Earlier memory outputs that a decoding step must remember for the short convolution."""
-        return max(self.memory_conv_kernel - 1, 0) * (self.memory_conv_dilation or 1)
-
-    @property
-    def memory_states(self) -> list[str]:
-        """What a cache keeps per memory layer, in the order of its states.
-
-        `"conv_inputs"` (batch, hidden, `memory_conv_context`), `"letter_codes"` (batch, 1, `memory_context`) and, for
-        `"as_trained"` pooling, `"prefix_sums"` (batch, features, `memory_window`); each only where it is needed.
-        """
-        needed = {
-            "conv_inputs": self.memory_conv_context > 0,
-            "letter_codes": self.memory_context > 0,
-            "prefix_sums": self.memory_pooling == "as_trained",
-        }
-        return [state for state, is_needed in needed.items() if is_needed]
+    def memory(self) -> MotifMemoryConfig:
+        """The memory's own configuration; on disk its fields are flat, with `memory_` in front."""
+        return MotifMemoryConfig(**self._memory_fields())
 
     @property
     def number_of_conv_states(self) -> int:
         """States per memory layer, under the name that Transformers' caches look for."""
-        return len(self.memory_states)
+        return len(self.memory.states)
 
     @property
     def layer_types(self) -> list[str]:
@@ -252,31 +239,14 @@ class GengramConfig(PreTrainedConfig):
             )
         if len(set(self.memory_layers)) != len(self.memory_layers):
             raise ValueError(f"memory_layers must not repeat a layer, got {self.memory_layers}.")
-        if not self.memory_ngram_sizes or min(self.memory_ngram_sizes) < 1:
-            raise ValueError(
-                f"memory_ngram_sizes must name at least one size, each 1 or more, got {self.memory_ngram_sizes}; "
-                "for a model without memory set memory_layers=[]."
-            )
-        if self.memory_window < max(self.memory_ngram_sizes):
-            raise ValueError(
-                f"memory_window must be at least the largest of memory_ngram_sizes ({max(self.memory_ngram_sizes)}), "
-                f"got {self.memory_window}: a k-mer has to fit into the window."
-            )
-        if self.memory_embedding_dim < 1:
-            raise ValueError(f"memory_embedding_dim must be at least 1, got {self.memory_embedding_dim}.")
+        check_memory_fields(
+            self._memory_fields(), prefix="memory_", without="; for a model without memory set memory_layers=[]"
+        )
         ids = self.memory_token_ids
         if len(ids) != 5 or len(set(ids)) != 5:
             raise ValueError(f"memory_token_ids must be five different ids, those of A, C, G, T, N, got {ids}.")
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise ValueError(f"memory_token_ids must lie in 0..{self.vocab_size - 1} (vocab_size), got {ids}.")
-        if self.memory_conv_kernel < 0:
-            raise ValueError(f"memory_conv_kernel must be 0 (no convolution) or more, got {self.memory_conv_kernel}.")
-        if self.memory_conv_dilation < 1:
-            raise ValueError(f"memory_conv_dilation must be at least 1, got {self.memory_conv_dilation}.")
-        if self.memory_norm_eps <= 0:
-            raise ValueError(f"memory_norm_eps must be positive, got {self.memory_norm_eps}.")
-        if self.memory_pooling not in _MEMORY_POOLINGS:
-            raise ValueError(f"memory_pooling must be one of {_MEMORY_POOLINGS}, got {self.memory_pooling!r}.")
         if self.memory_pooling == "as_trained" and not self.is_causal:
             raise ValueError(
                 'memory_pooling="as_trained" repeats the original, which is causal; use "exact" with is_causal=False.'

@@ -22,16 +22,18 @@ from tqdm import tqdm
 
 from ..configuration.configuration_gengram import GengramConfig
 from ..support.errors import ConversionError, quoted, shortened, size_text
-from .convert_megatron_to_hf import DTYPES, OUTPUT_DTYPES, RECORD, with_clear_errors
-from .hf_folder import StoredTensor, read_json, stored_tensors
-from .megatron_checkpoint import TRACKER
-from .megatron_config import args_from_config, config_from_args, differing_fields
-from .megatron_writers import Architecture, stored_bytes, write_torch, write_torch_dist
-from .partial_folder import check_output_is_free, staged_folder
-from .torch_archive import LazyTensor
-from .weight_table import MEMORY_PREFIXES, Entry, megatron_entries
+from .choices import FORMATS, MEMORY_PREFIXES, OUTPUT_DTYPES
+from .files.dtypes import DTYPES, dtype_name
+from .files.hf_folder import RECORD, StoredTensor, read_config, read_json, stored_tensors
+from .files.partial_folder import check_output_is_free, staged_folder
+from .mapping.arguments import args_from_config, config_from_args, differing_fields
+from .mapping.weight_table import Entry, megatron_entries
+from .megatron.checkpoint import TRACKER
+from .megatron.torch_archive import LazyTensor
+from .megatron.torch_dist_writer import write_torch_dist
+from .megatron.torch_writer import stored_bytes, write_torch
+from .megatron.written_keys import Architecture
 
-FORMATS = ("torch_dist", "torch")
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
@@ -127,11 +129,13 @@ def convert_to_megatron(
     if iteration is not None and not 0 <= iteration < 10**12:
         raise ConversionError(f"iteration must lie in 0..{10**12 - 1}, got {iteration}")
     check_output_is_free(output)
-    config = _read_config(source)
+    if not source.is_dir():
+        raise ConversionError(f"{source} is not a folder; expected a Hugging Face folder of a Gengram model")
+    config = read_config(source)
     stored = stored_tensors(source)
     record = _recorded_source(source)
     prefix = name_prefix or _recorded_prefix(record)
-    target = DTYPES[dtype] if dtype else _common_dtype(stored)
+    target = DTYPES[dtype] if dtype else _folder_dtype(stored)
 
     recorded, contradiction = _recorded_args(record, config, prefix)
     args = args_from_config(config, prefix) | recorded
@@ -166,7 +170,7 @@ def convert_to_megatron(
         output=output,
         format=format,
         iteration=name,
-        dtype=str(target).removeprefix("torch."),
+        dtype=dtype_name(target),
         stages=len(stages),
         tensor_ranks=tensor_parallel,
         tensors=len(tensors),
@@ -199,20 +203,7 @@ def _check_options(
         )
 
 
-def _read_config(source: Path) -> GengramConfig:
-    if not source.is_dir():
-        raise ConversionError(f"{source} is not a folder; expected a Hugging Face folder of a Gengram model")
-    fields = read_json(source / "config.json")
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind != GengramConfig.model_type:
-        raise ConversionError(f"{source} is a folder of model_type {kind!r}, expected {GengramConfig.model_type!r}")
-    try:
-        return GengramConfig.from_dict(fields)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"{source / 'config.json'} is not valid: {error}") from None
-
-
-def _common_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
+def _folder_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
     found = sorted({str(tensor.dtype) for tensor in stored.values()})
     if len(found) != 1:
         raise ConversionError(
@@ -366,58 +357,11 @@ def _run_args(
     }
 
 
-def add_back_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gengram convert to-megatron`."""
-    parser.add_argument("source", type=Path, metavar="HF_FOLDER", help="Hugging Face folder of a Gengram model")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="checkpoint root to write; new or empty")
-    parser.add_argument(
-        "--format", choices=FORMATS, default="torch_dist", help="torch_dist (default; Megatron reshards it) or torch"
-    )
-    parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="N", help="stages (format torch)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks (format torch)")
-    parser.add_argument("--first-stage-layers", type=int, metavar="N", help="layers of the first stage, if uneven")
-    parser.add_argument("--last-stage-layers", type=int, metavar="N", help="layers of the last stage, if uneven")
-    parser.add_argument(
-        "--name-prefix", choices=MEMORY_PREFIXES, help="the memory's name; the original checkpoint's by default"
-    )
-    parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help="dtype of the weights; the folder's own by default")
-    parser.add_argument(
-        "--iteration", type=int, metavar="N", help="write iter_N; by default release, without training state"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
-
-
-def run_back(arguments: argparse.Namespace) -> int:
-    """Runs `gengram convert to-megatron`; returns the exit code."""
-
-    def run() -> int:
-        report = convert_to_megatron(
-            arguments.source,
-            arguments.output,
-            format=arguments.format,
-            pipeline_parallel=arguments.pipeline_parallel,
-            tensor_parallel=arguments.tensor_parallel,
-            first_stage_layers=arguments.first_stage_layers,
-            last_stage_layers=arguments.last_stage_layers,
-            name_prefix=arguments.name_prefix,
-            dtype=arguments.dtype,
-            iteration=arguments.iteration,
-            progress=not arguments.quiet,
-        )
-        if not arguments.quiet:
-            print(report.summary())
-        return 0
-
-    return with_clear_errors(run)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m gengram.conversion_scripts.convert_hf_to_megatron`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gengram.conversion_scripts.convert_hf_to_megatron", description=__doc__.partition("\n")[0]
-    )
-    add_back_arguments(parser)
-    return run_back(parser.parse_args(argv))
+    """`gengram convert to-megatron`, as `python -m gengram.conversion_scripts.convert_hf_to_megatron`."""
+    from ..cli import main as gengram
+
+    return gengram(["convert", "to-megatron", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

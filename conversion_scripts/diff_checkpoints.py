@@ -4,10 +4,7 @@ Tensors stream through memory in pieces, experts one by one. What a checkpoint h
 dead weights) is not compared.
 """
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,13 +16,14 @@ import torch
 from tqdm import tqdm
 
 from ..configuration.configuration_gengram import GengramConfig
-from ..support.errors import ConversionError
-from .hf_folder import StoredTensor, read_json, stored_tensors
-from .megatron_checkpoint import MegatronCheckpoint, open_checkpoint
-from .megatron_config import config_from_args, differing_fields
-from .safetensors_writer import tensor_bytes
-from .tensor_memory import reused_memory
-from .weight_table import Move, Output, match
+from .files.dtypes import dtype_name
+from .files.hf_folder import StoredTensor, read_config, stored_tensors
+from .files.tensor_memory import reused_memory
+from .files.weight_hash import tensor_bytes
+from .mapping.arguments import config_from_args, differing_fields
+from .mapping.match import Move, Output, match
+from .megatron.checkpoint import MegatronCheckpoint
+from .megatron.open_checkpoint import open_checkpoint
 
 _BLOCK = 2**22  # elements whose difference is taken at once
 
@@ -137,19 +135,12 @@ def open_weights(path: Path) -> tuple[GengramConfig, dict[str, Weight]]:
         ConversionError: if it is none, or is damaged.
     """
     if _is_hf(path):
-        fields = read_json(path / "config.json")
-        kind = fields.get("model_type") if isinstance(fields, dict) else None
-        if kind != GengramConfig.model_type:
-            raise ConversionError(f"{path} is a folder of model_type {kind!r}, expected {GengramConfig.model_type!r}")
-        try:
-            config = GengramConfig.from_dict(fields)
-        except (ValueError, TypeError) as error:
-            raise ConversionError(f"{path / 'config.json'} is not valid: {error}") from None
+        config = read_config(path)
         stored = stored_tensors(path)
         return config, {name: _stored_weight(tensor) for name, tensor in stored.items()}
     checkpoint = open_checkpoint(path)
     config = config_from_args(checkpoint.args)
-    plan = match({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, config)
+    plan = match(checkpoint.shapes, config)
     reader = _Reader(checkpoint)
     return config, {output.name: _planned_weight(output, checkpoint, reader) for output in plan.outputs}
 
@@ -159,7 +150,7 @@ def _is_hf(path: Path) -> bool:
 
 
 def _stored_weight(tensor: StoredTensor) -> Weight:
-    return Weight(tensor.shape, (_dtype_name(tensor.dtype),), partial(_stored_pieces, tensor))
+    return Weight(tensor.shape, (dtype_name(tensor.dtype),), partial(_stored_pieces, tensor))
 
 
 def _stored_pieces(tensor: StoredTensor) -> Iterator[torch.Tensor]:
@@ -171,7 +162,7 @@ def _stored_pieces(tensor: StoredTensor) -> Iterator[torch.Tensor]:
 
 
 def _planned_weight(output: Output, checkpoint: MegatronCheckpoint, reader: "_Reader") -> Weight:
-    dtypes = dict.fromkeys(_dtype_name(checkpoint.tensors[move.source].dtype) for move, _ in output.parts)
+    dtypes = dict.fromkeys(dtype_name(checkpoint.tensors[move.source].dtype) for move, _ in output.parts)
     return Weight(output.shape, tuple(dtypes), partial(_planned_pieces, output, reader))
 
 
@@ -225,31 +216,3 @@ def _compare(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float]:
             count += int(apart.sum())
             largest = max(largest, float((x - y)[apart].abs().nan_to_num(nan=math.inf, posinf=math.inf).max()))
     return count, largest
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gengram diff`."""
-    parser.add_argument("first", type=Path, metavar="A", help="Megatron checkpoint or Hugging Face folder")
-    parser.add_argument("second", type=Path, metavar="B", help="another one")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def run_diff(arguments: argparse.Namespace) -> int:
-    """Runs `gengram diff`; returns the exit code: 0 the same, 1 different, 2 an error."""
-    try:
-        report = diff_checkpoints(arguments.first, arguments.second, progress=not (arguments.quiet or arguments.json))
-    except (ConversionError, OSError) as error:
-        if arguments.json:
-            print(json.dumps({"error": str(error)}))
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    print(json.dumps(report.as_json(), indent=1) if arguments.json else report.summary())
-    return 0 if report.same else 1

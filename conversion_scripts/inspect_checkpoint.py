@@ -1,20 +1,19 @@
 """`gengram info`: says what a Megatron checkpoint or a Hugging Face folder is, without reading weights."""
 
-import argparse
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..configuration.configuration_gengram import GengramConfig
 from ..support.errors import ConversionError, size_text
-from .convert_megatron_to_hf import RECORD, with_clear_errors
-from .hf_folder import read_json, stored_tensors
-from .hub_path import HubPath, SourcePath, open_source, size_of
-from .megatron_checkpoint import open_checkpoint, summary_of_dropped
-from .megatron_config import config_from_args
-from .weight_table import dropped_weights, match, parameters
+from .files.dtypes import dtype_name
+from .files.hf_folder import RECORD, config_fields, read_json, stored_tensors
+from .hub.hub_path import HubPath, SourcePath, open_source, size_of
+from .mapping.arguments import config_from_args
+from .mapping.match import match, parameters
+from .megatron.checkpoint import summary_of_dropped
+from .megatron.open_checkpoint import open_checkpoint
 
 
 @dataclass
@@ -74,7 +73,7 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
         kind=f"megatron {checkpoint.format}",
         layout=checkpoint.layout,
         iteration=checkpoint.iteration,
-        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()}),
+        dtypes=sorted({dtype_name(tensor.dtype) for tensor in checkpoint.tensors.values()}),
         files=len(checkpoint.files),
         nbytes=sum(size_of(file) for file in checkpoint.files),
     )
@@ -82,9 +81,9 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
     try:
         config = config_from_args(checkpoint.args)
         info.model = _facts(config)
-        plan = match({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, config)
+        plan = match(checkpoint.shapes, config)
         info.parameters = parameters(plan)
-        dropped = dropped_weights(plan, checkpoint.tensors) + dropped
+        dropped = checkpoint.left_out(plan)
     except ConversionError as error:
         info.problem = str(error)
     info.left_out = summary_of_dropped(dropped)
@@ -92,13 +91,13 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
 
 
 def _inspect_folder(path: Path) -> CheckpointInfo:
-    fields = _fields(path)
+    fields = config_fields(path)
     tensors = stored_tensors(path)
     files = {tensor.path for tensor in tensors.values()}
     info = CheckpointInfo(
         path=str(path),
         kind="hugging face",
-        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+        dtypes=sorted({dtype_name(tensor.dtype) for tensor in tensors.values()}),
         files=len(files),
         nbytes=sum(file.stat().st_size for file in files),
         parameters=sum(prod(tensor.shape) for tensor in tensors.values()),
@@ -109,7 +108,7 @@ def _inspect_folder(path: Path) -> CheckpointInfo:
 
 def _inspect_repository(folder: HubPath) -> CheckpointInfo:
     """A converted folder on the Hub, as far as its small files and the list of files tell."""
-    fields = _fields(folder)
+    fields = config_fields(folder)
     weights = [file for file in folder.iterdir() if file.suffix == ".safetensors"]
     info = CheckpointInfo(
         path=str(folder),
@@ -122,14 +121,6 @@ def _inspect_repository(folder: HubPath) -> CheckpointInfo:
     if not weights and not info.problem:
         info.problem = "there are no safetensors files"
     return info
-
-
-def _fields(folder: SourcePath) -> dict[str, Any]:
-    fields = read_json(folder / "config.json")
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind != GengramConfig.model_type:
-        raise ConversionError(f"{folder} is a folder of model_type {kind!r}, expected {GengramConfig.model_type!r}")
-    return fields
 
 
 def _add_description(info: CheckpointInfo, folder: SourcePath, fields: dict[str, Any]) -> None:
@@ -170,23 +161,3 @@ def _facts(config: GengramConfig) -> dict[str, Any]:
         "rotary": ", ".join(f"{name} {value}" for name, value in rope.items()),
         "memory": memory,
     }
-
-
-def add_info_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gengram info`."""
-    parser.add_argument(
-        "path", metavar="PATH", help="Megatron checkpoint or Hugging Face folder, or ORG/NAME[/FOLDER] on the Hub"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub; its main branch by default")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def run_info(arguments: argparse.Namespace) -> int:
-    """Runs `gengram info`; returns the exit code, 1 if there is a problem."""
-
-    def run() -> int:
-        info = inspect_checkpoint(arguments.path, arguments.revision)
-        print(json.dumps(asdict(info), indent=1) if arguments.json else info.summary())
-        return 1 if info.problem else 0
-
-    return with_clear_errors(run)

@@ -6,7 +6,6 @@
 4. Two loads of the folder give the same weights, those on disk, and a forward pass is finite.
 """
 
-import argparse
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ import torch
 from ..configuration.configuration_gengram import GengramConfig
 from ..modeling_gengram.modeling_gengram import GengramForCausalLM
 from ..support.errors import ConversionError, quoted, shortened
-from .convert_megatron_to_hf import DTYPES, RECORD, with_clear_errors
-from .hf_folder import StoredTensor, read_json, stored_tensors
-from .megatron_checkpoint import open_checkpoint
-from .safetensors_writer import tensor_digest, weight_digest
-from .tensor_memory import reused_memory
-from .weight_table import TABLE_VERSION, Move, match
+from .files.dtypes import DTYPES
+from .files.hf_folder import RECORD, StoredTensor, read_json, stored_tensors
+from .files.tensor_memory import reused_memory
+from .files.weight_hash import tensor_digest, weight_digest
+from .mapping.match import Move, match
+from .mapping.weight_table import TABLE_VERSION
+from .megatron.open_checkpoint import open_checkpoint
 
 
 @dataclass
@@ -58,7 +58,7 @@ def verify_conversion(output: str | Path, source: str | Path | None = None, load
     record = _read_record(output)
     report = VerificationReport(output)
     tensors = stored_tensors(output)
-    _check_files(output, record, tensors)
+    _check_against_record(output, record, tensors)
     report.checks.append(f"{len(tensors)} tensors on disk have the recorded names, shapes, dtypes and hashes")
     _check_round_trip(output, record, tensors, report)
     _check_source(record, source, report)
@@ -93,7 +93,7 @@ def _read_record(output: Path) -> dict[str, Any]:
     return record
 
 
-def _check_files(output: Path, record: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
+def _check_against_record(output: Path, record: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
     weights = record["weights"]
     missing = [name for name in weights if name not in tensors]
     extra = [name for name in tensors if name not in weights]
@@ -229,22 +229,3 @@ def _check_forward(output: Path, model: GengramForCausalLM) -> None:
         logits = model(input_ids=ids, use_cache=False).logits
     if not torch.isfinite(logits).all():
         raise ConversionError(f"{output}: the model's logits are not finite; the weights are damaged")
-
-
-def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `gengram verify`."""
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder written by `gengram convert to-hf`")
-    parser.add_argument(
-        "--source", help="the Megatron checkpoint, a folder or on the Hub; the recorded folder by default"
-    )
-    parser.add_argument("--no-load", action="store_true", help="check the files only (needs little memory)")
-
-
-def run_verify(arguments: argparse.Namespace) -> int:
-    """Runs `gengram verify`; returns the exit code."""
-
-    def run() -> int:
-        print(verify_conversion(arguments.output, arguments.source, load=not arguments.no_load).summary())
-        return 0
-
-    return with_clear_errors(run)

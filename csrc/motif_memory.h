@@ -1,5 +1,5 @@
 // The motif memory's arithmetic, the same for CPU (g++) and CUDA (nvcc): which rows a window reads, how their sums are
-// formed, and the gate. Formulas: operators/README.md. No PyTorch here.
+// formed, and the gate. Formulas: motif_memory/README.md. No PyTorch here.
 #pragma once
 
 #include <cmath>

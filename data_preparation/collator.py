@@ -1,7 +1,7 @@
 """Batches of tokenized DNA for pretraining."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ class DataCollatorForGenomeModeling:
     in nats divided by ln 2 is bits per base, the same number that a Markov model of bases has.
 
     Args:
-        tokenizer: gives the ids of letters, padding and `[MASK]`.
+        tokenizer: gives the ids of letters, padding and `[MASK]`; by default the one of `gengram prepare`.
         mask_probability: `None` for causal modelling; else the share of letters that are hidden, of which 80 % become
             `[MASK]`, 10 % a random letter, and 10 % stay (Devlin et al. 2018, section 3.1).
         seed: of the masks. Data-loader workers draw differently, as PyTorch seeds each anew; without workers a run is
@@ -30,7 +30,7 @@ class DataCollatorForGenomeModeling:
     length.
     """
 
-    tokenizer: GengramTokenizer
+    tokenizer: GengramTokenizer = field(default_factory=GengramTokenizer)
     mask_probability: float | None = None
     seed: int | None = None
 

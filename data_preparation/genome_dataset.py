@@ -11,54 +11,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, IterableDataset, List, Value
-from tqdm import tqdm
 
+from ..sequences.alphabet import reverse_complement
+from ..sequences.fasta import read_fasta
+from ..sequences.windows import runs_between_gaps, window_bounds
+from ..support.progress import progress_bar
 from ..support.whole_output import whole_folder
 from ..tokenization.tokenization_gengram import GengramTokenizer
-from .fasta import read_fasta
 from .leakage import KMER, canonical_kmers, containment, sketch
 from .split_rules import EVERYTHING_TRAINS, SplitRule, parts_of_record
-from .windows import reverse_complement, runs_between_gaps, window_bounds
+from .window_options import WindowOptions
 
 _PIECE = 1 << 20  # bases that are tokenized at once
 _ROWS_AT_ONCE = 4096
 _BYTES_PER_FILE = 256 << 20
-
-
-@dataclass(frozen=True)
-class WindowOptions:
-    """How sequences are cut into examples.
-
-    Args:
-        length: tokens of an example.
-        stride: distance of two windows in bases, `length` by default; only without `packed`.
-        packed: fill every example to `length`: pieces between gaps are documents, ended by `<EOD>`, written one
-            behind the other and cut anywhere, as the authors train. Otherwise an example is one window of one piece.
-        both_strands: add the reverse complement of every piece.
-        longest_gap: runs of more N than this are cut out.
-        shortest: windows, or pieces if packed, of fewer bases are left out.
-        seed: of the draw where a split rule keeps a share only.
-
-    Raises:
-        ValueError: if the numbers contradict each other.
-    """
-
-    length: int = 1024
-    stride: int | None = None
-    packed: bool = False
-    both_strands: bool = False
-    longest_gap: int = 10
-    shortest: int = 64
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.length < 2 or self.longest_gap < 0 or self.shortest < 1:
-            raise ValueError(
-                f"expected length >= 2, longest_gap >= 0 and shortest >= 1, got {self.length}, {self.longest_gap} "
-                f"and {self.shortest}."
-            )
-        if self.stride is not None and (self.packed or self.stride < 1):
-            raise ValueError(f"stride is for windows that are not packed and at least 1, got {self.stride}.")
 
 
 @dataclass
@@ -257,7 +223,7 @@ def prepare_genome_dataset(
         raise ValueError("expected at least one FASTA file, got none.")
     counts: dict[str, SplitCount] = {}
     schema = features(options.length if options.packed else None).arrow_schema
-    with whole_folder(output) as folder, tqdm(unit="bp", unit_scale=True, disable=not progress) as bar:
+    with whole_folder(output) as folder, progress_bar(None, "bp", shown=progress) as bar:
         writers: dict[str, _ParquetShards] = {}
         try:
             for split, example in iterate_examples(paths, options, rules, counts, sketch_scale or None, bar.update):

@@ -2,19 +2,17 @@
 
 import numpy as np
 
+from ..sequences.alphabet import OTHER, base_digits
+
 KMER = 31  # long enough to be nearly unique in a vertebrate genome, odd so that none is its own reverse complement
-_DIGITS = np.full(256, 255, dtype=np.uint8)
-for _digit, _base in enumerate("ACGT"):
-    _DIGITS[[ord(_base), ord(_base.lower())]] = _digit
-_DIGITS[[ord("U"), ord("u")]] = 3
 
 
 def canonical_kmers(sequence: str, k: int = KMER) -> np.ndarray:
     """The k-mers of A, C, G, T in `sequence`, each as the smaller of the codes of its two strands; uint64, k <= 31."""
-    digits = _DIGITS[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
+    digits = base_digits(sequence)
     if len(digits) < k:
         return np.empty(0, dtype=np.uint64)
-    is_letter = digits < 4
+    is_letter = digits < OTHER
     forward = _rolling_codes(np.where(is_letter, digits, 0).astype(np.uint64), k)
     backward = _rolling_codes(np.where(is_letter, 3 - digits, 0).astype(np.uint64)[::-1], k)[::-1]
     letters = np.concatenate([[0], np.cumsum(is_letter)])

@@ -13,6 +13,8 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
+from ..support.errors import MissingExtraError
+
 HELD_OUT_SHARE = 0.2
 
 
@@ -24,7 +26,7 @@ def candidates(kind: str, seed: int, is_sparse: bool) -> dict[str, Any]:
 
     Raises:
         ValueError: if the kind is not known.
-        ImportError: if it is `xgboost` and that is not installed.
+        MissingExtraError: if it is `xgboost` and that is not installed.
     """
     scaler = MaxAbsScaler if is_sparse else StandardScaler
     if kind == "logistic":
@@ -40,7 +42,9 @@ def candidates(kind: str, seed: int, is_sparse: bool) -> dict[str, Any]:
         try:
             from xgboost import XGBClassifier
         except ImportError:
-            raise ImportError("the classifier 'xgboost' needs xgboost: pip install 'gengram[evaluation]'") from None
+            raise MissingExtraError(
+                "the classifier 'xgboost' needs xgboost: pip install 'gengram[evaluation]'"
+            ) from None
         return {
             "200 trees": XGBClassifier(n_estimators=200, max_depth=6, learning_rate=0.1, random_state=seed, n_jobs=-1)
         }

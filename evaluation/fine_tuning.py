@@ -17,7 +17,9 @@ from transformers import (
     set_seed,
 )
 
-from ..data_preparation.windows import reverse_complement
+from ..inference.loaded_model import context_length
+from ..sequences.alphabet import reverse_complement
+from ..support.errors import MissingExtraError
 from .classifiers import HELD_OUT_SHARE, held_out
 from .labelled_data import LabelledSequences
 from .suite import FineTuningOptions
@@ -57,8 +59,10 @@ def fine_tune(
         model_name, config=config, dtype=torch.float32, **loading
     )
     if with_lora:
-        from peft import LoraConfig, TaskType, get_peft_model
-
+        try:
+            from peft import LoraConfig, TaskType, get_peft_model
+        except ImportError:
+            raise MissingExtraError("the protocol 'lora' needs peft: pip install 'gengram[evaluation]'") from None
         adapters = LoraConfig(
             task_type=TaskType.SEQ_CLS,
             r=options.lora_rank,
@@ -66,7 +70,7 @@ def fine_tune(
             target_modules="all-linear",
         )
         model = get_peft_model(model, adapters)
-    context = min(getattr(config, "max_position_embeddings", 10**9), tokenizer.model_max_length)
+    context = context_length(config, tokenizer)
     fit_rows, choose_rows = held_out(train.labels, train.groups, seed, HELD_OUT_SHARE / 2)
     strands = 2 if options.both_strands else 1
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data_preparation.fasta import read_fasta
-from ..data_preparation.windows import reverse_complement
+from ..sequences.alphabet import reverse_complement
+from ..sequences.fasta import read_fasta
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_labelled(
         ValueError: if columns are missing, rows are empty, or a class is not among `classes`.
         OSError: if a file cannot be read.
     """
-    table = _read_table(source, data, sequence_column, label_column)
+    table = _read_source(source, data, sequence_column, label_column)
     wanted = [sequence_column, label_column] + ([group_column] if group_column else [])
     missing = [name for name in wanted if name not in table.columns]
     if missing:
@@ -88,7 +88,20 @@ def read_labelled(
     )
 
 
-def _read_table(source: Any, data: Path, sequence_column: str, label_column: str) -> pd.DataFrame:
+def read_table(path: Path, **options: Any) -> pd.DataFrame:
+    """A Parquet, TSV (`.tsv`, `.txt`) or CSV file, also compressed; only empty cells are missing values.
+
+    Args:
+        path: the file.
+        options: of `pandas.read_csv`, for the latter two.
+    """
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    is_tabular = ".tsv" in path.suffixes or ".txt" in path.suffixes
+    return pd.read_csv(path, sep="\t" if is_tabular else ",", keep_default_na=False, na_values=[""], **options)
+
+
+def _read_source(source: Any, data: Path, sequence_column: str, label_column: str) -> pd.DataFrame:
     if isinstance(source, Mapping) and "repo" in source:
         from datasets import load_dataset
 
@@ -106,11 +119,7 @@ def _read_table(source: Any, data: Path, sequence_column: str, label_column: str
             for _, sequence in read_fasta(data / path)
         ]
         return pd.DataFrame(rows, columns=[sequence_column, label_column])
-    path = data / str(source)
-    if path.suffix == ".parquet":
-        return pd.read_parquet(path)
-    is_tabular = ".tsv" in path.suffixes or ".txt" in path.suffixes
-    return pd.read_csv(path, sep="\t" if is_tabular else ",", keep_default_na=False, na_values=[""])
+    return read_table(data / str(source))
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,11 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from sklearn import metrics as sk
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A metric on the test rows, and its 95 % percentile interval over bootstrap samples of these rows."""
-
-    value: float
-    low: float
-    high: float
+from ..support.bootstrap import Estimate, estimate
 
 
 def _auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -69,14 +61,10 @@ def evaluate(
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise ValueError(f"unknown metrics {unknown}; known are {list(METRICS)}.")
-    generator = np.random.default_rng(0)
-    drawn = [generator.integers(len(labels), size=len(labels)) for _ in range(samples)]
-    found = {}
+
+    def of(metric: Callable[[np.ndarray, np.ndarray], float]) -> Estimate:
+        return estimate(lambda rows: metric(labels[rows], probabilities[rows]), len(labels), samples)
+
     with warnings.catch_warnings():  # a sample may lack a class
         warnings.simplefilter("ignore")
-        for name in names:
-            metric = METRICS[name]
-            values = [metric(labels[rows], probabilities[rows]) for rows in drawn]
-            low, high = np.nanpercentile(values, [2.5, 97.5]) if samples else (np.nan, np.nan)
-            found[name] = Estimate(metric(labels, probabilities), float(low), float(high))
-    return found
+        return {name: of(METRICS[name]) for name in names}

@@ -2,26 +2,28 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from ..configuration.configuration_gengram import SEQUENCE_POOLINGS
-from ..data_preparation.fasta import read_fasta
+from ..data_preparation.prepared_examples import digits_of
+from ..inference.embeddings import SequenceEncoder
+from ..inference.loaded_model import LoadedModel, load_model
+from ..inference.pooling import POOLINGS
+from ..inference.variant_effects import Variant, score_variants
+from ..sequences.alphabet import IUPAC
+from ..sequences.fasta import read_fasta
 from .classifiers import choose, score_of_features
-from .embeddings import SequenceEncoder
 from .fine_tuning import fine_tune
-from .labelled_data import LabelledSequences, overlap, read_labelled
-from .likelihood import bits_of_examples, digits_of, interval_of_mean
+from .labelled_data import LabelledSequences, overlap, read_labelled, read_table
+from .likelihood import bits_of_examples, bits_per_base
 from .markov import MarkovModel
-from .metrics import Estimate, evaluate
+from .metrics import evaluate
 from .sequence_baselines import FEATURES
 from .suite import ClassificationTask, FineTuningOptions, LikelihoodTask, VariantTask
-from .variant_scores import Variant, score_variants
 
 _ROWS_FOR_CHOICE = 2000
 
@@ -37,7 +39,7 @@ class EvaluatedModel:
 
     def __init__(self, name: str, device: str | None = None, dtype: torch.dtype = torch.float32, **loading: Any):
         self.name, self.dtype, self.loading = name, dtype, loading
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device
         self._embedded: dict[tuple[int, str, bool], dict[str, np.ndarray]] = {}
 
     @functools.cached_property
@@ -46,12 +48,9 @@ class EvaluatedModel:
         return SequenceEncoder(self.name, dtype=self.dtype, device=self.device, **self.loading)
 
     @functools.cached_property
-    def causal(self) -> tuple[Any, Any]:
-        """The causal language model, and its tokenizer."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model: Any = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **self.loading)
-        return model.to(self.device).eval(), AutoTokenizer.from_pretrained(self.name, **self.loading)
+    def causal(self) -> LoadedModel:
+        """The causal language model."""
+        return load_model(self.name, "causal", self.dtype, self.device, **self.loading)
 
     def embed(
         self, sequences: Sequence[str], choices: Sequence[tuple[int, str]], both_strands: bool, progress: bool
@@ -70,85 +69,68 @@ class EvaluatedModel:
         self._embedded.clear()
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Rows of a classification task to fit on, rows to predict the classes of, and a seed."""
+
+    task: ClassificationTask
+    train: LabelledSequences
+    test: LabelledSequences
+    seed: int
+    progress: bool
+
+
 Predictions = tuple[np.ndarray, dict[str, Any]]  # class probabilities (rows, classes), and what was chosen
 
 
-def frozen(
-    model: EvaluatedModel,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-) -> Predictions:
+def frozen(model: EvaluatedModel, trial: Trial) -> Predictions:
     """The paper's protocol: layer, pooling and classifier chosen on the training rows, then fitted on all of them."""
-    rows = train.sample(_ROWS_FOR_CHOICE, seed)
-    choices = [(layer, pooling) for layer in range(model.encoder.layers) for pooling in SEQUENCE_POOLINGS]
-    found = model.embed(rows.sequences, choices, task.both_strands, progress)
-    scores = {choice: score_of_features(vectors, rows.labels, seed, rows.groups) for choice, vectors in found.items()}
+    rows = trial.train.sample(_ROWS_FOR_CHOICE, trial.seed)
+    choices = [(layer, pooling) for layer in range(model.encoder.layers) for pooling in POOLINGS]
+    found = model.embed(rows.sequences, choices, trial.task.both_strands, trial.progress)
+    scores = {
+        choice: score_of_features(vectors, rows.labels, trial.seed, rows.groups) for choice, vectors in found.items()
+    }
     best = max(scores, key=lambda choice: scores[choice])
-    return _on_embeddings(model, task, train, test, seed, progress, best, task.classifiers)
+    return _on_embeddings(model, trial, best, trial.task.classifiers)
 
 
-def linear_probe(
-    model: EvaluatedModel,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-) -> Predictions:
+def linear_probe(model: EvaluatedModel, trial: Trial) -> Predictions:
     """Logistic regression on the mean of the last hidden states."""
-    choice = (model.encoder.layers - 1, "mean")
-    return _on_embeddings(model, task, train, test, seed, progress, choice, ("logistic",))
+    return _on_embeddings(model, trial, (model.encoder.layers - 1, "mean"), ("logistic",))
 
 
 def _on_embeddings(
-    model: EvaluatedModel,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-    choice: tuple[int, str],
-    classifiers: Sequence[str],
+    model: EvaluatedModel, trial: Trial, choice: tuple[int, str], classifiers: Sequence[str]
 ) -> Predictions:
-    vectors = model.embed(train.sequences + test.sequences, [choice], task.both_strands, progress)[choice]
-    classifier, name, score = choose(classifiers, vectors[: len(train)], train.labels, seed, train.groups)
+    train, sequences = trial.train, trial.train.sequences + trial.test.sequences
+    vectors = model.embed(sequences, [choice], trial.task.both_strands, trial.progress)[choice]
+    classifier, name, score = choose(classifiers, vectors[: len(train)], train.labels, trial.seed, train.groups)
     details = {"layer": choice[0], "pooling": choice[1], "classifier": name, "held_out_auc": score}
     return classifier.predict_proba(vectors[len(train) :]), details
 
 
-def full_fine_tuning(
-    model: EvaluatedModel,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-    with_lora: bool = False,
-) -> Predictions:
+def full_fine_tuning(model: EvaluatedModel, trial: Trial, with_lora: bool = False) -> Predictions:
     """All weights, or low-rank adapters of all linear layers, through `Trainer`."""
-    options = FineTuningOptions(**task.fine_tuning)
+    options = FineTuningOptions(**trial.task.fine_tuning)
     probabilities, details = fine_tune(
-        model.name, train, test, options, seed, with_lora=with_lora, progress=progress, **model.loading
+        model.name,
+        trial.train,
+        trial.test,
+        options,
+        trial.seed,
+        with_lora=with_lora,
+        progress=trial.progress,
+        **model.loading,
     )
     return probabilities, {**asdict(options), **details}  # details know better which pooling was used
 
 
-def sequence_baseline(
-    model: None,
-    task: ClassificationTask,
-    train: LabelledSequences,
-    test: LabelledSequences,
-    seed: int,
-    progress: bool,
-    features: str,
-    classifier: str,
-) -> Predictions:
+def sequence_baseline(model: None, trial: Trial, features: str, classifier: str) -> Predictions:
     """A classifier on `sequence_baselines.FEATURES`."""
-    vectors = FEATURES[features](train.sequences + test.sequences)
-    fitted, name, score = choose([classifier], vectors[: len(train)], train.labels, seed, train.groups)
+    train = trial.train
+    vectors = FEATURES[features](train.sequences + trial.test.sequences)
+    fitted, name, score = choose([classifier], vectors[: len(train)], train.labels, trial.seed, train.groups)
     return fitted.predict_proba(vectors[len(train) :]), {
         "features": features,
         "classifier": name,
@@ -187,9 +169,8 @@ def run_classification(
     labels, probabilities, details, overlaps = [], [], [], []
     for fit, test in splits:
         overlaps.append(overlap(fit, test))
-        predicted, chosen = CLASSIFICATION[protocol](
-            model, task, fit.sample(task.most_train, seed), test, seed=seed, progress=progress
-        )
+        trial = Trial(task, fit.sample(task.most_train, seed), test, seed, progress)
+        predicted, chosen = CLASSIFICATION[protocol](model, trial)
         labels.append(test.labels)
         probabilities.append(predicted)
         details.append(chosen)
@@ -211,13 +192,13 @@ def zero_shot(
     model: EvaluatedModel, task: VariantTask, sequence: str, variants: list[Variant], progress: bool
 ) -> np.ndarray:
     """How unlikely an alternative allele is: the reference's log-likelihood minus its own, mean of both strands."""
-    causal, tokenizer = model.causal
-    return -score_variants(causal, tokenizer, sequence, variants, task.flank, model.name if progress else None).llr
+    causal, bar = model.causal, model.name if progress else None
+    return -score_variants(causal.model, causal.tokenizer, sequence, variants, task.flank, bar).llr
 
 
 def transversion(model: None, task: VariantTask, sequence: str, variants: list[Variant], progress: bool) -> np.ndarray:
     """1 for a transversion (purine to pyrimidine or back), 0 for anything else."""
-    purines = {"A", "G"}
+    purines = set(IUPAC["R"])
     return np.array(
         [
             len(v.reference) == len(v.alternative) == 1 and (v.reference in purines) != (v.alternative in purines)
@@ -235,7 +216,7 @@ def run_variants(
 ) -> dict[str, Any]:
     """Rank variants by one protocol; areas under the curve are those of the positive class."""
     path = data / task.variants
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={task.label: str})
+    table = read_table(path, dtype={task.label: str})
     needed = [task.position, task.reference, task.alternative, task.label]
     needed += [task.stratum] if task.stratum is not None else []
     missing = [name for name in needed if name not in table.columns]
@@ -276,8 +257,8 @@ def causal_likelihood(
     model: EvaluatedModel, task: LikelihoodTask, splits: Any, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Bits and bases of every example by a causal model."""
-    causal, _ = model.causal
-    return *bits_of_examples(causal, splits["test"], progress=model.name if progress else None), {}
+    bar = model.name if progress else None
+    return *bits_of_examples(model.causal.model, splits["test"], progress=bar), {}
 
 
 def markov_likelihood(
@@ -315,7 +296,7 @@ def run_likelihood(
         splits["test"] = splits["test"].shuffle(seed=0).select(range(task.examples))
     bits, bases, details = LIKELIHOOD[protocol](model, task, splits, progress=progress)
     return {
-        "metrics": {"bits_per_base": asdict(Estimate(*interval_of_mean(bits, bases)))},
+        "metrics": {"bits_per_base": asdict(bits_per_base(bits, bases))},
         "details": details,
         "train_rows": len(splits["train"]),
         "test_rows": len(splits["test"]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..support.figures import write_figure
+from ..support.figures import pyplot, write_figure
 from ..support.whole_output import write_whole
 from .suite import Suite
 
@@ -95,16 +95,11 @@ def markdown(suite: Suite, results: Sequence[dict[str, Any]]) -> str:
 
 def plot(suite: Suite, results: Sequence[dict[str, Any]], path: Path) -> None:
     """The main metric of every way, a panel per task, with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tasks, ways, found = _main_values(results)
     metric = {result["task"]: result["metric"] for result in results}
     columns = min(4, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         rows, columns, figsize=(4 * columns + 2, 0.35 * len(ways) * rows + 1.2 * rows), squeeze=False, sharey=True
     )
     for axis in axes.flat[len(tasks) :]:

@@ -5,13 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import sparse
 
-_DIGITS = np.full(256, 4, dtype=np.int64)
-for _digit, _base in enumerate("ACGT"):
-    _DIGITS[ord(_base)] = _digit
-
-
-def _digits(sequence: str) -> np.ndarray:
-    return _DIGITS[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
+from ..sequences.alphabet import OTHER, base_digits
 
 
 def kmer_counts(sequences: Sequence[str], largest: int) -> sparse.csr_matrix:
@@ -19,14 +13,14 @@ def kmer_counts(sequences: Sequence[str], largest: int) -> sparse.csr_matrix:
     offsets = np.cumsum([0] + [4**k for k in range(1, largest + 1)])
     columns, values, starts = [], [], [0]
     for sequence in sequences:
-        digits = _digits(sequence)
+        digits = base_digits(sequence).astype(np.int64)
         found = []
         codes = np.zeros(len(digits), dtype=np.int64)
         is_valid = np.ones(len(digits), dtype=bool)
         for k in range(1, largest + 1):
             shifted, fits = np.zeros_like(codes), np.zeros_like(is_valid)
             shifted[k - 1 :] = digits[: len(digits) - k + 1] % 4 * 4 ** (k - 1)
-            fits[k - 1 :] = digits[: len(digits) - k + 1] < 4
+            fits[k - 1 :] = digits[: len(digits) - k + 1] < OTHER
             codes, is_valid = codes + shifted, is_valid & fits
             found.append(codes[is_valid] + offsets[k - 1])
         names, counts = np.unique(np.concatenate(found), return_counts=True)
@@ -46,8 +40,8 @@ def positional_one_hot(sequences: Sequence[str]) -> sparse.csr_matrix:
     length = len(sequences[0])
     if any(len(sequence) != length for sequence in sequences):
         raise ValueError("positional one-hot needs sequences of one length; these differ.")
-    digits = np.stack([_digits(sequence) for sequence in sequences])  # (sequences, length)
-    rows, places = np.nonzero(digits < 4)
+    digits = np.stack([base_digits(sequence).astype(np.int64) for sequence in sequences])  # (sequences, length)
+    rows, places = np.nonzero(digits < OTHER)
     columns = places * 4 + digits[rows, places]
     return sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(sequences), 4 * length))
 

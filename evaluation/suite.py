@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..configuration.configuration_gengram import SEQUENCE_POOLINGS
+from ..inference.pooling import POOLINGS
 
 METRICS = ("auc", "auprc", "mcc", "accuracy")
 BUILT_IN = Path(__file__).parent / "suites"
@@ -55,8 +55,8 @@ class FineTuningOptions:
             if type(value) is not kind and not (kind is float and type(value) is int):
                 hint = " (YAML reads 3e-4 as a word, 3.0e-4 as a number)" if isinstance(value, str) else ""
                 raise ValueError(f"fine-tuning: {option.name} must be of type {kind.__name__}, got {value!r}{hint}.")
-        if self.pooling is not None and self.pooling not in SEQUENCE_POOLINGS:
-            raise ValueError(f"fine-tuning: expected a pooling of {SEQUENCE_POOLINGS}, got {self.pooling!r}.")
+        if self.pooling is not None and self.pooling not in POOLINGS:
+            raise ValueError(f"fine-tuning: expected a pooling of {POOLINGS}, got {self.pooling!r}.")
 
 
 @dataclass(frozen=True)

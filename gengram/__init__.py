@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         GengramModel,
         GengramPreTrainedModel,
     )
-    from .operators.memory_path import memory_path
+    from .motif_memory.ways.choose import memory_path
     from .tokenization import GengramTokenizer
 
 # Folder of gengram-mini, a small trained model that ships with the package: `from_pretrained(gengram.DEFAULT_MODEL)`.
@@ -40,7 +40,7 @@ _LOADED_FROM = {
     "GengramModel": "modeling_gengram",
     "GengramPreTrainedModel": "modeling_gengram",
     "GengramTokenizer": "tokenization",
-    "memory_path": "operators.memory_path",
+    "memory_path": "motif_memory.ways.choose",
 }
 
 __all__ = [

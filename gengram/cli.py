@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError, FetchError, MissingExtraError) as error:
         _say(f"error: {error}", error)
-        return 1
+        return getattr(error, "exit_code", 1)  # `diff` tells errors from differences
     except KeyboardInterrupt as interrupt:
         _say("interrupted", interrupt)
         return INTERRUPTED

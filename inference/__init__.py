@@ -1,1 +1,1 @@
-"""The jobs that a loaded model does on sequences."""
+"""The jobs that one loaded model does on sequences: likelihoods, embeddings, effects of variants, generation."""

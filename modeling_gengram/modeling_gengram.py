@@ -4,12 +4,11 @@ import copy
 import inspect
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -39,19 +38,11 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_gengram import SEQUENCE_POOLINGS, GengramConfig
-from ..operators.folded_memory import FoldedTables, fold_tables, folded_key_value
-from ..operators.memory_operators import folded_memory, gated_memory, letter_codes, ngram_rows_and_runs
-from ..operators.memory_operators import window_features as window_features_operator
-from ..operators.memory_path import LARGEST_IRREGULAR_SHARE, choose_algorithm, folded_layout, log_path, uses_native
-from ..operators.motif_memory import (
-    NgramPlan,
-    dilated_taps,
-    memory_gate,
-    plan_ngrams,
-    running_sum,
-    window_mean,
-)
-from ..operators.table_major import packed_rows, rows_to_project, used_rows
+from ..motif_memory.definition import MemoryOutput, NgramPlan, at_least_float32
+from ..motif_memory.module import DepthwiseConv, MemoryRMSNorm, MotifMemory
+from ..motif_memory.plan import letter_codes, plan_ngrams
+from ..motif_memory.state import MemoryState
+from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
 
 logger = logging.get_logger(__name__)
 
@@ -104,380 +95,15 @@ class GengramMaskedLMOutput(MaskedLMOutput):
     memory_residual_norms: tuple[torch.Tensor, ...] | None = None
 
 
-class GengramRMSNorm(nn.Module):
+class GengramRMSNorm(MemoryRMSNorm):
     """Root-mean-square norm, computed in at least float32 and rounded once, weight included, as the reference does."""
 
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        work = torch.promote_types(hidden_states.dtype, torch.float32)
-        x = hidden_states.to(work)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.to(work) * x).to(hidden_states.dtype)
+class GengramResidualNorm(nn.Module):
+    """Euclidean norm of what a memory adds at each position, (batch, length); recorded on request."""
 
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
-
-
-class GengramDepthwiseConv(nn.Module):
-    """Depthwise convolution whose taps stay inside a segment; `weight` is (hidden, 1, taps), as in `nn.Conv1d`."""
-
-    def __init__(self, config: GengramConfig):
-        super().__init__()
-        self.dilation = config.memory_conv_dilation
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, 1, config.memory_conv_kernel))
-
-    def forward(self, x: torch.Tensor, reach_back: int, plan: NgramPlan) -> torch.Tensor:
-        behind = None if plan.behind is None else plan.behind[:, plan.context :]
-        return dilated_taps(x, self.weight, self.dilation, reach_back, behind, plan.ahead)
-
-
-class GengramShortConv(nn.Module):
-    """SiLU of a short dilated convolution over the memory's output: causal, or centred for bidirectional use."""
-
-    def __init__(self, config: GengramConfig):
-        super().__init__()
-        self.context = config.memory_conv_context
-        self.conv = GengramDepthwiseConv(config)
-
-    def forward(
-        self, x: torch.Tensor, plan: NgramPlan, is_causal: bool, history: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        reach_back = self.reach_back(is_causal)
-        padded = F.pad(x, (0, 0, 0 if history is not None else reach_back, self.context - reach_back))
-        if history is not None:
-            padded = torch.cat([history.to(x.dtype), padded], dim=1)
-        return F.silu(self.conv(padded, reach_back, plan))
-
-    def reach_back(self, is_causal: bool) -> int:
-        """How far the first tap looks back."""
-        return self.context if is_causal else self.context - self.context // 2
-
-
-class _Weights(NamedTuple):
-    """The memory's weights where they can be read directly, not only through the modules that hold them."""
-
-    tables: list[torch.Tensor]
-    key: torch.Tensor
-    value: torch.Tensor
-    others: list[torch.Tensor]  # of norms and convolution
-
-    def state(self) -> tuple[tuple[int, int], ...]:
-        """Changes when a weight is replaced, or written in place."""
-        weights = (*self.tables, self.key, self.value, *self.others)
-        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
-
-
-class _Fold(NamedTuple):
-    tables: FoldedTables
-    dtype: torch.dtype
-    slab_width: int | None
-    made_from: tuple[tuple[int, int], ...]
-    norm_weight: torch.Tensor  # as `_fused_weights` has them
-    taps: torch.Tensor | None
-
-
-class GengramMotifMemory(nn.Module):
-    """The motif memory: looks up every k-mer of a window, averages, and adds what the hidden state asks for.
-
-    With f(t) the concatenated window means of the tables: `key = W_k f`, `value = W_v f`,
-    `gate = memory_gate(norm_q(h), norm_k(key))`, `u = gate * value`, result `u + SiLU(conv(u))`. Gate, value and
-    convolution are taken in at least float32; with `memory_pooling="as_trained"`, in the dtype of the hidden states
-    and in the original's order. Which of the equivalent ways is taken is up to `operators/memory_path.py`.
-    """
-
-    def __init__(self, config: GengramConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.as_trained = config.memory_pooling == "as_trained"
-        self.window = config.memory_window
-        self.ngram_sizes = config.memory_ngram_sizes
-        self.conv_state = config.memory_states.index("conv_inputs") if config.memory_conv_context else None
-        self.prefix_state = config.memory_states.index("prefix_sums") if self.as_trained else None
-
-        self.embeddings = nn.ModuleList(
-            nn.Embedding(5**size, config.memory_embedding_dim) for size in config.memory_ngram_sizes
-        )
-        features = config.memory_embedding_dim * len(config.memory_ngram_sizes)
-        self.key_proj = nn.Linear(features, config.hidden_size, bias=False)
-        self.value_proj = nn.Linear(features, config.hidden_size, bias=False)
-        self.norm_q = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
-        self.norm_k = GengramRMSNorm(config.hidden_size, eps=config.memory_norm_eps)
-        self.short_conv = GengramShortConv(config) if config.memory_conv_kernel else None
-        self._fold: _Fold | None = None
-        self._is_fold_wanted = False  # by `fold`, which may also name a dtype
-        self._fold_dtype: torch.dtype | None = None
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        plan: NgramPlan,
-        is_causal: bool = True,
-        past_key_values: Cache | None = None,
-        output_memory_residual_norms: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Residual (batch, length, hidden), gate and, if wanted, the residual's norm (batch, length)."""
-        history = self._conv_history(past_key_values)
-        weights, why_not = self._weights_at_hand(hidden_states.device)
-        algorithm = self._choose(hidden_states, plan, why_not)
-        is_recording = past_key_values is not None and self._records_past(past_key_values)
-        is_native = (
-            why_not is None
-            and not is_recording
-            and uses_native(hidden_states.device, hidden_states.dtype, hidden_states.shape[-1])
-        )
-        tables, top = None, None
-        if weights is not None and algorithm == "folded":
-            tables = self._current_fold(weights, hidden_states)
-        elif weights is not None and algorithm == "table_major":
-            used = None
-            if not torch.compiler.is_compiling():  # their number depends on the data
-                used, top = used_rows(plan)
-            slab_width = folded_layout(weights.key.device, hidden_states.dtype, hidden_states.shape[-1])
-            tables = packed_rows(weights.tables, weights.key, weights.value, plan, used, slab_width)
-        if tables is not None and not is_recording:
-            taps = self._fused_weights(is_causal, self._fold if algorithm == "folded" else None)
-            residual, gate, gated = folded_memory(hidden_states, tables, plan, *taps, history, top)
-        else:
-            if tables is not None:
-                key, value = folded_key_value(tables, plan, top)
-            else:
-                key, value = self._project(plan, past_key_values, weights, is_native)
-            if is_native and not self.as_trained and key.dtype == value.dtype:
-                taps = self._fused_weights(is_causal)
-                residual, gate, gated = gated_memory(hidden_states, key, value, plan, *taps, history)
-            else:
-                residual, gate, gated = self._gate(hidden_states, key, value, plan, is_causal, history)
-        if past_key_values is not None and self.conv_state is not None:
-            assert self.short_conv is not None
-            past_key_values.update_conv_state(
-                gated.transpose(1, 2),
-                self.layer_idx,
-                state_idx=self.conv_state,
-                conv_kernel_size=self.short_conv.context,
-            )
-        work = torch.promote_types(residual.dtype, torch.float32)
-        norm = residual.to(work).norm(dim=-1) if output_memory_residual_norms else None
-        return residual, gate, norm
-
-    def _choose(
-        self,
-        hidden_states: torch.Tensor,
-        plan: NgramPlan,
-        why_not: str | None,
-    ) -> str:
-        algorithm = choose_algorithm(
-            can_project=why_not,
-            needs_grad=torch.is_grad_enabled(),
-            is_folded=self._may_fold(plan),
-            tokens=hidden_states.shape[0] * hidden_states.shape[1],
-            rows=rows_to_project(self.ngram_sizes),
-        )
-        if not torch.compiler.is_compiling():
-            log_path(algorithm, hidden_states.device, hidden_states.dtype, hidden_states.shape[-1])
-        return algorithm
-
-    def _may_fold(self, plan: NgramPlan) -> bool:
-        """Whether folded tables are there or may be made, and are worth it: most windows are full of letters."""
-        if self.training:
-            return False
-        if torch.compiler.is_compiling():
-            return self._fold is not None
-        if self._is_fold_wanted or plan.length <= plan.window:
-            return True
-        runs = plan.runs[:, plan.context :]
-        breaks = (runs[:, :-1] > 0) & (runs[:, 1:] == 0)  # each spoils a window's length
-        return breaks.is_meta or breaks.sum().item() * plan.window <= LARGEST_IRREGULAR_SHARE * breaks.numel()
-
-    def _gate(
-        self,
-        hidden_states: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        plan: NgramPlan,
-        is_causal: bool,
-        history: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Residual, gate and the convolution's inputs; `operators.motif_memory.gated_memory` through the modules."""
-        dtype = hidden_states.dtype
-        work = dtype if self.as_trained else torch.promote_types(dtype, torch.float32)
-        gate = memory_gate(self.norm_q(hidden_states.to(work)), self.norm_k(key.to(work)))  # (batch, length)
-        gated = gate.unsqueeze(-1) * value.to(work)  # (batch, length, hidden)
-        if plan.exists is not None:  # padding must not reach its neighbours through the convolution
-            gated = gated * plan.exists.unsqueeze(-1).to(work)
-        residual = gated
-        if self.short_conv is not None:
-            residual = gated + self.short_conv(gated, plan, is_causal, history)
-        return residual.to(dtype), gate, gated
-
-    def _project(
-        self, plan: NgramPlan, past_key_values: Cache | None, weights: _Weights | None, is_native: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value of every token, each (batch, length, hidden)."""
-        if self.as_trained:
-            features = self._features_as_trained(plan, past_key_values)
-        elif is_native and weights is not None:
-            features = window_features_operator(weights.tables, plan)
-        else:
-            features = self._features(plan)
-        return self.key_proj(features), self.value_proj(features)
-
-    def _fused_weights(
-        self, is_causal: bool, fold: _Fold | None = None
-    ) -> tuple[torch.Tensor, float, torch.Tensor | None, int, int]:
-        """Norm weight, epsilon, taps (hidden, taps), dilation and reach, as the fused operators take them.
-
-        Those of a fold that was made from the present weights need not be computed again.
-        """
-        if fold is not None:
-            if self.short_conv is None:
-                return fold.norm_weight, self.norm_q.eps, None, 1, 0
-            reach = self.short_conv.reach_back(is_causal)
-            return fold.norm_weight, self.norm_q.eps, fold.taps, self.short_conv.conv.dilation, reach
-        work = torch.promote_types(self.norm_q.weight.dtype, torch.float32)
-        norm_weight = self.norm_q.weight.to(work) * self.norm_k.weight.to(work)
-        if self.short_conv is None:
-            return norm_weight, self.norm_q.eps, None, 1, 0
-        conv = self.short_conv.conv
-        reach_back = self.short_conv.reach_back(is_causal)
-        return norm_weight, self.norm_q.eps, conv.weight.squeeze(1).to(work), conv.dilation, reach_back
-
-    def _conv_history(self, past_key_values: Cache | None) -> torch.Tensor | None:
-        """Inputs of the convolution before this call, (batch, context, hidden), if there are any."""
-        if past_key_values is None or self.conv_state is None:
-            return None
-        layer: Any = past_key_values.layers[self.layer_idx]
-        if not layer.has_previous_state[self.conv_state]:
-            return None
-        assert self.short_conv is not None
-        states = layer.conv_states[self.conv_state][..., -self.short_conv.context :]
-        missing = self.short_conv.context - states.shape[-1]
-        return (F.pad(states, (missing, 0)) if missing else states).transpose(1, 2)
-
-    def _records_past(self, past_key_values: Cache) -> bool:
-        """Whether the cache keeps all inputs of the convolution, to take tokens back later (assisted decoding)."""
-        return bool(getattr(past_key_values.layers[self.layer_idx], "record_past", False))
-
-    # Weights read past their modules, and folded tables.
-
-    def _weights_at_hand(self, device: torch.device) -> tuple[_Weights | None, str | None]:
-        """The weights, or why they cannot be read past the modules that hold them."""
-        if self.as_trained:
-            return None, 'memory_pooling="as_trained" repeats the original\'s operations in their order'
-        tables: list[Any] = list(self.embeddings)
-        projections: list[Any] = [self.key_proj, self.value_proj]
-        others: list[Any] = [self.norm_q, self.norm_k]
-        if self.short_conv is not None:
-            others += [self.short_conv, self.short_conv.conv]
-        for module, kind in [(m, nn.Embedding) for m in tables] + [(m, nn.Linear) for m in projections]:
-            if type(module) is not kind:
-                return None, "the memory's tables or projections are wrapped by adapters; merge these first"
-        for module in (*tables, *projections, *others):
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-                return None, "a part of the memory has hooks, which would not be called"
-        rest = [p for m in others for p in m.parameters(False)]
-        weights = _Weights([table.weight for table in tables], self.key_proj.weight, self.value_proj.weight, rest)
-        for weight in (*weights.tables, weights.key, weights.value, *rest):
-            if weight.is_meta:
-                return None, "the memory's weights are offloaded; load them onto a device first"
-            if type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
-                return None, f"the memory's weights are of a special kind, {type(weight).__name__}"
-            if weight.device != device or not weight.numel():
-                return None, "the memory's weights are distributed over devices"
-        return weights, None
-
-    @torch.no_grad()
-    def fold(self, dtype: torch.dtype | None = None) -> None:
-        """Fold the projections into the tables; see `GengramPreTrainedModel.fold_memory`."""
-        weights, why_not = self._weights_at_hand(next(self.parameters()).device)
-        if weights is None:
-            raise ValueError(f"the memory cannot be folded: {why_not}.")
-        self._is_fold_wanted, self._fold_dtype = True, dtype
-        self._make_fold(weights, weights.key.dtype)
-
-    def unfold(self) -> None:
-        """Forget what `fold` made."""
-        self._fold, self._is_fold_wanted, self._fold_dtype = None, False, None
-
-    def _make_fold(self, weights: _Weights, dtype: torch.dtype) -> _Fold:
-        """Fold for hidden states of a dtype: 16-bit ones get float16 tables, others their own, unless asked."""
-        hidden, device = weights.key.shape[0], weights.key.device
-        stored = self._fold_dtype or (torch.float16 if dtype in (torch.bfloat16, torch.float16) else dtype)
-        slab_width = folded_layout(device, dtype, hidden)
-        tables = fold_tables(
-            weights.tables, weights.key, weights.value, self.ngram_sizes, self.window, stored, slab_width
-        )
-        norm_weight, _, taps, _, _ = self._fused_weights(True)
-        if taps is not None:
-            taps = taps.t().contiguous().t()  # a tap's weights lie together
-        self._fold = _Fold(tables, dtype, slab_width, weights.state(), norm_weight, taps)
-        return self._fold
-
-    def _current_fold(self, weights: _Weights, hidden_states: torch.Tensor) -> FoldedTables:
-        """The folded tables, made now if there are none, or anew if a weight or the dtype has changed."""
-        fold = self._fold
-        if torch.compiler.is_compiling() and fold is not None:
-            return fold.tables
-        wanted = folded_layout(hidden_states.device, hidden_states.dtype, hidden_states.shape[-1])
-        if fold is not None and fold.dtype == hidden_states.dtype and fold.slab_width == wanted:
-            if fold.made_from == weights.state():
-                return fold.tables
-        with torch.no_grad():
-            return self._make_fold(weights, hidden_states.dtype).tables
-
-    # What changes the weights, or their device or dtype, makes folded tables stale; they are never saved.
-
-    def train(self, mode: bool = True) -> "GengramMotifMemory":
-        if mode:
-            self.unfold()
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.unfold()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fold": None}
-
-    def _features(self, plan: NgramPlan) -> torch.Tensor:
-        """Concatenated window means, (batch, length, sizes * width); `window_features` through the modules."""
-        means = []
-        for index, table in enumerate(self.embeddings):
-            rows = table(plan.rows(index))
-            means.append(window_mean(rows, plan, index).to(rows.dtype))
-        return torch.cat(means, dim=-1)
-
-    def _features_as_trained(self, plan: NgramPlan, past_key_values: Cache | None) -> torch.Tensor:
-        """The same as differences of prefix sums in the dtype of the tables, decoding included."""
-        sizes = range(len(self.ngram_sizes))
-        valid = [plan.valid(index)[:, plan.context :, None] for index in sizes]
-        embedded = [table(plan.rows(i)[:, plan.context :]) for i, table in enumerate(self.embeddings)]
-        rows = torch.cat([e * v.to(e.dtype) for e, v in zip(embedded, valid, strict=True)], dim=-1)
-        length, width = rows.shape[1], embedded[0].shape[-1]
-        initial = None
-        if past_key_values is not None:
-            layer: Any = past_key_values.layers[self.layer_idx]
-            if layer.has_previous_state[self.prefix_state]:
-                initial = layer.conv_states[self.prefix_state][..., -1]
-        prefix = running_sum(rows, initial)
-        if past_key_values is not None:
-            prefix = past_key_values.update_conv_state(
-                prefix.transpose(1, 2), self.layer_idx, state_idx=self.prefix_state, conv_kernel_size=self.window
-            ).transpose(1, 2)
-        prefix = F.pad(prefix, (0, 0, max(self.window + length - prefix.shape[1], 0), 0))[:, -(self.window + length) :]
-        means = []
-        for index, size in enumerate(self.ngram_sizes):
-            part = slice(index * width, (index + 1) * width)
-            endings = self.window - size + 1
-            if endings == 1:
-                means.append(rows[..., part])
-                continue
-            total = prefix[:, self.window :, part] - prefix[:, self.window - endings : -endings, part]
-            means.append(total / plan.counts(index).clamp_min(1).unsqueeze(-1).to(total.dtype))
-        return torch.cat(means, dim=-1)
+    def forward(self, residual: torch.Tensor) -> torch.Tensor:
+        return residual.to(at_least_float32(residual.dtype)).norm(dim=-1)
 
 
 class GengramRouter(nn.Module):
@@ -562,7 +188,10 @@ class GengramDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: GengramConfig, layer_idx: int):
         super().__init__()
-        self.motif_memory = GengramMotifMemory(config, layer_idx) if layer_idx in config.memory_layers else None
+        self.motif_memory = self.residual_norm = None
+        if layer_idx in config.memory_layers:
+            self.motif_memory = MotifMemory(config.memory, config.hidden_size, layer_idx, config.initializer_range)
+            self.residual_norm = GengramResidualNorm()
         self.self_attn = MixtralAttention(config, layer_idx)
         self.mlp = GengramSparseMoeBlock(config) if config.num_local_experts > 1 else GengramMLP(config)
         self.input_layernorm = GengramRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -576,30 +205,25 @@ class GengramDecoderLayer(GradientCheckpointingLayer):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         memory_plan: NgramPlan | None = None,
-        is_causal: bool = True,
-        output_memory_residual_norms: bool = False,
+        memory_state: MemoryState | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        past_key_values = _one_cache(past_key_values, cache)
+        wants_norm = kwargs.pop("output_memory_residual_norms", False)
         if self.motif_memory is not None:
-            assert memory_plan is not None
-            memory, _, _ = self.motif_memory(
-                hidden_states,
-                memory_plan,
-                is_causal=is_causal,
-                past_key_values=past_key_values,
-                output_memory_residual_norms=output_memory_residual_norms,
-            )
-            hidden_states = hidden_states + memory
+            memory = self.motif_memory(hidden_states, memory_plan, memory_state)
+            if memory_state is not None:
+                memory_state.advance(self.motif_memory.layer_idx, memory)
+            if wants_norm:
+                self.residual_norm(memory.residual)
+            hidden_states = hidden_states + memory.residual
 
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            is_causal=is_causal,
-            **{_CACHE: past_key_values},
+            **{_CACHE: _one_cache(past_key_values, cache)},
             **kwargs,
         )
         hidden_states = hidden_states + attended
@@ -623,8 +247,8 @@ class GengramPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(GengramRouter, index=0),
         "hidden_states": GengramDecoderLayer,
         "attentions": MixtralAttention,
-        "memory_gates": OutputRecorder(GengramMotifMemory, index=1),
-        "memory_residual_norms": OutputRecorder(GengramMotifMemory, index=2),
+        "memory_gates": OutputRecorder(MotifMemory, index=MemoryOutput._fields.index("gate")),
+        "memory_residual_norms": GengramResidualNorm,
     }
 
     # Set by the package; unset in the flat copies that it writes, which Transformers copies by itself.
@@ -659,34 +283,13 @@ class GengramPreTrainedModel(PreTrainedModel):
         return True
 
     def fold_memory(self, dtype: torch.dtype | None = None) -> "GengramPreTrainedModel":
-        """Fold the memory's projections into its tables now, not at the first forward pass; returns the model.
-
-        Key and value of a position become a sum of table rows instead of two matrix products (`operators/README.md`).
-        A model in `eval()` does this by itself in its first pass without gradients; a compiled model uses folded
-        tables only if they are there before. Needs about (5**N + 2 * 5**(N - 1)) * 2 * hidden numbers per memory
-        layer, N the largest k-mer: 371 MB in float16 for the released model. `train()`, `to()`, `unfold_memory()` and
-        writing to a weight undo it (a write through `weight.data` is not seen: call `unfold_memory()`); nothing of it
-        is saved. `gengram.memory_path("token_major")` or GENGRAM_MEMORY_ALGORITHM=token_major avoids it altogether.
-
-        Args:
-            dtype: of the folded tables. By default float16 for 16-bit models (scaled by a power of two, so that it
-                cannot overflow), and that of the hidden states for others.
-
-        Raises:
-            ValueError: if the model is in training mode, or its memory has adapters, is offloaded, or `as_trained`.
-        """
-        if self.training:
-            raise ValueError("fold_memory is for inference; call model.eval() first.")
-        for module in self.modules():
-            if isinstance(module, GengramMotifMemory):
-                module.fold(dtype)
+        """Fold the memory's projections into its tables now; see `motif_memory.fold_memory`. Returns the model."""
+        fold_memory(self, dtype)
         return self
 
     def unfold_memory(self) -> "GengramPreTrainedModel":
-        """Drop the folded tables; the next pass without gradients in `eval()` makes new ones. Returns the model."""
-        for module in self.modules():
-            if isinstance(module, GengramMotifMemory):
-                module.unfold()
+        """Drop the folded tables; new ones are made when they repay themselves again. Returns the model."""
+        unfold_memory(self)
         return self
 
     @torch.no_grad()
@@ -696,7 +299,7 @@ class GengramPreTrainedModel(PreTrainedModel):
         if isinstance(module, MixtralExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, (GengramRouter, GengramDepthwiseConv)):
+        elif isinstance(module, (GengramRouter, DepthwiseConv)):
             init.normal_(module.weight, mean=0.0, std=std)
 
 
@@ -767,22 +370,21 @@ class GengramModel(GengramPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         past_key_values = _one_cache(past_key_values, cache)
-        is_causal = kwargs.pop("is_causal", self.config.is_causal)
-        output_memory_residual_norms = kwargs.pop(
-            "output_memory_residual_norms", getattr(self.config, "output_memory_residual_norms", False)
-        )
+        config = self.config
+        is_causal = kwargs.setdefault("is_causal", config.is_causal)
+        kwargs.setdefault("output_memory_residual_norms", getattr(config, "output_memory_residual_norms", False))
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if not is_causal:
-            if self.config.memory_pooling == "as_trained":
+            if config.memory_pooling == "as_trained":
                 raise ValueError('memory_pooling="as_trained" is causal; use "exact" with is_causal=False.')
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 raise ValueError("is_causal=False sees the whole sequence at once; call without past_key_values.")
             past_key_values, use_cache = None, False
         elif use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = DynamicCache(config=config)
 
-        segment_ids = None if self.config.memory_pooling == "as_trained" else position_ids
+        segments = None if config.memory_pooling == "as_trained" else position_ids
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
@@ -792,7 +394,7 @@ class GengramModel(GengramPreTrainedModel):
             masks = attention_mask
         else:
             mask_arguments: dict[str, Any] = {
-                "config": self.config,
+                "config": config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
                 _CACHE: past_key_values,
@@ -803,18 +405,18 @@ class GengramModel(GengramPreTrainedModel):
                 "linear_attention": create_recurrent_attention_mask(**mask_arguments),
             }
 
-        memory_plan = None
-        if self.config.memory_layers:
-            if memory_input_ids is None:
-                memory_input_ids = input_ids
-            codes = self._letter_codes(memory_input_ids, inputs_embeds)
-            memory_plan = self._plan_memory(
-                codes, segment_ids, masks.get("linear_attention"), past_key_values, is_causal
-            )
+        memory_plan = memory_state = codes = None
+        if config.memory_layers:
+            memory_state = MemoryState.of(past_key_values, config.memory, config.memory_layers)
+            codes = self._letter_codes(input_ids if memory_input_ids is None else memory_input_ids, inputs_embeds)
+            exists = masks.get("linear_attention")
+            if exists is not None:
+                codes = codes.masked_fill(~exists.to(device=codes.device, dtype=torch.bool), 0)
+            memory_plan = plan_ngrams(codes, config.memory, segments, exists, memory_state, is_causal=is_causal)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in self.layers[: config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks["full_attention"],
@@ -822,11 +424,12 @@ class GengramModel(GengramPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 memory_plan=memory_plan,
-                is_causal=is_causal,
-                output_memory_residual_norms=output_memory_residual_norms,
+                memory_state=memory_state,
                 **{_CACHE: past_key_values},  # by the library's name: gradient checkpointing looks for it
                 **kwargs,
             )
+        if memory_state is not None:
+            memory_state.advance_letters(codes)
         hidden_states = self.norm(hidden_states)
         return GengramModelOutput(last_hidden_state=hidden_states, **{_CACHE: past_key_values})
 
@@ -840,68 +443,6 @@ class GengramModel(GengramPreTrainedModel):
         for digit, row in enumerate(rows):
             codes = codes.masked_fill((inputs_embeds == row).all(-1), digit + 1)
         return codes
-
-    def _plan_memory(
-        self,
-        codes: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        padding_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        is_causal: bool,
-    ) -> NgramPlan:
-        """The n-gram plan of this forward pass, history included; advances the letter codes in the cache."""
-        config = self.config
-        length = codes.shape[1]
-        exists = None
-        if padding_mask is not None:
-            exists = padding_mask.to(device=codes.device, dtype=torch.bool)
-            codes = codes.masked_fill(~exists, 0)
-        context = 0
-        if past_key_values is not None and config.memory_context:
-            context = config.memory_context
-            codes = self._extend_by_history(codes, past_key_values)
-            codes = F.pad(codes, (max(context + length - codes.shape[1], 0), 0))[:, -(context + length) :]
-
-        behind = ahead = None
-        if position_ids is not None:
-            behind = position_ids.expand(codes.shape[0], -1)
-            if context:
-                earlier = torch.arange(-context, 0, device=behind.device) + behind[:, :1]
-                behind = torch.cat([earlier, behind], dim=1)
-            if not is_causal:
-                is_last = F.pad(behind[:, 1:] != behind[:, :-1] + 1, (0, 1), value=True)
-                index = torch.arange(length, device=behind.device)
-                ends = torch.where(is_last, index, length).flip(1).cummin(1).values.flip(1)
-                ahead = ends - index
-        return plan_ngrams(
-            codes,
-            config.memory_ngram_sizes,
-            config.memory_window,
-            context=context,
-            is_causal=is_causal,
-            behind=behind,
-            ahead=ahead,
-            exists=exists,
-            rows_and_runs=ngram_rows_and_runs,
-        )
-
-    def _extend_by_history(self, codes: torch.Tensor, past_key_values: Cache) -> torch.Tensor:
-        """Codes with those of earlier calls in front; every memory layer keeps its own copy, as the caches expect."""
-        extended = codes
-        for layer in self.config.memory_layers:
-            if len(past_key_values.layers) <= layer or not hasattr(past_key_values.layers[layer], "conv_states"):
-                raise ValueError(
-                    f"the cache has no room for the memory of layer {layer}: expected one built for this model, got "
-                    f"{type(past_key_values).__name__} without its configuration. Build it with "
-                    "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
-                )
-            extended = past_key_values.update_conv_state(
-                codes.unsqueeze(1),
-                layer,
-                state_idx=self.config.memory_states.index("letter_codes"),
-                conv_kernel_size=self.config.memory_context,
-            ).squeeze(1)
-        return extended
 
 
 def router_z_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None) -> torch.Tensor:

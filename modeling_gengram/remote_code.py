@@ -3,28 +3,20 @@
 A folder with these files loads with `trust_remote_code=True` where this package is not installed. The files are the
 package's own modules, written flat, with their imports of one another turned into imports of siblings: the only ones
 that Transformers follows. The tokenizer needs none: its `tokenizer.json` is complete.
+
+The names of the files are a published format: `configuration_gengram.py` and `modeling_gengram.py`, which `auto_map`
+names, and `motif_memory_PART.py` for the parts of `motif_memory/`.
 """
 
-import inspect
 import re
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
-from ..configuration import configuration_gengram
 from ..configuration.configuration_gengram import GengramConfig
-from ..operators import folded_memory, memory_operators, memory_path, motif_memory, native, table_major
-from . import modeling_gengram
 
-_MODULES: tuple[ModuleType, ...] = (
-    configuration_gengram,
-    motif_memory,
-    folded_memory,
-    table_major,
-    native,
-    memory_path,
-    memory_operators,
-    modeling_gengram,
-)
+_PACKAGE = __package__.rpartition(".")[0]
+_START = "modeling_gengram.modeling_gengram"
 
 AUTO_MAP = {
     "AutoConfig": "configuration_gengram.GengramConfig",
@@ -35,21 +27,52 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_gengram.GengramForTokenClassification",
 }
 
-_PACKAGE_IMPORT = re.compile(r"^from \.\.(?:\w+\.)*(\w+) import ", re.MULTILINE)
+_IMPORT = re.compile(r"^(?P<indent>\s*)from (?P<dots>\.+)(?P<name>[\w.]+) import ", re.MULTILINE)
+_OTHER_IMPORT = re.compile(r"^\s*(?:from \.+ import|from gengram|import gengram)", re.MULTILINE)
 
 
-def flatten_source(source: str) -> str:
-    """The module's text with `from ..folder.name import` turned into `from .name import`."""
-    flat = _PACKAGE_IMPORT.sub(r"from .\1 import ", source)
-    assert not re.search(r"^\s*(?:from \.\.|from gengram|import gengram)", flat, re.MULTILINE)
-    return flat
+def flat_name(module: str) -> str:
+    """File name, without its ending, of a module such as `motif_memory.ways.choose`."""
+    name = module.rpartition(".")[-1]
+    if name.startswith(("configuration_", "modeling_")):
+        return name
+    return module.replace(".", "_")
+
+
+def flatten_source(source: str, module: str) -> tuple[str, list[str]]:
+    """A module's text with its relative imports turned into imports of siblings, and the modules that it imports."""
+    imported = []
+
+    def sibling(found: re.Match[str]) -> str:
+        room = module.split(".")[: -len(found["dots"])]
+        imported.append(".".join([*room, found["name"]]))
+        return f"{found['indent']}from .{flat_name(imported[-1])} import "
+
+    flat = _IMPORT.sub(sibling, source)
+    assert not _OTHER_IMPORT.search(flat), f"{module} imports the package in a way that no flat file can"
+    return flat, imported
+
+
+@cache
+def flat_sources() -> dict[str, str]:
+    """Text by file name of all modules that the models need, found by following their imports."""
+    texts: dict[str, str] = {}
+    waiting, seen = [_START], {_START}
+    while waiting:
+        module = waiting.pop(0)
+        spec = find_spec(f"{_PACKAGE}.{module}")
+        assert spec is not None and spec.origin is not None, module
+        text, imported = flatten_source(Path(spec.origin).read_text(encoding="utf-8"), module)
+        texts[f"{flat_name(module)}.py"] = text
+        waiting += [name for name in dict.fromkeys(imported) if name not in seen]
+        seen |= set(imported)
+    return texts
 
 
 def write_remote_code(config: GengramConfig, folder: str | Path) -> None:
     """Write the source files into a model's folder, and name their classes in `config.auto_map`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for module in _MODULES:
-        name = module.__name__.rpartition(".")[-1]
-        (folder / f"{name}.py").write_text(flatten_source(inspect.getsource(module)), encoding="utf-8")
+    for name, text in flat_sources().items():
+        (folder / name).write_text(text, encoding="utf-8")
     config.auto_map = dict(AUTO_MAP)

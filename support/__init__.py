@@ -1,1 +1,1 @@
-"""What every room needs once: outputs that appear whole, errors, figures, the description of a machine."""
+"""What every room needs once: whole outputs, errors, bootstrap intervals, figures, progress bars, the machine."""

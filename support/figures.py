@@ -4,7 +4,24 @@ import io
 from pathlib import Path
 from typing import Any
 
+from .errors import MissingExtraError
 from .whole_output import write_whole
+
+
+def pyplot() -> Any:
+    """`matplotlib.pyplot`, drawing into files without a display.
+
+    Raises:
+        MissingExtraError: if Matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtraError("figures need matplotlib: pip install 'gengram[evaluation]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 def write_figure(path: str | Path, figure: Any) -> None:

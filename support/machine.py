@@ -22,10 +22,17 @@ def describe_machine() -> dict[str, Any]:
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("gengram", "torch", "transformers", "datasets")},
+        **{name: _version(name) for name in ("gengram", "torch", "transformers", "datasets")},
         "commit": commit or None,
         "has_uncommitted_changes": bool(commit and _git("status", "--porcelain")),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return None
 
 
 def _git(*words: str) -> str:

@@ -43,7 +43,7 @@ std::string capability() { return kernels().name; }
 
 }  // namespace
 
-// Read from the file before it is loaded (operators/native.py): PyTorch's binary interface changes between versions.
+// Read from the file before it is loaded (motif_memory/ways/native.py): PyTorch's binary interface changes between versions.
 extern "C" __attribute__((used, visibility("default"))) const char gengram_built_with[] =
     "gengram native kernels, built with torch " GENGRAM_TORCH_VERSION ";";
 

@@ -17,16 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gengram
-from gengram.data_preparation.annotation import Transcript, read_transcripts
-from gengram.data_preparation.fasta import read_fasta
-from gengram.data_preparation.windows import reverse_complement
 from gengram.evaluation.metrics import evaluate
-from gengram.support.figures import write_figure
+from gengram.inference.likelihood import next_token_log_probabilities
+from gengram.inference.loaded_model import load_model
+from gengram.sequences.alphabet import BASES, reverse_complement
+from gengram.sequences.annotation import Transcript, read_transcripts
+from gengram.sequences.fasta import read_fasta
+from gengram.support.bootstrap import bootstrap
+from gengram.support.figures import pyplot, write_figure
 from gengram.support.machine import describe_machine
+from gengram.support.progress import progress_bar
 from gengram.support.whole_output import whole_folder
 
 MOTIFS = {"donor": "GT", "acceptor": "AG"}
@@ -93,7 +95,7 @@ def is_exon(site: Site, sequences: dict[str, str], transcripts: Sequence[Transcr
 
 def has_room(text: str, place: int, before: int, behind: int) -> bool:
     around = text[place - before : place + behind] if place >= before else ""
-    return len(around) == before + behind and set(around) <= set("ACGT")
+    return len(around) == before + behind and set(around) <= set(BASES)
 
 
 def gc_share(text: str, place: int) -> float:
@@ -132,13 +134,10 @@ def profiles(model: Any, tokenizer: Any, texts: list[str], shown: int, batch_siz
     has_memory = bool(getattr(model.config, "memory_layers", None))
     extra = dict(output_memory_gates=True, output_memory_residual_norms=True) if has_memory else {}
     found: dict[str, list[np.ndarray]] = {}
-    for start in tqdm(range(0, len(texts), batch_size), desc="reading", unit="batch"):
+    for start in progress_bar("reading", "batch", over=range(0, len(texts), batch_size)):
         ids = tokenizer(texts[start : start + batch_size], return_tensors="pt")["input_ids"]
         outputs = model(input_ids=ids, **extra)
-        surprisal = torch.nn.functional.cross_entropy(
-            outputs.logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none"
-        )
-        values = {"surprisal": surprisal / np.log(2)}
+        values = {"surprisal": -next_token_log_probabilities(outputs.logits, ids) / np.log(2)}
         if has_memory:
             values["memory gate"] = torch.stack(outputs.memory_gates).mean(0)
             values["memory residual"] = torch.stack(outputs.memory_residual_norms).mean(0)
@@ -150,11 +149,9 @@ def profiles(model: Any, tokenizer: Any, texts: list[str], shown: int, batch_siz
     return result
 
 
-def mean_and_interval(values: np.ndarray, samples: int = 1000) -> np.ndarray:
+def mean_and_interval(values: np.ndarray) -> np.ndarray:
     """Mean over rows and its 95 % bootstrap interval: (3, columns)."""
-    generator = np.random.default_rng(0)
-    means = [values[generator.integers(len(values), size=len(values))].mean(0) for _ in range(samples)]
-    return np.stack([values.mean(0), *np.percentile(means, [2.5, 97.5], axis=0)]).round(4)
+    return bootstrap(lambda rows: values[rows].mean(0), len(values)).round(4)
 
 
 def site_scores(values: np.ndarray, kind: str, flank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -221,18 +218,13 @@ def analyse(
 
 def draw(results: dict[str, Any], flank: int, path: Path) -> None:
     """One column per kind of site, one row per quantity; bands are 95 % bootstrap intervals of the mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     quantities = list(results["donor"]["curves"])
     labels = {
         "surprisal": "surprisal, bits",
         "memory gate": "memory gate",
         "memory residual": "norm of the memory's residual\n(1: mean of all bases)",
     }
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         len(quantities), 2, figsize=(11, 2.6 * len(quantities)), sharex=True, squeeze=False, constrained_layout=True
     )
     offsets = np.arange(-flank, flank)
@@ -266,10 +258,9 @@ def main() -> None:
         parser.error("--flank must be at least 18, the bases that are scored")
     sequences = {name: sequence.upper() for name, sequence in read_fasta(options.fasta)}
     transcripts = read_transcripts(options.gtf)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    loaded = load_model(options.model, "causal", dtype="auto", device="cpu")
     with whole_folder(options.output) as folder:
-        results = analyse(model, tokenizer, sequences, transcripts, options)
+        results = analyse(loaded.model, loaded.tokenizer, sequences, transcripts, options)
         described = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
         record = {"options": described, "machine": describe_machine()}
         (folder / "splice_sites.json").write_text(json.dumps({**record, "results": results}) + "\n")

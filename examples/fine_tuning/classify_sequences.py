@@ -18,43 +18,42 @@ Left in the output folder: the model (adapters merged into it, and by themselves
 `predictions.parquet` of the test rows.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
+from fine_tuning_setup import (
+    SequenceHeadArguments,
+    TableArguments,
+    load_with_new_head,
+    logits_of,
+    named_classes,
+    parse_arguments,
+    tokenized,
+    write_results,
+)
 from scipy.special import softmax
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
-    set_seed,
 )
 
-import gengram  # noqa: F401  (the Auto classes then know Gengram)
 from gengram.evaluation.classifiers import held_out
 from gengram.evaluation.labelled_data import LabelledSequences, overlap, read_labelled
 from gengram.evaluation.metrics import evaluate
+from gengram.inference.loaded_model import context_length
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 @dataclass
-class ModelArguments:
-    model: str = field(metadata={"help": "folder or Hub id of a model"})
-    revision: str | None = field(default=None, metadata={"help": "of the model on the Hub"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that the model carries"})
+class ModelArguments(SequenceHeadArguments):
     dtype: str = field(default="float32", metadata={"help": "of the weights; bfloat16 for LoRA of large models"})
-    bidirectional: bool = field(default=False, metadata={"help": "bases see both sides (is_causal=False)"})
-    pooling: str | None = field(default=None, metadata={"help": "of Gengram's head: last, mean, max or centre"})
     lora: bool = field(default=False, metadata={"help": "train low-rank adapters and the head only; needs peft"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapters"})
     lora_memory: bool = field(default=False, metadata={"help": "with --lora: train Gengram's memory whole"})
@@ -62,37 +61,14 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    train: str = field(metadata={"help": "table to train on"})
-    test: str = field(metadata={"help": "table for the metrics"})
-    validation: str | None = field(default=None, metadata={"help": "table to choose the epoch by"})
-    sequence_column: str = field(default="sequence", metadata={"help": "name of the column of sequences"})
+class DataArguments(TableArguments):
     label_column: str = field(default="label", metadata={"help": "name of the column of labels"})
     group_column: str | None = field(default=None, metadata={"help": "rows of a group are held out together"})
 
 
 def load_model(arguments: ModelArguments, classes: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with a new head for these classes, and its tokenizer."""
-    loading = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    names = dict(enumerate(classes))
-    config = AutoConfig.from_pretrained(
-        arguments.model, id2label=names, label2id={name: index for index, name in names.items()}, **loading
-    )
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **loading)
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    if arguments.bidirectional:
-        if not hasattr(config, "is_causal"):
-            raise ValueError(f"--bidirectional sets is_causal, which a {config.model_type} model does not have.")
-        config.is_causal = False
-    if arguments.pooling is not None:
-        if config.model_type != "gengram":
-            raise ValueError(f"--pooling is for Gengram's head, which a {config.model_type} model does not have.")
-        config.classifier_pooling = arguments.pooling
-    model = AutoModelForSequenceClassification.from_pretrained(
-        arguments.model, config=config, dtype=arguments.dtype, **loading
-    )
-    return model, tokenizer
+    return load_with_new_head(AutoModelForSequenceClassification, arguments, arguments.dtype, **named_classes(classes))
 
 
 def with_adapters(model: PreTrainedModel, arguments: ModelArguments) -> PreTrainedModel:
@@ -125,41 +101,27 @@ def read_tables(arguments: DataArguments, seed: int) -> dict[str, LabelledSequen
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(
-        learning_rate=3e-4,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        report_to="none",
-    )
-    model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
+    model_arguments, data_arguments, arguments = parse_arguments(ModelArguments, DataArguments, __doc__)
     if not model_arguments.lora and (model_arguments.lora_memory or model_arguments.lora_experts):
         raise ValueError("--lora_memory and --lora_experts are for --lora; without it, all weights are trained.")
-    set_seed(arguments.seed)
     tables = read_tables(data_arguments, arguments.seed)
     classes = tables["train"].classes
     model, tokenizer = load_model(model_arguments, classes)
     if model_arguments.lora:
         model = with_adapters(model, model_arguments)
     trained_parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    context = min(getattr(model.config, "max_position_embeddings", 10**9), tokenizer.model_max_length)
+    context = context_length(model.config, tokenizer)
 
-    def tokenized(rows: LabelledSequences) -> Dataset:
-        encoded = tokenizer(rows.sequences, truncation=True, max_length=context)
-        columns = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
-        return Dataset.from_dict({**columns, "labels": rows.labels.tolist()})
+    def data_of(rows: LabelledSequences) -> Dataset:
+        return tokenized(rows.sequences, rows.labels.tolist(), tokenizer, context)
 
     settings = {
         "args": arguments,
-        "eval_dataset": tokenized(tables["validation"]),
+        "eval_dataset": data_of(tables["validation"]),
         "data_collator": DataCollatorWithPadding(tokenizer),
         "processing_class": tokenizer,
     }
-    trainer = Trainer(model, train_dataset=tokenized(tables["train"]), **settings)
+    trainer = Trainer(model, train_dataset=data_of(tables["train"]), **settings)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     if model_arguments.lora:
         trainer.save_model(str(Path(arguments.output_dir) / "adapter"))
@@ -167,8 +129,7 @@ def main() -> None:
     trainer.save_model()
 
     test = tables["test"]
-    logits = trainer.predict(tokenized(test)).predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits  # some models return more than logits
+    logits = logits_of(trainer.predict(data_of(test)).predictions)
     probabilities = softmax(logits.astype(np.float64), axis=1)  # (rows, classes)
     if trainer.is_world_process_zero():
         longest = max(len(sequence) for table in tables.values() for sequence in table.sequences)
@@ -188,10 +149,7 @@ def main() -> None:
         predictions = pd.DataFrame(
             {"label": names[test.labels], "predicted": names[probabilities.argmax(1)], **columns}
         )
-        output = Path(arguments.output_dir)
-        predictions.to_parquet(output / "predictions.parquet", index=False)
-        (output / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(report["metrics"], indent=1))
+        write_results(arguments.output_dir, report, predictions)
 
 
 if __name__ == "__main__":

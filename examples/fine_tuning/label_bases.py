@@ -26,44 +26,42 @@ Left in the output folder: the model, `metrics.json` and `predictions.parquet`, 
 test regions.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from fine_tuning_setup import (
+    BackboneArguments,
+    load_with_new_head,
+    logits_of,
+    named_classes,
+    parse_arguments,
+    write_results,
+)
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.utils.data import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     DataCollatorForTokenClassification,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
-    set_seed,
 )
 
-import gengram  # noqa: F401  (the Auto classes then know Gengram)
-from gengram.data_preparation import read_fasta, read_split_rules
-from gengram.data_preparation.annotation import LABELS, Transcript, base_labels, read_transcripts
-from gengram.data_preparation.split_rules import SplitRule, parts_of_record
-from gengram.data_preparation.windows import reverse_complement, runs_between_gaps, window_bounds
+from gengram.data_preparation.split_rules import SplitRule, parts_of_record, read_split_rules
+from gengram.sequences.alphabet import reverse_complement
+from gengram.sequences.annotation import LABELS, Transcript, base_labels, read_transcripts
+from gengram.sequences.fasta import read_fasta
+from gengram.sequences.windows import runs_between_gaps, window_bounds
 
 SPLITS = ("train", "validation", "test")
 WEIGHT_POWERS = {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}
 
 
 @dataclass
-class ModelArguments:
-    model: str = field(metadata={"help": "folder or Hub id of a model"})
-    revision: str | None = field(default=None, metadata={"help": "of the model on the Hub"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that the model carries"})
-    bidirectional: bool = field(default=False, metadata={"help": "bases see both sides (is_causal=False)"})
+class ModelArguments(BackboneArguments):
     class_weights: str = field(default="sqrt", metadata={"help": "none, sqrt or inverse: weight of rare labels"})
 
 
@@ -251,44 +249,21 @@ def evaluate(table: pd.DataFrame, classes: tuple[str, ...]) -> dict[str, dict[st
 
 def load_model(arguments: ModelArguments, classes: tuple[str, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with a new head on every token, and its tokenizer."""
-    loading = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    names = dict(enumerate(classes))
-    config = AutoConfig.from_pretrained(
-        arguments.model, id2label=names, label2id={name: index for index, name in names.items()}, **loading
-    )
-    if arguments.bidirectional:
-        if not hasattr(config, "is_causal"):
-            raise ValueError(f"--bidirectional sets is_causal, which a {config.model_type} model does not have.")
-        config.is_causal = False
-    model = AutoModelForTokenClassification.from_pretrained(arguments.model, config=config, dtype="float32", **loading)
-    return model, AutoTokenizer.from_pretrained(arguments.model, **loading)
+    return load_with_new_head(AutoModelForTokenClassification, arguments, **named_classes(classes))
 
 
 def probabilities_of(outputs: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:
     """(batch, length, classes); what a prediction gathers instead of logits."""
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs  # some models return more than logits
-    return logits.float().softmax(-1)
+    return logits_of(outputs).float().softmax(-1)
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(
-        learning_rate=3e-4,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        report_to="none",
-    )
-    model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
+    model_arguments, data_arguments, arguments = parse_arguments(ModelArguments, DataArguments, __doc__)
     if data_arguments.labels not in LABELS or model_arguments.class_weights not in WEIGHT_POWERS:
         raise ValueError(
             f"--labels must be one of {list(LABELS)} and --class_weights one of {list(WEIGHT_POWERS)}, got "
             f"{data_arguments.labels!r} and {model_arguments.class_weights!r}."
         )
-    set_seed(arguments.seed)
     classes = LABELS[data_arguments.labels]
     model, tokenizer = load_model(model_arguments, classes)
     context = getattr(model.config, "max_position_embeddings", None)
@@ -322,10 +297,7 @@ def main() -> None:
             "model": vars(model_arguments),
             "data": vars(data_arguments),
         }
-        output = Path(arguments.output_dir)
-        table.to_parquet(output / "predictions.parquet", index=False)
-        (output / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(report["metrics"], indent=1))
+        write_results(arguments.output_dir, report, table)
 
 
 if __name__ == "__main__":

@@ -18,46 +18,39 @@ base see both sides, which a model that was trained causally has to learn from t
 Left in the output folder: the model, `metrics.json` and `predictions.parquet` of the test rows.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
+from fine_tuning_setup import (
+    SequenceHeadArguments,
+    TableArguments,
+    load_with_new_head,
+    logits_of,
+    parse_arguments,
+    tokenized,
+    write_results,
+)
 from scipy.stats import pearsonr, spearmanr
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
-    set_seed,
 )
 
-import gengram  # noqa: F401  (the Auto classes then know Gengram)
-from gengram.evaluation.metrics import Estimate
+from gengram.evaluation import labelled_data
+from gengram.inference.loaded_model import context_length
+from gengram.support.bootstrap import Estimate, estimate
+
+ModelArguments = SequenceHeadArguments
 
 
 @dataclass
-class ModelArguments:
-    model: str = field(metadata={"help": "folder or Hub id of a model"})
-    revision: str | None = field(default=None, metadata={"help": "of the model on the Hub"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run the code that the model carries"})
-    bidirectional: bool = field(default=False, metadata={"help": "bases see both sides (is_causal=False)"})
-    pooling: str | None = field(default=None, metadata={"help": "of Gengram's head: last, mean, max or centre"})
-
-
-@dataclass
-class DataArguments:
-    train: str = field(metadata={"help": "table to train on"})
-    test: str = field(metadata={"help": "table for the metrics"})
-    validation: str | None = field(default=None, metadata={"help": "table to choose the epoch by"})
-    sequence_column: str = field(default="sequence", metadata={"help": "name of the column of sequences"})
+class DataArguments(TableArguments):
     target_column: str = field(default="target", metadata={"help": "name of the column of numbers"})
 
 
@@ -67,11 +60,7 @@ def read_table(path: str, arguments: DataArguments) -> pd.DataFrame:
     Raises:
         ValueError: if a column is missing, or a cell is empty or no number.
     """
-    suffixes = Path(path).suffixes
-    if ".parquet" in suffixes:
-        table = pd.read_parquet(path)
-    else:
-        table = pd.read_csv(path, sep="\t" if ".tsv" in suffixes or ".txt" in suffixes else ",")
+    table = labelled_data.read_table(Path(path))
     wanted = [arguments.sequence_column, arguments.target_column]
     if not set(wanted) <= set(table.columns):
         raise ValueError(f"{path}: expected the columns {wanted}, got {list(table.columns)}.")
@@ -101,23 +90,10 @@ def load_model(
     arguments: ModelArguments, mean: float, deviation: float
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with a new head of one output, and its tokenizer."""
-    loading = {"revision": arguments.revision, "trust_remote_code": arguments.trust_remote_code}
-    config = AutoConfig.from_pretrained(arguments.model, num_labels=1, problem_type="regression", **loading)
-    config.target_mean, config.target_deviation = mean, deviation
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **loading)
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    if arguments.bidirectional:
-        if not hasattr(config, "is_causal"):
-            raise ValueError(f"--bidirectional sets is_causal, which a {config.model_type} model does not have.")
-        config.is_causal = False
-    if arguments.pooling is not None:
-        if config.model_type != "gengram":
-            raise ValueError(f"--pooling is for Gengram's head, which a {config.model_type} model does not have.")
-        config.classifier_pooling = arguments.pooling
-    model = AutoModelForSequenceClassification.from_pretrained(
-        arguments.model, config=config, dtype="float32", **loading
+    model, tokenizer = load_with_new_head(
+        AutoModelForSequenceClassification, arguments, num_labels=1, problem_type="regression"
     )
+    model.config.target_mean, model.config.target_deviation = mean, deviation
     return model, tokenizer
 
 
@@ -135,46 +111,29 @@ METRICS = {
 
 def evaluate(targets: np.ndarray, predictions: np.ndarray, samples: int = 1000) -> dict[str, Estimate]:
     """Metrics of (rows,) predictions, with 95 % percentile intervals over bootstrap samples of the rows."""
-    generator = np.random.default_rng(0)
-    drawn = [generator.integers(len(targets), size=len(targets)) for _ in range(samples)]
-    found = {}
     with np.errstate(invalid="ignore", divide="ignore"):  # a sample of few rows may be constant
-        for name, metric in METRICS.items():
-            values = [metric(targets[rows], predictions[rows]) for rows in drawn]
-            low, high = np.nanpercentile(values, [2.5, 97.5])
-            found[name] = Estimate(metric(targets, predictions), float(low), float(high))
-    return found
+        return {
+            name: estimate(lambda rows, metric=metric: metric(targets[rows], predictions[rows]), len(targets), samples)
+            for name, metric in METRICS.items()
+        }
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
-    parser.set_defaults(
-        learning_rate=3e-4,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        report_to="none",
-    )
-    model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
-    set_seed(arguments.seed)
+    model_arguments, data_arguments, arguments = parse_arguments(ModelArguments, DataArguments, __doc__)
     tables = read_tables(data_arguments, arguments.seed)
     mean, deviation = float(tables["train"]["target"].mean()), float(tables["train"]["target"].std(ddof=0))
     model, tokenizer = load_model(model_arguments, mean, deviation)
-    context = min(getattr(model.config, "max_position_embeddings", 10**9), tokenizer.model_max_length)
+    context = context_length(model.config, tokenizer)
 
-    def tokenized(rows: pd.DataFrame) -> Dataset:
-        encoded = tokenizer(rows["sequence"].tolist(), truncation=True, max_length=context)
-        columns = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
-        return Dataset.from_dict({**columns, "labels": ((rows["target"] - mean) / deviation).tolist()})
+    def data_of(rows: pd.DataFrame) -> Dataset:
+        targets = (rows["target"] - mean) / deviation
+        return tokenized(rows["sequence"].tolist(), targets.tolist(), tokenizer, context)
 
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=tokenized(tables["train"]),
-        eval_dataset=tokenized(tables["validation"]),
+        train_dataset=data_of(tables["train"]),
+        eval_dataset=data_of(tables["validation"]),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
@@ -182,8 +141,7 @@ def main() -> None:
     trainer.save_model()
 
     targets = tables["test"]["target"].to_numpy()
-    logits = trainer.predict(tokenized(tables["test"])).predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits  # some models return more than logits
+    logits = logits_of(trainer.predict(data_of(tables["test"])).predictions)
     predictions = logits[:, 0].astype(np.float64) * deviation + mean  # (rows,)
     if trainer.is_world_process_zero():
         report = {
@@ -194,11 +152,8 @@ def main() -> None:
             "model": vars(model_arguments),
             "data": vars(data_arguments),
         }
-        output = Path(arguments.output_dir)
         table = pd.DataFrame({"target": targets, "predicted": predictions})
-        table.to_parquet(output / "predictions.parquet", index=False)
-        (output / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(json.dumps(report["metrics"], indent=1))
+        write_results(arguments.output_dir, report, table)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from gengram import GengramConfig, GengramForCausalLM
-from gengram.support.figures import write_figure
+from gengram.support.figures import pyplot, write_figure
 from gengram.support.whole_output import write_whole
 
 HERE = Path(__file__).parent
@@ -184,14 +184,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Held-out bits per base of every run, means with intervals; ablations; the routers' load-balancing loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     architectures, arms = list(found["plan"]["architectures"]), list(found["plan"]["arms"])
     colours = {arm: f"C{place}" for place, arm in enumerate(arms)}
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
 
     for arm in arms:
         shift = 0.25 * (arms.index(arm) - (len(arms) - 1) / 2)

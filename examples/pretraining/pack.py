@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from gengram import GengramForCausalLM, GengramTokenizer
+from gengram.inference.generation import all_but_bases
 from gengram.support.whole_output import whole_folder
 
 
@@ -40,8 +41,7 @@ def main() -> None:
         if hasattr(model.config, "auto_map"):  # the package that this folder is in is its code
             del model.config.auto_map
         model.config.save_pretrained(folder)
-        letters = set(tokenizer.nucleotide_ids)
-        others = [index for index in range(model.config.vocab_size) if index not in letters]
+        others = all_but_bases(tokenizer, model.config, "ACGTN")
         GenerationConfig(pad_token_id=tokenizer.pad_token_id, suppress_tokens=others, do_sample=False).save_pretrained(
             folder
         )

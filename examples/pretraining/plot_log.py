@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gengram.support.figures import write_figure
+from gengram.support.figures import pyplot, write_figure
 
 
 def read_stages(paths: list[Path]) -> tuple[list[tuple[int, float]], list[tuple[int, float]], list[int]]:
@@ -30,18 +30,13 @@ def read_stages(paths: list[Path]) -> tuple[list[tuple[int, float]], list[tuple[
 
 
 def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", type=Path, nargs="+", help="log.jsonl of each stage, in order")
     parser.add_argument("--figure", type=Path, required=True, help="SVG or PNG to write")
     parser.add_argument("--line", action="append", default=[], metavar="NAME=BITS", help="a level to compare with")
     arguments = parser.parse_args()
     training, validation, ends = read_stages(arguments.logs)
-    figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    figure, axis = pyplot().subplots(figsize=(7, 4), constrained_layout=True)
     axis.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.6, label="training (router losses included)")
     if validation:
         axis.plot(*zip(*validation, strict=True), "o-", color="tab:orange", label="validation")

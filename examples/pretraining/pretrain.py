@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gengram import GengramConfig, GengramForCausalLM, GengramForMaskedLM, GengramTokenizer
 from gengram.data_preparation import DataCollatorForGenomeModeling
+from gengram.inference.likelihood import IGNORED, next_token_log_probabilities, token_log_probabilities
 from gengram.support.machine import describe_machine
 from gengram.support.whole_output import write_whole
 
@@ -128,7 +129,7 @@ class LanguageModelingLoss:
     def __call__(self, prediction: Any, compute_result: bool) -> dict[str, float]:
         losses, labels = prediction.predictions, prediction.label_ids
         self.total += float(losses.double().sum())
-        self.count += int((labels[:, 1:] if self.is_causal else labels).ne(-100).sum())
+        self.count += int((labels[:, 1:] if self.is_causal else labels).ne(IGNORED).sum())
         if not compute_result:
             return {}
         mean = self.total / max(self.count, 1)
@@ -141,9 +142,8 @@ class LanguageModelingLoss:
             logits = next(output for output in outputs if torch.is_tensor(output) and output.dim() == 3)
         else:
             logits = outputs
-        if self.is_causal:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+        found = next_token_log_probabilities if self.is_causal else token_log_probabilities
+        return -found(logits, labels)
 
 
 def main() -> None:

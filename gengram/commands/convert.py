@@ -1,23 +1,127 @@
-"""`gengram convert`: checkpoints between formats."""
+"""`gengram convert`: Megatron checkpoints to Hugging Face folders, and back."""
 
 import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..conversion_scripts.choices import FETCH, FORMATS, MEMORY_PREFIXES, OUTPUT_DTYPES
 
 HELP = "convert checkpoints between formats"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The directions of `gengram convert`, and the arguments of each."""
-    from ..conversion_scripts import convert_hf_to_megatron, convert_megatron_to_hf
-
+    """The two directions, each with arguments of its own."""
     directions = parser.add_subparsers(title="directions", required=True, metavar="DIRECTION")
     to_hf = directions.add_parser("to-hf", help="Megatron checkpoint to Hugging Face folder")
-    convert_megatron_to_hf.add_convert_arguments(to_hf)
-    to_hf.set_defaults(run_direction=convert_megatron_to_hf.run_convert)
+    _add_to_hf_arguments(to_hf)
+    to_hf.set_defaults(convert=_to_hf)
     to_megatron = directions.add_parser("to-megatron", help="Hugging Face folder to Megatron checkpoint")
-    convert_hf_to_megatron.add_back_arguments(to_megatron)
-    to_megatron.set_defaults(run_direction=convert_hf_to_megatron.run_back)
+    _add_to_megatron_arguments(to_megatron)
+    to_megatron.set_defaults(convert=_to_megatron)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert in the direction asked for."""
-    return arguments.run_direction(arguments)
+    """Runs the direction that was asked for; returns the exit code."""
+    return arguments.convert(arguments)
+
+
+def _add_to_hf_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", metavar="SOURCE", help="Megatron checkpoint: a folder, or ORG/NAME[/FOLDER] on the Hub"
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; new or empty")
+    parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help="dtype of the weights; the checkpoint's own by default")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub; its main branch by default")
+    parser.add_argument(
+        "--fetch",
+        choices=FETCH,
+        default="auto",
+        help="from the Hub: only byte ranges that hold weights, or whole files into its cache (default: whole those "
+        "files of which nearly all is wanted)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and write nothing")
+    parser.add_argument("--restart", action="store_true", help="discard what an interrupted conversion left")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    how.add_argument("--json", action="store_true", help="no progress bar; the report, plan or error as JSON")
+
+
+def _to_hf(arguments: argparse.Namespace) -> int:
+    from ..conversion_scripts.convert_megatron_to_hf import convert_to_hf, plan_conversion
+    from ..conversion_scripts.files.tensor_memory import give_memory_back
+
+    options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "revision", "fetch")}
+    give_memory_back()
+    try:
+        if arguments.dry_run:
+            done = plan_conversion(arguments.source, arguments.output, **options)
+        else:
+            shown = not (arguments.quiet or arguments.json)
+            done = convert_to_hf(
+                arguments.source, arguments.output, **options, progress=shown, restart=arguments.restart
+            )
+    except BaseException as error:
+        _say_more(error, arguments)
+        raise
+    if arguments.json:
+        print(json.dumps(done.as_json(), indent=1))
+    elif not arguments.quiet:
+        print(done.summary())
+    return 0
+
+
+def _say_more(error: BaseException, arguments: argparse.Namespace) -> None:
+    """The error as JSON if that was asked for, and what is kept for the next try as a note of the error."""
+    from ..conversion_scripts.files.partial_folder import leftover
+    from ..support.errors import FetchError
+
+    if arguments.json and isinstance(error, ValueError | OSError | FetchError):
+        print(json.dumps({"error": str(error)}))
+    kept = "" if arguments.dry_run else leftover(arguments.output)
+    if kept and isinstance(error, SystemExit):  # SIGTERM, of which nobody else says anything
+        print(kept, file=sys.stderr)
+    elif kept:
+        error.__notes__ = [*getattr(error, "__notes__", ()), kept]  # `add_note`, which Python 3.10 lacks
+
+
+def _add_to_megatron_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="HF_FOLDER", help="Hugging Face folder of a Gengram model")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="checkpoint root to write; new or empty")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="torch_dist", help="torch_dist (default; Megatron reshards it) or torch"
+    )
+    parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="N", help="stages (format torch)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks (format torch)")
+    parser.add_argument("--first-stage-layers", type=int, metavar="N", help="layers of the first stage, if uneven")
+    parser.add_argument("--last-stage-layers", type=int, metavar="N", help="layers of the last stage, if uneven")
+    parser.add_argument(
+        "--name-prefix", choices=MEMORY_PREFIXES, help="the memory's name; the original checkpoint's by default"
+    )
+    parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help="dtype of the weights; the folder's own by default")
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="write iter_N; by default release, without training state"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+
+
+def _to_megatron(arguments: argparse.Namespace) -> int:
+    from ..conversion_scripts.convert_hf_to_megatron import convert_to_megatron
+
+    report = convert_to_megatron(
+        arguments.source,
+        arguments.output,
+        format=arguments.format,
+        pipeline_parallel=arguments.pipeline_parallel,
+        tensor_parallel=arguments.tensor_parallel,
+        first_stage_layers=arguments.first_stage_layers,
+        last_stage_layers=arguments.last_stage_layers,
+        name_prefix=arguments.name_prefix,
+        dtype=arguments.dtype,
+        iteration=arguments.iteration,
+        progress=not arguments.quiet,
+    )
+    if not arguments.quiet:
+        print(report.summary())
+    return 0

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: if the FASTA file cannot be used, or the folder holds something.
     """
-    from ..data_preparation.fasta import read_fasta
+    from ..sequences.fasta import read_fasta
 
     source = read_fasta(arguments.fasta or DEMO_DATA / "synthetic.fa")
     records = [(name, sequence[:LONGEST]) for name, sequence in itertools.islice(source, MOST_RECORDS) if sequence]

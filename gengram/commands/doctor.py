@@ -28,7 +28,7 @@ def _why_not_on_a_gpu() -> str:
     """Why the memory cannot run natively on a GPU here; empty if it can."""
     import torch
 
-    from ..operators.native import status
+    from ..motif_memory.ways.native import status
 
     library = status()
     if not library.available:
@@ -42,8 +42,8 @@ def examine() -> dict[str, Any]:
     """Versions, devices, and which kernels the memory uses."""
     import torch
 
-    from ..operators.memory_path import forced_path
-    from ..operators.native import status
+    from ..motif_memory.ways.choose import forced_path
+    from ..motif_memory.ways.native import status
 
     library, forced = status(), forced_path()
     return {

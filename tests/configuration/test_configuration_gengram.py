@@ -108,11 +108,11 @@ def test_types_are_checked(fields):
 
 
 def test_states_that_a_cache_keeps():
-    assert GengramConfig(**SMALL).memory_states == ["conv_inputs", "letter_codes"]
-    assert GengramConfig(**SMALL, memory_conv_kernel=0).memory_states == ["letter_codes"]
+    assert GengramConfig(**SMALL).memory.states == ("conv_inputs", "letter_codes")
+    assert GengramConfig(**SMALL, memory_conv_kernel=0).memory.states == ("letter_codes",)
     assert GengramConfig(**SMALL, memory_pooling="as_trained").number_of_conv_states == 3
     bare = GengramConfig(**SMALL, memory_ngram_sizes=[1], memory_window=1, memory_conv_kernel=1)
-    assert bare.memory_states == [] and set(bare.layer_types) == {"full_attention"}
+    assert bare.memory.states == () and set(bare.layer_types) == {"full_attention"}
     assert (
         GengramConfig(**SMALL, memory_layers=[1]).layer_types == ["full_attention", "hybrid"] + ["full_attention"] * 2
     )

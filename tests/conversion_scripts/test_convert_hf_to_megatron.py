@@ -25,8 +25,8 @@ from gengram.conversion_scripts import convert_hf_to_megatron as back
 from gengram.conversion_scripts.convert_hf_to_megatron import convert_to_megatron, main
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
 from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
-from gengram.conversion_scripts.megatron_config import args_from_config, config_from_args, differing_fields
-from gengram.conversion_scripts.megatron_torch_dist import open_torch_dist_checkpoint
+from gengram.conversion_scripts.mapping.arguments import args_from_config, config_from_args, differing_fields
+from gengram.conversion_scripts.megatron.torch_dist_reader import open_torch_dist_checkpoint
 from gengram.modeling_gengram.modeling_gengram import GengramForCausalLM
 from gengram.support.errors import ConversionError
 
@@ -391,9 +391,9 @@ def test_a_tied_head_is_copied_to_the_last_stage(tmp_path, megatron):
 
 
 def test_files_do_not_grow_without_bound(folder, tmp_path, monkeypatch, megatron):
-    from gengram.conversion_scripts import megatron_writers
+    from gengram.conversion_scripts.megatron import torch_dist_writer
 
-    monkeypatch.setattr(megatron_writers, "MOST_BYTES", 20_000)
+    monkeypatch.setattr(torch_dist_writer, "MOST_BYTES", 20_000)
     convert_to_megatron(folder, tmp_path / "back", progress=False)
     files = sorted(path.name for path in (tmp_path / "back" / "release").glob("*.distcp"))
     assert len(files) > 2 and files[:2] == ["__0_0.distcp", "__0_1.distcp"]

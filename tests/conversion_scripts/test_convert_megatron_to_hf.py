@@ -9,11 +9,14 @@ import sys
 
 import pytest
 import torch
+from saved_sources import SAVED_SOURCES
 from transformers import GenerationConfig
 
 from gengram.configuration import GengramConfig
 from gengram.conversion_scripts import convert_megatron_to_hf as convert
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, main
+from gengram.conversion_scripts.to_hf import write_folder
+from gengram.conversion_scripts.to_hf.source_reader import SourceReader
 from gengram.modeling_gengram.modeling_gengram import GengramForCausalLM
 from gengram.support.errors import ConversionError
 from gengram.tokenization import GengramTokenizer
@@ -109,8 +112,7 @@ def test_the_folder_is_complete(small_torch, tmp_path):
     assert {path.name for path in out.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "conversion.json"),
         *("tokenizer.json", "tokenizer_config.json"),
-        *("configuration_gengram.py", "modeling_gengram.py", "motif_memory.py", "folded_memory.py"),
-        *("memory_operators.py", "memory_path.py", "native.py", "table_major.py"),
+        *SAVED_SOURCES,
     }
     assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers")
     config = json.loads((out / "config.json").read_text())
@@ -211,7 +213,7 @@ def nothing_left(tmp_path, *expected):
 )
 def test_a_failure_in_the_middle_leaves_nothing(error, small_torch, tmp_path, monkeypatch):
     calls = []
-    original = convert._PlanReader._parts
+    original = SourceReader._parts
 
     def failing(self, move):
         calls.append(move)
@@ -219,7 +221,7 @@ def test_a_failure_in_the_middle_leaves_nothing(error, small_torch, tmp_path, mo
             raise error
         return original(self, move)
 
-    monkeypatch.setattr(convert._PlanReader, "_parts", failing)
+    monkeypatch.setattr(SourceReader, "_parts", failing)
     with pytest.raises(type(error)):
         convert_to_hf(small_torch.root, tmp_path / "out", progress=False)
     assert len(calls) == 20 and nothing_left(tmp_path)
@@ -227,11 +229,11 @@ def test_a_failure_in_the_middle_leaves_nothing(error, small_torch, tmp_path, mo
 
 def test_a_failure_at_the_end_keeps_the_weights_for_the_next_time(small_torch, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "MODEL_CARD", tmp_path / "nowhere.md")
+        patch.setattr(write_folder, "MODEL_CARD", tmp_path / "nowhere.md")
         with pytest.raises(OSError, match=r"nowhere\.md"):
             convert_to_hf(small_torch.root, tmp_path / "out", progress=False)
     assert nothing_left(tmp_path, ".out.partial")
-    monkeypatch.setattr(convert._PlanReader, "_parts", None)  # nothing is read again
+    monkeypatch.setattr(SourceReader, "_parts", None)  # nothing is read again
     convert_to_hf(small_torch.root, tmp_path / "out", progress=False)
     assert nothing_left(tmp_path, "out")
 
@@ -245,7 +247,7 @@ def test_disk_space_is_checked_first(small_torch, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_reported_and_leaves_nothing(small_torch, tmp_path, monkeypatch, capsys):
-    import gengram.conversion_scripts.safetensors_writer as writer
+    import gengram.conversion_scripts.files.safetensors_writer as writer
 
     monkeypatch.setattr(writer, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     assert main([str(small_torch.root), str(tmp_path / "out"), "--quiet"]) == 1

@@ -98,7 +98,7 @@ def test_fields_that_only_folders_have_are_compared_between_folders(kinds, tmp_p
 
 
 def test_stacked_experts_are_read_one_by_one(kinds, monkeypatch):
-    from gengram.conversion_scripts.hf_folder import StoredTensor
+    from gengram.conversion_scripts.files.hf_folder import StoredTensor
 
     read = StoredTensor.read
 
@@ -111,7 +111,7 @@ def test_stacked_experts_are_read_one_by_one(kinds, monkeypatch):
 
 
 def test_sources_are_read_once(kinds, monkeypatch):
-    from gengram.conversion_scripts.megatron_torch_dist import ChunkedTensor
+    from gengram.conversion_scripts.megatron.torch_dist_reader import ChunkedTensor
 
     reads = []
     read = ChunkedTensor.read

@@ -1,11 +1,10 @@
 """`gengram info` says what something is."""
 
-import argparse
 import json
 
 import pytest
 
-from gengram.conversion_scripts import inspect_checkpoint as inspect
+from gengram.cli import main as gengram
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
 from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
 from gengram.support.errors import ConversionError
@@ -59,11 +58,9 @@ def test_other_folders(tmp_path):
 
 
 def test_command(small_torch, tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    inspect.add_info_arguments(parser)
-    assert inspect.run_info(parser.parse_args([str(small_torch.root)])) == 0
+    assert gengram(["info", str(small_torch.root)]) == 0
     assert "megatron torch, iteration 123" in capsys.readouterr().out
-    assert inspect.run_info(parser.parse_args([str(small_torch.root), "--json"])) == 0
+    assert gengram(["info", str(small_torch.root), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["layers"] == 3
-    assert inspect.run_info(parser.parse_args([str(tmp_path / "nowhere")])) == 1
+    assert gengram(["info", str(tmp_path / "nowhere")]) == 1
     assert "error: " in capsys.readouterr().err

@@ -496,6 +496,7 @@ for _seed in range(10):
 
 DRIVER = """
 import json, os, resource, signal, sys
+import gengram.cli
 from gengram.conversion_scripts import convert_megatron_to_hf as convert
 memory, seconds, *folders = sys.argv[1:]
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -1,15 +1,14 @@
 """`gengram verify` finds what is wrong with a converted folder."""
 
-import argparse
 import json
 import shutil
 
 import pytest
 import torch
 
-from gengram.conversion_scripts import verify_conversion as verify
+from gengram.cli import main as gengram
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from gengram.conversion_scripts.hf_folder import stored_tensors
+from gengram.conversion_scripts.files.hf_folder import stored_tensors
 from gengram.conversion_scripts.verify_conversion import verify_conversion
 from gengram.modeling_gengram.modeling_gengram import GengramForCausalLM
 from gengram.support.errors import ConversionError
@@ -170,9 +169,7 @@ def test_loads_that_differ(converted, monkeypatch):
 
 
 def test_command(converted, capsys):
-    parser = argparse.ArgumentParser()
-    verify.add_verify_arguments(parser)
-    assert verify.run_verify(parser.parse_args([str(converted), "--no-load"])) == 0
+    assert gengram(["verify", str(converted), "--no-load"]) == 0
     assert "ok: " in capsys.readouterr().out
-    assert verify.run_verify(parser.parse_args([str(converted / "nowhere")])) == 1
+    assert gengram(["verify", str(converted / "nowhere")]) == 1
     assert capsys.readouterr().err.startswith("error: ")

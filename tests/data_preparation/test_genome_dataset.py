@@ -9,7 +9,7 @@ from datasets import load_dataset
 from gengram import GengramTokenizer
 from gengram.cli import main
 from gengram.data_preparation import SplitRule, WindowOptions, prepare_genome_dataset, stream_genome_dataset
-from gengram.data_preparation.windows import reverse_complement
+from gengram.sequences.alphabet import reverse_complement
 
 TOKENIZER = GengramTokenizer()
 

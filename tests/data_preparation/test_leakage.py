@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gengram.data_preparation.leakage import canonical_kmers, containment, sketch
-from gengram.data_preparation.windows import reverse_complement
+from gengram.sequences.alphabet import reverse_complement
 
 
 def brute_force(sequence: str, k: int) -> list[int]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, init_empty_weights, load_checkpoint_and_dispatch
 from huggingface_hub import HfApi
+from saved_sources import SAVED_SOURCES
 from tiny_models import random_ids, tiny_model
 from transformers import (
     AutoConfig,
@@ -45,16 +46,6 @@ HEADS = {
     GengramForMaskedLM: AutoModelForMaskedLM,
     GengramForSequenceClassification: AutoModelForSequenceClassification,
     GengramForTokenClassification: AutoModelForTokenClassification,
-}
-SOURCES = {
-    "configuration_gengram.py",
-    "folded_memory.py",
-    "memory_operators.py",
-    "memory_path.py",
-    "modeling_gengram.py",
-    "motif_memory.py",
-    "native.py",
-    "table_major.py",
 }
 HUB_REPOSITORY = "someone/gengram-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -142,8 +133,8 @@ def test_saved_again_from_remote_code_loads_everywhere(head, folders, without_pa
     expected = first_output(head.from_pretrained(folders / head.__name__))
     torch.testing.assert_close(without_package.outputs[f"{head.__name__} saved again"], expected, **SAME)
     saved = without_package.saved / head.__name__
-    assert {path.name for path in saved.glob("*.py")} == SOURCES
-    for name in SOURCES:
+    assert {path.name for path in saved.glob("*.py")} == SAVED_SOURCES
+    for name in SAVED_SOURCES:
         assert (saved / name).read_text() == (folders / head.__name__ / name).read_text()
     model = HEADS[head].from_pretrained(saved)  # here, without trust
     assert type(model) is head
@@ -202,7 +193,7 @@ def test_repository_on_the_hub_without_package(folders, without_package):
     torch.testing.assert_close(without_package.outputs["hub"], expected, **SAME)
     assert without_package.report["hub ids"] == GengramTokenizer()(TEXT)["input_ids"]
     saved = without_package.saved / "from hub"
-    assert {path.name for path in saved.glob("*.py")} == SOURCES
+    assert {path.name for path in saved.glob("*.py")} == SAVED_SOURCES
     torch.testing.assert_close(first_output(AutoModelForCausalLM.from_pretrained(saved)), expected, **SAME)
 
 
@@ -250,7 +241,7 @@ def test_push_to_hub_uploads_weights_and_source(head, hub_server, folders):
     assert {path.name for path in folders.joinpath(head.__name__).iterdir()} <= {
         path.name for path in pushed.iterdir()
     }
-    assert SOURCES <= {path.name for path in pushed.iterdir()}
+    assert SAVED_SOURCES <= {path.name for path in pushed.iterdir()}
     torch.testing.assert_close(first_output(HEADS[head].from_pretrained(pushed)), first_output(model), **SAME)
     assert type(AutoTokenizer.from_pretrained(pushed)) is GengramTokenizer
 
@@ -262,7 +253,7 @@ def test_saving_with_push_uploads_weights_and_source(hub_server, tmp_path):
         model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="someone/pushed")
         pushed = hub_server / "someone" / "pushed"
         assert {path.name for path in pushed.iterdir()} == {path.name for path in (tmp_path / "saved").iterdir()}
-        assert SOURCES <= {path.name for path in pushed.iterdir()}
+        assert SAVED_SOURCES <= {path.name for path in pushed.iterdir()}
         shutil.rmtree(pushed)
 
 
@@ -273,7 +264,7 @@ def test_registering_for_auto_classes_does_no_harm(folders, tmp_path, monkeypatc
         head.register_for_auto_class(auto_class.__name__)
     tiny_model(GengramForCausalLM).save_pretrained(tmp_path)
     before = folders / "GengramForCausalLM"
-    for name in SOURCES | {"config.json", "model.safetensors"}:
+    for name in SAVED_SOURCES | {"config.json", "model.safetensors"}:
         assert (tmp_path / name).read_bytes() == (before / name).read_bytes()
 
 
@@ -282,7 +273,7 @@ def test_shards(head, tmp_path):
     model = tiny_model(head)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
-    assert SOURCES <= {path.name for path in tmp_path.iterdir()}
+    assert SAVED_SOURCES <= {path.name for path in tmp_path.iterdir()}
     torch.testing.assert_close(first_output(HEADS[head].from_pretrained(tmp_path)), first_output(model), **SAME)
 
 

@@ -9,8 +9,8 @@ import torch
 from example_scripts import load_example, run_script
 
 from gengram import GengramTokenizer
-from gengram.data_preparation.annotation import read_transcripts
-from gengram.data_preparation.windows import reverse_complement
+from gengram.sequences.alphabet import reverse_complement
+from gengram.sequences.annotation import read_transcripts
 
 splice = load_example("analysis/splice_sites.py")
 

@@ -20,8 +20,8 @@ from transformers import (
 
 from gengram import GengramForCausalLM, GengramTokenizer
 from gengram.data_preparation import read_split_rules
-from gengram.data_preparation.annotation import read_transcripts
-from gengram.data_preparation.windows import reverse_complement
+from gengram.sequences.alphabet import reverse_complement
+from gengram.sequences.annotation import read_transcripts
 
 label_bases = load_example("fine_tuning/label_bases.py")
 classify = load_example("fine_tuning/classify_sequences.py")

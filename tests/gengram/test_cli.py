@@ -14,7 +14,7 @@ from gengram import GengramForCausalLM, __version__
 from gengram.cli import main
 from gengram.commands import doctor
 from gengram.commands.demo import DEMO_DATA
-from gengram.data_preparation.fasta import read_fasta
+from gengram.sequences.fasta import read_fasta
 from gengram.support.errors import ConversionError, FetchError, MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import torch
 
 from gengram import memory_path
 from gengram.cli import main
-from gengram.operators import native
-from gengram.operators.native import NativeStatus
+from gengram.motif_memory.ways import native
+from gengram.motif_memory.ways.native import NativeStatus
 
 
 def test_json_names_versions_and_kernels(capsys):

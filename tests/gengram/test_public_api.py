@@ -57,7 +57,7 @@ def test_examples_in_docstrings(module):
 
 
 def test_import_from_a_checkout_without_installation():
-    code = "import sys, gengram, gengram.operators.motif_memory; print(gengram.__file__)"
+    code = "import sys, gengram, gengram.motif_memory.definition; print(gengram.__file__)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", f"import sys; sys.path += {[str(ROOT), *sys.path]!r}\n{code}"],
         capture_output=True,

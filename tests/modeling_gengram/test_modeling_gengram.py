@@ -15,6 +15,7 @@ from gengram import (
     GengramForTokenClassification,
     GengramModel,
 )
+from gengram.motif_memory import plan_ngrams
 
 HEADS = [
     GengramModel,
@@ -236,7 +237,7 @@ def test_masked_base_does_not_leak_into_its_own_prediction():
     ids = random_ids(1, 30, non_letters=0)
     ids[0, 15] = 4
     gates = model(ids, output_memory_gates=True).memory_gates
-    plan = model.model._plan_memory(model.model._letter_codes(ids, None), None, None, None, False)
+    plan = plan_ngrams(model.model._letter_codes(ids, None), model.config.memory, is_causal=False)
     for index, size in enumerate(model.config.memory_ngram_sizes):
         assert not plan.valid(index)[0, 15 : 15 + size].any()
     assert len(gates) == 2

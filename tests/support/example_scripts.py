@@ -13,6 +13,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def load_example(path: str) -> ModuleType:
     """A script of `examples/` as a module."""
     name = "example_" + Path(path).stem
+    folder = str((EXAMPLES / path).parent)
+    if folder not in sys.path:  # where a script finds what it shares with others
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up

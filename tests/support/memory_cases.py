@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gengram.operators.motif_memory import NgramPlan, letter_codes, plan_ngrams
+from gengram.motif_memory.definition import MemoryLayer, NgramPlan, letter_codes, plan_windows
 
 LETTERS = [8, 5, 6, 7, 9]
 
@@ -40,8 +40,9 @@ class MemoryCase:
         return [*self.tables, self.key_weight, self.value_weight, self.hidden_states, self.norm_weight, *conv]
 
     @property
-    def taps(self) -> torch.Tensor | None:
-        return None if self.conv_weight is None else self.conv_weight.unsqueeze(1)
+    def layer(self) -> MemoryLayer:
+        """Norms and convolution."""
+        return MemoryLayer(self.norm_weight, 1e-5, self.conv_weight, self.dilation, self.reach_back)
 
     def to(self, device: torch.device) -> "MemoryCase":
         """This instance, moved to a device."""
@@ -86,7 +87,7 @@ def random_case(
         behind = (torch.arange(total) % 17).expand(2, -1)
         ahead = (16 - behind).minimum(torch.arange(total).flip(0))[:, before:]
     exists = torch.rand(2, length, generator=generator) < 0.9 if choose.random() < 0.3 else None
-    plan = plan_ngrams(
+    plan = plan_windows(
         letter_codes(tokens, LETTERS),
         sizes,
         window,

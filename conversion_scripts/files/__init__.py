@@ -1,0 +1,1 @@
+"""Folders, weight files and memory on this machine."""

@@ -1,0 +1,1 @@
+"""Megatron's checkpoints as files: readers and writers of both formats, without Megatron."""

@@ -1,0 +1,89 @@
+"""A conversion to Hugging Face that is decided on: what is read, what becomes of it, and into which files it goes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ...support.errors import ConversionError
+from ..choices import FETCH, OUTPUT_DTYPES
+from ..files.dtypes import DTYPES, dtype_name
+from ..files.safetensors_writer import TensorSpec, plan_shards, shard_names
+from ..hub.fetch_plan import FetchPlan, plan_fetch
+from ..hub.hub_path import HubPath, SourcePath, open_source, relative_name
+from ..mapping.arguments import RecordedArgs, config_from_args
+from ..mapping.match import WeightPlan, match
+from ..megatron.checkpoint import MegatronCheckpoint
+from ..megatron.open_checkpoint import open_checkpoint
+
+
+class ConversionJob:
+    """A conversion that is decided on."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint, dtype: str | None):
+        self.checkpoint = checkpoint
+        self.arguments = RecordedArgs(checkpoint.args)
+        self.config = config_from_args(self.arguments)
+        self.plan = match(checkpoint.shapes, self.config)
+        self.dtype = DTYPES[dtype] if dtype else _checkpoint_dtype(checkpoint, self.plan)
+        self.config.dtype = dtype_name(self.dtype)
+        self.outputs = {out.name: out for out in self.plan.outputs}
+        self.specs = [TensorSpec(out.name, out.shape, self.dtype) for out in self.plan.outputs]
+        self.nbytes = sum(spec.nbytes for spec in self.specs)
+        self.dropped = checkpoint.left_out(self.plan)
+        self.repository = checkpoint.path.repository if isinstance(checkpoint.path, HubPath) else None
+
+    def shards(self, limit: int) -> dict[str, list[TensorSpec]]:
+        """The weight files and their tensors, in the order of writing."""
+        shards = plan_shards(self.specs, limit)
+        return dict(zip(shard_names(len(shards)), shards, strict=True))
+
+    def sources(self, specs: Sequence[TensorSpec]) -> list[str]:
+        """The tensors that are read for some outputs, in the order of their use, once for each."""
+        return [move.source for spec in specs for move, _ in self.outputs[spec.name].parts]
+
+    def sources_of(self, tensor: str, index: int | None) -> list[str]:
+        """The tensors that an output, or a slice of it, is made of."""
+        parts = self.outputs[tensor].parts
+        return [move.source for move, _ in (parts if index is None else parts[index : index + 1])]
+
+    def relative_name(self, file: SourcePath) -> str:
+        """A file's name inside the checkpoint."""
+        return relative_name(file, self.checkpoint.path)
+
+    def fetch_plan(self, how: str, sources: Sequence[str]) -> FetchPlan | None:
+        """What is fetched for these tensors; `None` if the checkpoint is local."""
+        folder, files = self.checkpoint.path, [file for file in self.checkpoint.files if isinstance(file, HubPath)]
+        if not isinstance(folder, HubPath):
+            return None
+        return plan_fetch(
+            folder, files, [span for name in sources for span in self.checkpoint.tensors[name].spans], how
+        )
+
+
+def prepare_job(
+    source: str | Path, dtype: str | None, revision: str | None, fetch: str, metadata_only: bool = False
+) -> ConversionJob:
+    """Opens the source and decides how it is converted.
+
+    Raises:
+        ConversionError: if an option is not known, or the checkpoint cannot be used.
+    """
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise ConversionError(f"dtype must be one of {', '.join(OUTPUT_DTYPES)}, or None to keep it, got {dtype!r}")
+    if fetch not in FETCH:
+        raise ConversionError(f"fetch must be one of {', '.join(FETCH)}, got {fetch!r}")
+    folder = open_source(source, revision)
+    if isinstance(folder, HubPath):
+        folder.repository.may_fetch_files = not metadata_only
+    return ConversionJob(open_checkpoint(folder), dtype)
+
+
+def _checkpoint_dtype(checkpoint: MegatronCheckpoint, plan: WeightPlan) -> torch.dtype:
+    found = sorted({str(checkpoint.tensors[move.source].dtype) for move in plan.moves})
+    if len(found) != 1 or found[0].removeprefix("torch.") not in DTYPES:
+        raise ConversionError(
+            f"the checkpoint's weights have dtypes {', '.join(found)}; expected one of {', '.join(DTYPES)} "
+            "throughout: say --dtype float32 or --dtype bfloat16"
+        )
+    return DTYPES[found[0].removeprefix("torch.")]

@@ -1,0 +1,54 @@
+"""`conversion.json`: where each tensor of a converted folder came from, with hashes of its bytes on both sides."""
+
+from importlib.metadata import version
+from typing import Any
+
+from ..files.dtypes import dtype_name
+from ..hub.hub_path import HubRepository, size_of
+from ..mapping.weight_table import TABLE_VERSION
+from .job import ConversionJob
+
+
+def conversion_record(job: ConversionJob, digests: dict[str, str], source_digests: dict[str, str]) -> dict[str, Any]:
+    """What `conversion.json` says.
+
+    Args:
+        job: The conversion.
+        digests: The hash of each tensor that was written.
+        source_digests: The hash of each tensor that was read.
+    """
+    checkpoint, plan = job.checkpoint, job.plan
+    return {
+        "table_version": TABLE_VERSION,
+        "gengram_version": version("gengram"),
+        "source": {
+            "path": str(checkpoint.path.resolve()),
+            "format": checkpoint.format,
+            "iteration": checkpoint.iteration,
+            **({} if job.repository is None else {"hub": _hub_record(job.repository)}),
+            "files": [{"name": job.relative_name(file), "bytes": size_of(file)} for file in checkpoint.files],
+            "args": job.arguments.as_json(),
+            "tensors": {
+                move.source: {
+                    "sha256": source_digests[move.source],
+                    "dtype": dtype_name(checkpoint.tensors[move.source].dtype),
+                    "shape": list(move.entry.shape),
+                }
+                for move in plan.moves
+            },
+        },
+        "weights": {
+            output.name: {
+                "sha256": digests[output.name],
+                "dtype": dtype_name(job.dtype),
+                "shape": list(output.shape),
+                "sources": [move.source for move, _ in output.parts],
+            }
+            for output in plan.outputs
+        },
+        "dropped": [{"name": entry.name, "reason": entry.reason, "bytes": entry.nbytes} for entry in job.dropped],
+    }
+
+
+def _hub_record(repository: HubRepository) -> dict[str, str]:
+    return {"repo_id": repository.repo_id, "revision": repository.revision, "commit": repository.commit}

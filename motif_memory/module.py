@@ -1,0 +1,156 @@
+"""The motif memory as a module: looks up every k-mer of a window, averages, adds what the hidden state asks for."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_motif_memory import MotifMemoryConfig
+from .definition import MemoryOutput, NgramPlan, at_least_float32, dilated_taps, memory_gate, rms_norm, window_mean
+from .state import MemoryState
+from .ways.compute import compute
+from .ways.kept_fold import FoldKeeper
+from .ways.weights import conv_reach_back
+
+
+class MotifMemory(nn.Module):
+    """A memory of k-mers in front of a layer: `hidden_states + memory(hidden_states, plan).residual`.
+
+    Args:
+        config: sizes and choices of the memory.
+        hidden_size: width of the residual stream.
+        layer_idx: which layer it stands in front of; finds its part of a `MemoryState`.
+        initializer_range: standard deviation of new weights.
+
+    Example:
+
+    >>> import torch
+    >>> from gengram.motif_memory import MotifMemory, MotifMemoryConfig, letter_codes, plan_ngrams
+    >>> config = MotifMemoryConfig(ngram_sizes=(1, 2, 3), embedding_dim=8, window=9)
+    >>> memory = MotifMemory(config, hidden_size=32)
+    >>> input_ids = torch.tensor([[0, 1, 2, 3, 3, 2, 1, 0]])
+    >>> plan = plan_ngrams(letter_codes(input_ids, letters=(0, 1, 2, 3, 4)), config)  # once, for all memories
+    >>> memory(torch.randn(1, 8, 32), plan).residual.shape
+    torch.Size([1, 8, 32])
+    """
+
+    def __init__(
+        self, config: MotifMemoryConfig, hidden_size: int, layer_idx: int = 0, initializer_range: float = 0.02
+    ):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.embeddings = nn.ModuleList(nn.Embedding(5**size, config.embedding_dim) for size in config.ngram_sizes)
+        self.key_proj = nn.Linear(config.features, hidden_size, bias=False)
+        self.value_proj = nn.Linear(config.features, hidden_size, bias=False)
+        self.norm_q = MemoryRMSNorm(hidden_size, config.norm_eps)
+        self.norm_k = MemoryRMSNorm(hidden_size, config.norm_eps)
+        self.short_conv = ShortConv(config, hidden_size) if config.conv_kernel else None
+        self.kept_fold = FoldKeeper()
+        self.reset_parameters(initializer_range)
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """New weights: normal with this standard deviation, and ones for the norms."""
+        for weight in self.parameters():
+            if weight.dim() == 1:
+                nn.init.ones_(weight)
+            else:
+                nn.init.normal_(weight, std=std)
+
+    def forward(self, hidden_states: torch.Tensor, plan: NgramPlan, state: MemoryState | None = None) -> MemoryOutput:
+        """What the memory adds to the residual stream, by the fastest way that `ways/choose.py` finds.
+
+        Args:
+            hidden_states: (batch, length, hidden), in front of the layer.
+            plan: from `plan_ngrams`.
+            state: of earlier tokens; only read. `state.advance(layer_idx, output)` is up to the caller.
+        """
+        return compute(self, hidden_states, plan, state)
+
+    def by_definition(
+        self, hidden_states: torch.Tensor, plan: NgramPlan, state: MemoryState | None = None
+    ) -> MemoryOutput:
+        """The definition, through the modules that hold the weights."""
+        key, value = self.look_up(plan)  # W_k f, W_v f: (batch, length, hidden)
+        return self.from_key_and_value(hidden_states, key, value, plan, state)
+
+    def look_up(self, plan: NgramPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value of every position, projected from f, the concatenated mean embeddings of its window."""
+        means = []
+        for index, table in enumerate(self.embeddings):
+            rows = table(plan.rows(index))  # (batch, context + length, width)
+            means.append(window_mean(rows, plan, index).to(rows.dtype))
+        features = torch.cat(means, dim=-1)  # (batch, length, sizes * width)
+        return self.key_proj(features), self.value_proj(features)
+
+    def from_key_and_value(
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: NgramPlan,
+        state: MemoryState | None = None,
+        work: torch.dtype | None = None,
+    ) -> MemoryOutput:
+        """Gate, and add the short convolution; in at least float32, or in the dtype `work`."""
+        work = work or at_least_float32(hidden_states.dtype)
+        gate = memory_gate(self.norm_q(hidden_states.to(work)), self.norm_k(key.to(work)))  # (batch, length)
+        gated = plan.without_padding(gate.unsqueeze(-1) * value.to(work))  # (batch, length, hidden)
+        residual = gated
+        if self.short_conv is not None:
+            history = None if state is None else state.conv_inputs(self.layer_idx)
+            residual = gated + self.short_conv(gated, plan, history)
+        return MemoryOutput(residual.to(hidden_states.dtype), gate, gated)
+
+    # What changes the weights' device or dtype, or starts training, ends the use of folded tables.
+
+    def train(self, mode: bool = True) -> "MotifMemory":
+        if mode:
+            self.kept_fold.forget()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self.kept_fold.forget()
+        return super()._apply(fn, recurse)
+
+
+class MemoryRMSNorm(nn.Module):
+    """Root-mean-square norm, computed in at least float32 and rounded once, weight included, as the reference does."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class ShortConv(nn.Module):
+    """SiLU of a short dilated convolution over the memory's output: causal, or centred for bidirectional use."""
+
+    def __init__(self, config: MotifMemoryConfig, hidden_size: int):
+        super().__init__()
+        self.context = config.conv_context
+        self.conv = DepthwiseConv(config, hidden_size)
+
+    def forward(self, x: torch.Tensor, plan: NgramPlan, history: torch.Tensor | None = None) -> torch.Tensor:
+        reach_back = conv_reach_back(self.context, plan.is_causal)
+        padded = F.pad(x, (0, 0, 0 if history is not None else reach_back, self.context - reach_back))
+        if history is not None:
+            padded = torch.cat([history.to(x.dtype), padded], dim=1)
+        return F.silu(self.conv(padded, reach_back, plan))
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution whose taps stay inside a segment; `weight` is (hidden, 1, taps), as in `nn.Conv1d`."""
+
+    def __init__(self, config: MotifMemoryConfig, hidden_size: int):
+        super().__init__()
+        self.dilation = config.conv_dilation or 1
+        self.weight = nn.Parameter(torch.zeros(hidden_size, 1, config.conv_kernel))
+
+    def forward(self, x: torch.Tensor, reach_back: int, plan: NgramPlan) -> torch.Tensor:
+        return dilated_taps(x, self.weight.squeeze(1), self.dilation, reach_back, plan.behind_current(), plan.ahead)

@@ -1,0 +1,115 @@
+"""One pass of a memory by the way that `choose.py` finds; every way gives the definition's numbers up to rounding."""
+
+from typing import Any
+
+import torch
+
+from ..as_trained import memory_as_trained
+from ..definition import MemoryOutput, NgramPlan
+from ..state import MemoryState
+from .choose import Way, choose_kernels, choose_way, packed_layout
+from .folded import folded_key_value
+from .operators import folded_memory, gated_memory, window_features
+from .packed_tables import PackedTables
+from .table_major import packed_rows, rows_to_project, used_rows
+from .weights import Weights, weights_at_hand
+
+
+def compute(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: MemoryState | None) -> MemoryOutput:
+    """What a `MotifMemory` makes of a pass; arguments as for its `forward`."""
+    weights, why_not = weights_at_hand(memory, hidden_states.device)
+
+    def find_fold(is_forced: bool) -> tuple[Any, str]:
+        assert weights is not None
+        return memory.kept_fold.find(memory, weights, hidden_states, plan, state, is_forced)
+
+    way = choose_way(
+        hidden_states,
+        is_as_trained=memory.config.pooling == "as_trained",
+        can_project=why_not,
+        table_rows=rows_to_project(plan.ngram_sizes),
+        find_fold=find_fold,
+    )
+    return _WAYS[way.algorithm](memory, hidden_states, plan, state, way, weights)
+
+
+def _as_trained(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: Any, *_: Any) -> MemoryOutput:
+    return memory_as_trained(memory, hidden_states, plan, state)
+
+
+def _token_major(
+    memory: Any,
+    hidden_states: torch.Tensor,
+    plan: NgramPlan,
+    state: MemoryState | None,
+    way: Way,
+    weights: Weights | None,
+) -> MemoryOutput:
+    if way.kernels == "torch" or weights is None or _keeps_all(state):
+        return memory.by_definition(hidden_states, plan, state)
+    table = weights.tables[0]
+    fits = table.shape[1] % 16 == 0  # the width that native kernels need
+    native = fits and choose_kernels(table.device, (table.dtype,), table.shape[1])[0] == "native"
+    features = window_features(weights.tables, plan, native=native)
+    key, value = memory.key_proj(features), memory.value_proj(features)
+    if key.dtype != value.dtype:
+        return memory.from_key_and_value(hidden_states, key, value, plan, state)
+    layer = weights.layer(plan.is_causal)
+    return gated_memory(hidden_states, key, value, plan, layer, _history(memory, state), native=True)
+
+
+def _table_major(
+    memory: Any,
+    hidden_states: torch.Tensor,
+    plan: NgramPlan,
+    state: MemoryState | None,
+    way: Way,
+    weights: Weights,
+) -> MemoryOutput:
+    used = top = None
+    if not torch.compiler.is_compiling():  # their number depends on the data
+        used, top = used_rows(plan)
+    layout = packed_layout(weights.key.device, hidden_states.dtype, hidden_states.shape[-1])
+    tables = packed_rows(weights.tables, weights.key, weights.value, plan, used, layout)
+    return _from_tables(memory, hidden_states, plan, state, way, weights, tables, top)
+
+
+def _folded(
+    memory: Any,
+    hidden_states: torch.Tensor,
+    plan: NgramPlan,
+    state: MemoryState | None,
+    way: Way,
+    weights: Weights,
+) -> MemoryOutput:
+    return _from_tables(memory, hidden_states, plan, state, way, weights, way.fold.tables, None)
+
+
+def _from_tables(
+    memory: Any,
+    hidden_states: torch.Tensor,
+    plan: NgramPlan,
+    state: MemoryState | None,
+    way: Way,
+    weights: Weights,
+    tables: PackedTables,
+    top: torch.Tensor | None,
+) -> MemoryOutput:
+    if _keeps_all(state):
+        key, value = folded_key_value(tables, plan, top)
+        return memory.from_key_and_value(hidden_states, key, value, plan, state)
+    layer = way.fold.layer if way.fold is not None and plan.is_causal else weights.layer(plan.is_causal)
+    return folded_memory(
+        hidden_states, tables, plan, layer, _history(memory, state), top, native=way.kernels == "native"
+    )
+
+
+def _keeps_all(state: MemoryState | None) -> bool:
+    return state is not None and state.keeps_all
+
+
+def _history(memory: Any, state: MemoryState | None) -> torch.Tensor | None:
+    return None if state is None else state.conv_inputs(memory.layer_idx)
+
+
+_WAYS = {"as_trained": _as_trained, "token_major": _token_major, "table_major": _table_major, "folded": _folded}

@@ -1,0 +1,294 @@
+"""Folded tables that are kept from one pass to the next, and can be neither stale nor wasted.
+
+Never stale: a kept fold is used in a pass only after the contents of the weights were compared with those that it was
+made from, by a fingerprint of every byte, whatever wrote them: an optimizer, `load_state_dict`, `weight.data`, NumPy,
+another process. Two owners are trusted instead for as long as they live. A cache that holds keys and values of these
+weights is checked when it is first continued; whoever changes the weights under a cache has stale keys and values as
+well. And `folded_memory(model)`, a block whose end checks that nothing was changed inside it.
+
+Never wasted: a fold is made on request, or when the tokens that were computed without one since the weights last
+changed would have repaid it.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..definition import MemoryLayer, NgramPlan
+from ..state import MemoryState
+from .choose import packed_layout
+from .packed_tables import PackedTables, pack_tables, table_sections
+from .weights import Weights, weights_at_hand
+
+# Costs in multiply-adds of a matrix product, fitted to `benchmarks/memory_folding.py` on a CPU.
+ROW_COST = 150.0  # of packing a row, per column: adding up its sections and writing it into fresh memory
+LOOKUP_COST = 25.0  # of adding one row of packed tables, per column
+CHECK_COST = 12.0  # of reading one weight for its fingerprint
+
+# Above this share of windows that are not full of letters, folded tables read more than they save.
+LARGEST_IRREGULAR_SHARE = 0.25
+
+
+class Fold(NamedTuple):
+    """Folded tables, and what they were made from."""
+
+    tables: PackedTables
+    layer: MemoryLayer  # whose reach is causal
+    dtype: torch.dtype  # of the hidden states that it serves
+    slab_width: int | None
+    stamp: tuple[tuple[int, int], ...]
+    fingerprint: list[torch.Tensor]
+    held: list[torch.Tensor]  # the weights' memory, so that no other tensor can be given its address
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tables."""
+        return self.tables.rows.numel() * self.tables.rows.element_size()
+
+
+class FoldKeeper:
+    """The fold of one memory, if there is one."""
+
+    def __init__(self) -> None:
+        self.fold: Fold | None = None
+        self.dtype: torch.dtype | None = None  # of tables made on request
+        self.is_requested = False
+        self.owners = 0  # blocks of `folded_memory` that are open
+        self._tokens = 0  # computed without a fold since the weights last changed
+        self._trusted: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def forget(self) -> None:
+        """Drop the fold, the request for it, and what was counted."""
+        self.__init__()  # type: ignore[misc]
+
+    def drop(self) -> None:
+        """Drop a fold of other weights; a request stays, and is met when it pays again."""
+        self.fold, self._tokens = None, 0
+        self._trusted.clear()
+
+    def __deepcopy__(self, memo: Any) -> "FoldKeeper":
+        return FoldKeeper()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FoldKeeper, ()
+
+    def find(
+        self,
+        memory: Any,
+        weights: Weights,
+        hidden_states: torch.Tensor,
+        plan: NgramPlan,
+        state: MemoryState | None,
+        is_forced: bool,
+    ) -> tuple[Fold | None, str]:
+        """The fold for a pass without gradients, or None and why there is none."""
+        if memory.training and not is_forced:
+            return None, "the memory is in training mode"
+        tokens = hidden_states.shape[0] * hidden_states.shape[1]
+        owner = None if state is None else state.owner
+        if state is not None and not state.has_history(memory.layer_idx):
+            self._trusted.discard(owner)  # a cache that starts again
+        layout = packed_layout(hidden_states.device, hidden_states.dtype, hidden_states.shape[-1])
+        fold = self.fold
+        if fold is not None and (
+            fold.stamp != weights.stamp() or fold.dtype != hidden_states.dtype or fold.slab_width != layout
+        ):
+            self.drop()
+            fold = None
+        if fold is not None:
+            if self.owners or owner in self._trusted:
+                return fold, ""
+            continues = state is not None and state.has_history(memory.layer_idx)
+            if not (is_forced or continues) and tokens < tokens_to_check(weights):
+                return None, "so few tokens repay no check of the folded tables"
+            if same_fingerprint(fingerprint(weights), fold.fingerprint):
+                if owner is not None:
+                    self._trusted.add(owner)
+                return fold, ""
+            self.drop()
+        if not (is_forced or self.owners):
+            if not _mostly_regular(plan):
+                return None, "too many windows are not full of letters"
+            self._tokens += tokens
+            needed = tokens_to_repay(weights, plan)
+            if self._tokens < needed:
+                return None, f"a fold does not repay itself yet: {self._tokens} tokens since the weights changed"
+        fold = self.make(weights, hidden_states.dtype, plan.ngram_sizes, plan.window)
+        if fold is None:
+            return None, "the memory's weights are not finite"
+        if owner is not None:
+            self._trusted.add(owner)
+        return fold, ""
+
+    @torch.no_grad()
+    def make(self, weights: Weights, dtype: torch.dtype, ngram_sizes: tuple[int, ...], window: int) -> Fold | None:
+        """Fold for hidden states of a dtype: 16-bit ones get float16 tables, others their own, unless asked.
+
+        None if the weights are not finite.
+        """
+        hidden, device = weights.key.shape[0], weights.key.device
+        stored = self.dtype or (torch.float16 if dtype in (torch.bfloat16, torch.float16) else dtype)
+        layout = packed_layout(device, dtype, hidden)
+        made_from = fingerprint(weights)
+        tables = pack_tables(weights.tables, weights.key, weights.value, ngram_sizes, window, stored, layout)
+        if tables is None:
+            return None
+        layer = weights.layer(is_causal=True)
+        if layer.taps is not None:
+            layer = layer._replace(taps=layer.taps.t().contiguous().t())  # a tap's weights lie together
+        held = [weight.detach() for weight in weights.all]
+        self.fold = Fold(tables, layer, dtype, layout, weights.stamp(), made_from, held)
+        self._trusted.clear()
+        return self.fold
+
+
+def _mostly_regular(plan: NgramPlan) -> bool:
+    """Whether most windows are full of letters."""
+    if plan.length <= plan.window:
+        return True
+    runs = plan.runs[:, plan.context :]
+    breaks = (runs[:, :-1] > 0) & (runs[:, 1:] == 0)  # each spoils a window's length
+    return breaks.is_meta or breaks.sum().item() * plan.window <= LARGEST_IRREGULAR_SHARE * breaks.numel()
+
+
+def tokens_to_repay(weights: Weights, plan: NgramPlan) -> float:
+    """Tokens after which folding has cost less than projecting each; infinite if a token is cheaper unfolded."""
+    width, features = weights.tables[0].shape[1], weights.key.shape[1]
+    largest = max(plan.ngram_sizes)
+    lookups = plan.window - largest + 2  # rows of packed tables per token
+    saved = features - LOOKUP_COST * lookups
+    projected = sum(table.shape[0] for table in weights.tables)
+    packed = table_sections(largest).rows
+    return (projected * width + packed * ROW_COST) / saved if saved > 0 else float("inf")
+
+
+def tokens_to_check(weights: Weights) -> float:
+    """Tokens below which reading all weights costs more than projecting these tokens."""
+    elements = sum(weight.numel() for weight in weights.all)
+    return CHECK_COST * elements / (2 * weights.key.numel())
+
+
+# ---- fingerprints
+
+_LANES = 2**17  # 32-bit numbers at a time: their products stay in a CPU's cache
+
+
+def fingerprint(weights: Weights) -> list[torch.Tensor]:
+    """64-bit sums over blocks of every weight's bits, each number times an odd random one, modulo 2**64.
+
+    Any change of one 32-bit number of a block changes its sum; of several, all but one change in 2**32 does
+    (multilinear hashing).
+    """
+    return [_fingerprint(weight.detach()) for weight in weights.all]
+
+
+@torch.no_grad()
+def _fingerprint(weight: torch.Tensor) -> torch.Tensor:
+    lanes = weight.contiguous().view(-1)
+    size = lanes.element_size() * lanes.numel()
+    lanes = lanes.view(torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.int8)
+    factors = _factors(lanes.device, min(_LANES, lanes.numel()))
+    products = torch.empty_like(factors)
+    sums = []
+    for block in lanes.split(_LANES):
+        part = products[: block.numel()]
+        torch.mul(block, factors[: block.numel()], out=part)
+        sums.append(part.sum())
+    return torch.stack(sums)
+
+
+def _factors(device: torch.device, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0x6E6772616D)
+    factors = torch.randint(-(2**62), 2**62, (_LANES,), generator=generator)[:count]
+    return (2 * factors + 1).to(device)
+
+
+def same_fingerprint(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    """Whether two fingerprints are of the same contents."""
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ---- for whole models
+
+
+def _memories(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(getattr(module, "kept_fold", None), FoldKeeper)]
+
+
+def fold_memory(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Fold the projections of all memories of a model into their tables now; returns the model.
+
+    Key and value of a position become a sum of table rows instead of two matrix products (`README.md`, "Folding").
+    Needs about (5**N + 2 * 5**(N - 1)) * 2 * hidden numbers per memory, N the largest k-mer. The fold follows the
+    weights: a pass that is long enough to repay it compares their contents first. `train()`, `to()` and
+    `unfold_memory` drop it; it is never saved.
+
+    Args:
+        model: a model, or a memory itself, in `eval()` mode.
+        dtype: of the folded tables. By default float16 for 16-bit models (scaled by a power of two, so that it cannot
+            overflow), and that of the weights for others.
+
+    Raises:
+        ValueError: if the model is in training mode, or a memory has adapters, is offloaded, `as_trained` or not
+            finite.
+    """
+    if model.training:
+        raise ValueError("fold_memory is for inference; call model.eval() first.")
+    for memory in _memories(model):
+        weights, why_not = weights_at_hand(memory, next(memory.parameters()).device)
+        if weights is None:
+            raise ValueError(f"the memory cannot be folded: {why_not}.")
+        keeper: FoldKeeper = memory.kept_fold
+        keeper.is_requested, keeper.dtype = True, dtype
+        config = memory.config
+        if keeper.make(weights, weights.key.dtype, config.ngram_sizes, config.window) is None:
+            raise ValueError("the memory's weights are not finite, so they cannot be folded.")
+    return model
+
+
+def unfold_memory(model: nn.Module) -> nn.Module:
+    """Drop the folded tables of all memories of a model; returns the model."""
+    for memory in _memories(model):
+        memory.kept_fold.forget()
+    return model
+
+
+@contextlib.contextmanager
+def folded_memory(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+    """Compute from folded tables inside a `with` block that owns the weights: nothing may change them before its end.
+
+    Saves the check of the weights' contents in every pass; it is made once, when the block ends. Tables that were not
+    there before are dropped then.
+
+    Args:
+        model, dtype: see `fold_memory`.
+
+    Raises:
+        ValueError: as `fold_memory` does.
+        RuntimeError: at the end, if weights were changed inside the block in a way that could not be seen at once.
+    """
+    had_fold = {id(memory) for memory in _memories(model) if memory.kept_fold.fold is not None}
+    fold_memory(model, dtype)
+    for memory in _memories(model):
+        memory.kept_fold.owners += 1
+    try:
+        yield model
+        for memory in _memories(model):
+            fold = memory.kept_fold.fold
+            weights, _ = weights_at_hand(memory, next(memory.parameters()).device)
+            if fold is not None and weights is not None and fold.stamp == weights.stamp():
+                if not same_fingerprint(fingerprint(weights), fold.fingerprint):
+                    raise RuntimeError(
+                        "the memory's weights were changed inside the block of folded_memory, so what it computed "
+                        "since is of the old ones; change weights outside, or use fold_memory, which checks in every "
+                        "pass."
+                    )
+    finally:
+        for memory in _memories(model):
+            memory.kept_fold.owners = max(memory.kept_fold.owners - 1, 0)
+            if id(memory) not in had_fold:
+                memory.kept_fold.forget()

@@ -1,0 +1,101 @@
+"""Single tokens: what decoding calls, where a loop in Python beats the many operations of PyTorch that it replaces."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..definition import MemoryLayer, MemoryOutput, NgramPlan, at_least_float32, signed_square_root_gate
+from .packed_tables import PackedTables
+
+
+def letter_codes_of_few(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
+    """`letter_codes` token by token in Python: for a few tokens on the CPU."""
+    letters = {token: digit + 1 for digit, token in enumerate(token_ids)}
+    return torch.tensor([letters.get(token, 0) for token in input_ids.flatten().tolist()]).view(input_ids.shape)
+
+
+def rows_and_runs_of_few(
+    codes: torch.Tensor, largest: int, behind: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ngram_rows_and_runs` token by token in Python: for a few tokens on the CPU."""
+    grams: list[int] = []
+    runs: list[int] = []
+    powers = [5**n for n in range(largest + 1)]
+    reaches = [None] * codes.shape[0] if behind is None else behind.tolist()
+    for letters, reach in zip(codes.tolist(), reaches, strict=True):
+        run = gram = 0
+        for token, code in enumerate(letters):
+            run = run + 1 if code > 0 else 0
+            gram = (5 * gram + (code - 1 if code > 0 else 0)) % powers[largest]  # digits move up
+            if reach is None:
+                runs.append(run)
+                grams.append(gram)
+            else:
+                inside = max(reach[token] + 1, 0)
+                runs.append(min(run, inside))
+                grams.append(gram % powers[max(min(inside, largest), 1)])
+    # two tensors, not two views of one: outputs of an operator share no memory
+    return (
+        torch.tensor(grams, dtype=torch.int32).view(codes.shape),
+        torch.tensor(runs, dtype=torch.int32).view(codes.shape),
+    )
+
+
+def scaled_gate(
+    query: torch.Tensor, scaled_key: torch.Tensor, scaled_norm: torch.Tensor, norm_eps: float, scale: float
+) -> torch.Tensor:
+    """Gate (batch, length) from keys times `scale`, a power of two, and the norm's weight over sqrt(hidden)."""
+    g = (query * scaled_norm * scaled_key).sum(-1) / scale
+    key_square = scaled_key.square().mean(-1) / (scale * scale)
+    g = g * (query.square().mean(-1) + norm_eps).rsqrt() * (key_square + norm_eps).rsqrt()
+    # As wide as a vector, so that a single token takes the same code, and gets the same bits, as many do.
+    return signed_square_root_gate(g.unsqueeze(-1).expand(*g.shape, 32).contiguous())[..., 0]
+
+
+def one_token_memory(
+    hidden_states: torch.Tensor,
+    tables: PackedTables,
+    plan: NgramPlan,
+    layer: MemoryLayer,
+    history: torch.Tensor | None,
+    top: torch.Tensor | None,
+) -> MemoryOutput | None:
+    """`folded_memory` of one causal token per sequence whose window is full of letters; None for any other.
+
+    The same additions with a third of the operations, for decoding.
+    """
+    largest, here = max(plan.ngram_sizes), plan.context
+    endings, taps = plan.window - largest + 1, 0 if layer.taps is None else layer.taps.shape[-1]
+    if plan.reach_ahead or here + 1 < plan.window or (plan.exists is not None and not plan.exists.all()):
+        return None
+    if plan.behind is not None and min(plan.behind[:, here].tolist()) < layer.reach_back:
+        return None
+    if layer.reach_back != max(taps - 1, 0) * layer.dilation or (taps > 1 and history is None) or largest == 1:
+        return None
+    if min(plan.runs[:, here].tolist()) < plan.window:
+        return None
+    oldest = tables.rows.shape[1] - 5 ** (largest - 1)  # the first row of B
+    found = (plan.grams if top is None else top)[:, here - endings : here + 1].tolist()
+    for sequence, gram in zip(found, plan.grams[:, here - endings].tolist(), strict=True):
+        sequence.append(oldest + gram % 5 ** (largest - 1))  # last, as in the sums of many tokens
+    ids = torch.tensor([sequence[1:] for sequence in found], dtype=torch.int32)
+    sums = [F.embedding_bag(ids, slab, mode="sum") for slab in tables.rows]
+    work = at_least_float32(tables.rows.dtype)
+    both = (sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)).to(work)
+    key, value = both.unsqueeze(1).chunk(2, dim=-1)
+    scaled_norm = layer.norm_weight.to(work) / math.sqrt(hidden_states.shape[-1])
+    gate = scaled_gate(hidden_states.to(work), key, scaled_norm, layer.norm_eps, tables.scale).contiguous()
+    gated = (gate / tables.scale).unsqueeze(-1) * value
+    if layer.taps is None:
+        return MemoryOutput(gated.to(hidden_states.dtype), gate, gated[:, 1:].clone())
+    total: torch.Tensor | None = None
+    for tap in range(taps):
+        start = tap * layer.dilation
+        part = gated if tap == taps - 1 else history[:, start : start + 1].to(work)  # type: ignore[index]
+        weight = layer.taps[:, tap].to(work)
+        total = part * weight if total is None else torch.addcmul(total, part, weight)
+    assert total is not None
+    residual = gated + F.silu(total)
+    return MemoryOutput(residual.to(hidden_states.dtype), gate, gated if taps > 1 else gated[:, 1:].clone())

@@ -1,0 +1,88 @@
+"""The weights of a memory where they can be read past the modules that hold them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..definition import MemoryLayer, at_least_float32
+
+
+class Weights(NamedTuple):
+    """All weights of one memory."""
+
+    tables: list[torch.Tensor]  # (5**n, width) per size
+    key: torch.Tensor  # (hidden, features)
+    value: torch.Tensor
+    norm_q: torch.Tensor  # (hidden,)
+    norm_k: torch.Tensor
+    taps: torch.Tensor | None  # (hidden, 1, taps)
+    norm_eps: float
+    dilation: int
+
+    @property
+    def all(self) -> list[torch.Tensor]:
+        """Every tensor."""
+        taps = [] if self.taps is None else [self.taps]
+        return [*self.tables, self.key, self.value, self.norm_q, self.norm_k, *taps]
+
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        """Changes when a weight is replaced, and with most writes in place: cheap, but no proof of the opposite."""
+        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.all)
+
+    def layer(self, is_causal: bool) -> MemoryLayer:
+        """Norms and convolution as numbers."""
+        work = at_least_float32(self.norm_q.dtype)
+        norm_weight = self.norm_q.to(work) * self.norm_k.to(work)
+        if self.taps is None:
+            return MemoryLayer(norm_weight, self.norm_eps, None)
+        taps = self.taps.squeeze(1).to(work)
+        layer = MemoryLayer(norm_weight, self.norm_eps, taps, self.dilation)
+        return layer._replace(reach_back=conv_reach_back(layer.reach, is_causal))
+
+
+def conv_reach_back(reach: int, is_causal: bool) -> int:
+    """How far the first tap looks back: all the way, or half of it for bidirectional use."""
+    return reach if is_causal else reach - reach // 2
+
+
+def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, str | None]:
+    """The weights of a `MotifMemory`, or why they cannot be read past the modules that hold them."""
+    embeddings, projections = list(memory.embeddings), [memory.key_proj, memory.value_proj]
+    others: list[nn.Module] = [memory.norm_q, memory.norm_k]
+    if memory.short_conv is not None:
+        others += [memory.short_conv, memory.short_conv.conv]
+    for module, kind in [(m, nn.Embedding) for m in embeddings] + [(m, nn.Linear) for m in projections]:
+        if type(module) is not kind:
+            return None, "the memory's tables or projections are wrapped by adapters; merge these first"
+    if torch.nn.modules.module._has_any_global_hook():
+        return None, "hooks for all modules are registered, which would not be called"
+    for module in (*embeddings, *projections, *others):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or _has_own_forward(module):
+            return None, "a part of the memory has hooks, which would not be called"
+    conv = None if memory.short_conv is None else memory.short_conv.conv
+    weights = Weights(
+        [table.weight for table in embeddings],
+        memory.key_proj.weight,
+        memory.value_proj.weight,
+        memory.norm_q.weight,
+        memory.norm_k.weight,
+        None if conv is None else conv.weight,
+        memory.norm_q.eps,
+        1 if conv is None else conv.dilation,
+    )
+    for weight in weights.all:
+        if weight.is_meta:
+            return None, "the memory's weights are offloaded; load them onto a device first"
+        if type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
+            return None, f"the memory's weights are of a special kind, {type(weight).__name__}"
+        if weight.device != device or not weight.numel():
+            return None, "the memory's weights are distributed over devices"
+    return weights, None
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether something replaced the module's `forward`; accelerate does so harmlessly where nothing is offloaded."""
+    hook = getattr(module, "_hf_hook", None)
+    return "forward" in module.__dict__ and (hook is None or getattr(hook, "offload", True))

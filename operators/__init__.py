@@ -1,1 +1,0 @@
-"""The motif memory as functions of tensors and numbers."""

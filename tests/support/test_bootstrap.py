@@ -1,0 +1,31 @@
+import math
+
+import numpy as np
+import pytest
+
+from gengram.support.bootstrap import bootstrap, estimate
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+    values = np.random.default_rng(1).normal(size=400)
+    found = estimate(lambda rows: values[rows].mean(), len(values), samples=4000)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert found.value == values.mean()
+    assert found.low == pytest.approx(found.value - half, abs=0.1 * half)
+    assert found.high == pytest.approx(found.value + half, abs=0.1 * half)
+
+
+def test_samples_are_the_same_for_numbers_arrays_and_every_call():
+    values = np.random.default_rng(2).random((30, 4))
+    together = bootstrap(lambda rows: values[rows].mean(0), 30)  # (3, columns)
+    assert together.shape == (3, 4)
+    for column in range(4):
+        found = estimate(lambda rows, column=column: values[rows, column].mean(), 30)
+        np.testing.assert_allclose(together[:, column], [found.value, found.low, found.high], rtol=1e-12)
+
+
+def test_samples_without_the_statistic_do_not_count():
+    found = estimate(lambda rows: math.nan if 0 in rows else float(len(rows)), 5)
+    assert math.isnan(found.value) and (found.low, found.high) == (5, 5)
+    none = estimate(lambda rows: 1.0, 5, samples=0)
+    assert none.value == 1 and math.isnan(none.low) and math.isnan(none.high)
