@@ -1,31 +1,47 @@
 """Gengram for Hugging Face: a genomic foundation model with a memory of k-mers.
 
-Importing this package registers configuration, tokenizer and models with Transformers' Auto classes.
+Importing this package makes Transformers' Auto classes and `pipeline()` know Gengram. It imports neither PyTorch nor
+Transformers: models, configuration and tokenizer are loaded when they are first used.
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if not (Path(__file__).parent / "configuration").is_dir():  # a source checkout: the parts are this folder's neighbours
     __path__.append(str(Path(__file__).parents[1]))
 
 from ._version import __version__
-from .auto import register
-from .configuration import GengramConfig
-from .modeling_gengram import (
-    GengramForCausalLM,
-    GengramForMaskedLM,
-    GengramForSequenceClassification,
-    GengramForTokenClassification,
-    GengramModel,
-    GengramPreTrainedModel,
-)
-from .motif_memory.ways.choose import memory_path
-from .tokenization import GengramTokenizer
+from .auto import register, register_with_auto_classes
 
-register()
+if TYPE_CHECKING:
+    from .configuration import GengramConfig
+    from .modeling_gengram import (
+        GengramForCausalLM,
+        GengramForMaskedLM,
+        GengramForSequenceClassification,
+        GengramForTokenClassification,
+        GengramModel,
+        GengramPreTrainedModel,
+    )
+    from .motif_memory.ways.choose import memory_path
+    from .tokenization import GengramTokenizer
 
 # Folder of gengram-mini, a small trained model that ships with the package: `from_pretrained(gengram.DEFAULT_MODEL)`.
 DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
+
+# Public names that are loaded when first used, and their modules; type checkers read the imports above.
+_LOADED_FROM = {
+    "GengramConfig": "configuration",
+    "GengramForCausalLM": "modeling_gengram",
+    "GengramForMaskedLM": "modeling_gengram",
+    "GengramForSequenceClassification": "modeling_gengram",
+    "GengramForTokenClassification": "modeling_gengram",
+    "GengramModel": "modeling_gengram",
+    "GengramPreTrainedModel": "modeling_gengram",
+    "GengramTokenizer": "tokenization",
+    "memory_path": "motif_memory.ways.choose",
+}
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -41,3 +57,23 @@ __all__ = [
     "memory_path",
     "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or one of the packages that hold them, at its first use."""
+    if name in _LOADED_FROM:
+        value = getattr(import_module(f".{_LOADED_FROM[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    if name in {module.partition(".")[0] for module in _LOADED_FROM.values()}:
+        return import_module(f".{name}", __name__)
+    from .support.errors import quoted
+
+    raise AttributeError(f"module {__name__!r} has no attribute {quoted([name], __all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_auto_classes()

@@ -3,15 +3,22 @@
 import gzip
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from saved_sources import SAVED_SOURCES
 from transformers import AutoTokenizer
 
 from gengram import GengramForCausalLM, __version__
 from gengram.cli import main
-from gengram.demo import DEMO_DATA
+from gengram.commands import doctor
+from gengram.commands.demo import DEMO_DATA
 from gengram.sequences.fasta import read_fasta
+from gengram.support.errors import ConversionError, FetchError, MissingExtraError
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = str(DEMO_DATA / "tiny_checkpoint")
 
 
@@ -56,20 +63,12 @@ def test_back_to_megatron_and_diff(tmp_path, capsys):
 def test_converted_folder_is_complete(tmp_path):
     assert main(["convert", "to-hf", TINY, str(tmp_path / "hf"), "--quiet"]) == 0
     names = {path.name for path in (tmp_path / "hf").iterdir()}
-    assert names == {
+    assert names == SAVED_SOURCES | {
         "README.md",
         "config.json",
-        "configuration_gengram.py",
         "conversion.json",
-        "folded_memory.py",
         "generation_config.json",
         "model.safetensors",
-        "modeling_gengram.py",
-        "motif_memory.py",
-        "memory_operators.py",
-        "memory_path.py",
-        "native.py",
-        "table_major.py",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -134,3 +133,59 @@ def test_read_fasta_keeps_case_and_order(tmp_path):
     path = tmp_path / "a.fa"
     path.write_text(">b 1\r\nacGT\r\nNN\r\n\r\n>a\nT\n")
     assert list(read_fasta(path)) == [("b", "acGTNN"), ("a", "T")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (ValueError("a wrong value"), 1, "error: a wrong value\n"),
+        (ConversionError("a wrong file"), 1, "error: a wrong file\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            1,
+            "error: [Errno 2] No such file or directory: 'x'\n",
+        ),
+        (FetchError("no network"), 1, "error: no network\n"),
+        (MissingExtraError("needs peft"), 1, "error: needs peft\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_errors_that_the_user_can_mend_are_one_message(error, code, printed, monkeypatch, capsys):
+    def run(arguments):
+        raise error
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == code
+    assert capsys.readouterr().err == printed
+    error.__notes__ = ["What is written is kept."]
+    assert main(["doctor"]) == code
+    assert capsys.readouterr().err == f"{printed}What is written is kept.\n"
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    def run(arguments):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(doctor, "run", run)
+    with pytest.raises(KeyError):
+        main(["doctor"])
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    code = """
+import sys
+from gengram import cli
+def run(arguments):
+    print("x" * 10**int(sys.argv[1]))
+    return 0
+cli.doctor.run = run
+sys.exit(cli.main(["doctor"]))
+"""
+    for size in ("1", "6"):
+        command = subprocess.Popen(
+            [sys.executable, "-c", code, size], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        )
+        command.stdout.close()
+        assert command.stderr.read() == b""
+        assert command.wait() == 1
+        command.stderr.close()

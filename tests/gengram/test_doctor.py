@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from gengram import doctor, memory_path
+from gengram import memory_path
 from gengram.cli import main
+from gengram.motif_memory.ways import native
 from gengram.motif_memory.ways.native import NativeStatus
 
 
@@ -16,7 +17,7 @@ def test_json_names_versions_and_kernels(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["memory_path"] == {"algorithm": "token_major", "kernels": "torch"}
     assert found["torch"] and found["transformers"]
-    assert found["native_kernels"]["available"] is doctor.status().available
+    assert found["native_kernels"]["available"] is native.status().available
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,6 @@ def test_json_names_versions_and_kernels(capsys):
     ],
 )
 def test_text_says_why(status, expected, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "status", lambda: status)
+    monkeypatch.setattr(native, "status", lambda: status)
     assert main(["doctor"]) == 0
     assert expected in capsys.readouterr().out

@@ -9,8 +9,8 @@ from shared_files import FIXTURES, fixture_json, fixture_tensors, needs_fixtures
 from transformers import AutoModelForCausalLM
 
 import gengram
+from gengram.commands.demo import DEMO_DATA
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from gengram.demo import DEMO_DATA
 
 # DESIGN.md section 5: the router's margins in the recorded cases are at least 8e-5, so no expert can flip.
 LOGITS_FP32 = 1e-4

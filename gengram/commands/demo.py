@@ -4,54 +4,45 @@ import argparse
 import contextlib
 import itertools
 import math
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-from . import DEFAULT_MODEL
-from .conversion_scripts.convert_megatron_to_hf import convert_to_hf
-from .sequences.fasta import read_fasta
-
-DEMO_DATA = Path(__file__).parent / "demo_data"
+HELP = "convert a bundled checkpoint, and use the default model"
+DEMO_DATA = Path(__file__).parents[1] / "demo_data"
 LONGEST = 1024  # the default model's context, in bases
 MOST_RECORDS = 8
 
 
-def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gengram demo`."""
     parser.add_argument("--fasta", type=Path, help="sequences to use, plain or gzip; bundled ones by default")
     parser.add_argument("--output", type=Path, help="keep the converted folder here; by default it is temporary")
 
 
-def run_demo(arguments: argparse.Namespace) -> int:
-    """Run `gengram demo`; returns the exit code."""
-    try:
-        records = [
-            (name, sequence[:LONGEST])
-            for name, sequence in itertools.islice(
-                read_fasta(arguments.fasta or DEMO_DATA / "synthetic.fa"), MOST_RECORDS
-            )
-            if sequence
-        ]
-        if not records:
-            raise ValueError(f"{arguments.fasta}: expected at least one record with a sequence")
-        with tempfile.TemporaryDirectory() as temporary, _quiet_loading():
-            demonstrate(records, arguments.output or Path(temporary) / "gengram-tiny")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def run(arguments: argparse.Namespace) -> int:
+    """Convert the bundled checkpoint, and use the default model on the sequences.
+
+    Raises:
+        ValueError, OSError: if the FASTA file cannot be used, or the folder holds something.
+    """
+    from ..sequences.fasta import read_fasta
+
+    source = read_fasta(arguments.fasta or DEMO_DATA / "synthetic.fa")
+    records = [(name, sequence[:LONGEST]) for name, sequence in itertools.islice(source, MOST_RECORDS) if sequence]
+    if not records:
+        raise ValueError(f"{arguments.fasta}: expected at least one record with a sequence")
+    with tempfile.TemporaryDirectory() as temporary, _quiet_loading():
+        demonstrate(records, arguments.output or Path(temporary) / "gengram-tiny")
     return 0
 
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
     """Without the library's progress bars and load reports; the base model would report the head it leaves out."""
+    from transformers import logging
+
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -65,6 +56,13 @@ def _quiet_loading() -> Iterator[None]:
 
 def demonstrate(records: list[tuple[str, str]], folder: Path) -> None:
     """Convert the bundled checkpoint into `folder`; then embed, score, fill and generate with the default model."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .. import DEFAULT_MODEL
+    from ..conversion_scripts.convert_megatron_to_hf import convert_to_hf
+
     print("1. Convert a Megatron checkpoint (gengram convert to-hf), here a tiny one with random weights")
     report = convert_to_hf(DEMO_DATA / "tiny_checkpoint", folder, progress=False)
     print(_indented(report.summary()))

@@ -6,16 +6,13 @@ import json
 import platform
 from typing import Any
 
-import torch
+from .._version import __version__
 
-from ._version import __version__
-from .motif_memory.ways.choose import forced_path
-from .motif_memory.ways.native import status
-
+HELP = "say what runs here: versions, devices, native kernels"
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "datasets", "peft")
 
 
-def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gengram doctor`."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -29,6 +26,10 @@ def _version(package: str) -> str | None:
 
 def _why_not_on_a_gpu() -> str:
     """Why the memory cannot run natively on a GPU here; empty if it can."""
+    import torch
+
+    from ..motif_memory.ways.native import status
+
     library = status()
     if not library.available:
         return library.reason
@@ -39,6 +40,11 @@ def _why_not_on_a_gpu() -> str:
 
 def examine() -> dict[str, Any]:
     """Versions, devices, and which kernels the memory uses."""
+    import torch
+
+    from ..motif_memory.ways.choose import forced_path
+    from ..motif_memory.ways.native import status
+
     library, forced = status(), forced_path()
     return {
         "gengram": __version__,
@@ -59,7 +65,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-def run_doctor(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Print what `examine` finds."""
     found = examine()
     if arguments.json:
