@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         GengramModel,
         GengramPreTrainedModel,
     )
-    from .motif_memory.ways.choose import memory_path
+    from .motif_memory import MotifMemory, MotifMemoryConfig, memory_path
     from .tokenization import GengramTokenizer
 
 # Folder of gengram-mini, a small trained model that ships with the package: `from_pretrained(gengram.DEFAULT_MODEL)`.
@@ -40,7 +40,9 @@ _LOADED_FROM = {
     "GengramModel": "modeling_gengram",
     "GengramPreTrainedModel": "modeling_gengram",
     "GengramTokenizer": "tokenization",
-    "memory_path": "motif_memory.ways.choose",
+    "MotifMemory": "motif_memory",
+    "MotifMemoryConfig": "motif_memory",
+    "memory_path": "motif_memory",
 }
 
 __all__ = [
@@ -53,6 +55,8 @@ __all__ = [
     "GengramModel",
     "GengramPreTrainedModel",
     "GengramTokenizer",
+    "MotifMemory",
+    "MotifMemoryConfig",
     "__version__",
     "memory_path",
     "register",

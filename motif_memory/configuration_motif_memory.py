@@ -29,6 +29,7 @@ class MotifMemoryConfig:
 
     Example:
 
+    >>> from gengram.motif_memory import MotifMemoryConfig
     >>> MotifMemoryConfig(ngram_sizes=(1, 2, 3), embedding_dim=16, window=9).conv_dilation
     3
     """

@@ -18,6 +18,8 @@ class MemoryState:
 
     Example:
 
+    >>> import torch
+    >>> from gengram.motif_memory import MemoryState, MotifMemoryConfig
     >>> state = MemoryState(MotifMemoryConfig(ngram_sizes=(1, 2), embedding_dim=4, window=5))
     >>> state.letters(torch.ones(1, 3, dtype=torch.int64)).shape  # four earlier tokens, none of them known yet
     torch.Size([1, 4])

@@ -12,8 +12,10 @@ import transformers
 import gengram
 from gengram.configuration import configuration_gengram
 from gengram.modeling_gengram import modeling_gengram
+from gengram.motif_memory import configuration_motif_memory, module, state
 from gengram.tokenization import tokenization_gengram
 
+MODULES = [configuration_gengram, modeling_gengram, tokenization_gengram, configuration_motif_memory, module, state]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,6 +30,8 @@ def test_public_names():
         "GengramModel",
         "GengramPreTrainedModel",
         "GengramTokenizer",
+        "MotifMemory",
+        "MotifMemoryConfig",
         "__version__",
         "memory_path",
         "register",
@@ -50,7 +54,7 @@ def test_auto_classes_know_gengram_however_often_it_registers(tmp_path):
         assert type(auto.from_config(config)) is expected
 
 
-@pytest.mark.parametrize("module", [configuration_gengram, modeling_gengram, tokenization_gengram])
+@pytest.mark.parametrize("module", MODULES)
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
