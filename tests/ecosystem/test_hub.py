@@ -17,6 +17,7 @@ from accelerate import cpu_offload, disk_offload, init_empty_weights, load_check
 from huggingface_hub import HfApi
 from saved_sources import SAVED_SOURCES
 from tiny_models import random_ids, tiny_model
+from tolerances import SAME_FP32, SAME_MODEL_FP32
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -51,7 +52,7 @@ HUB_REPOSITORY = "someone/gengram-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXT = "ACG[MASK]TNacguRX"  # as in use_without_package.py
 IDS = random_ids(2, 30)
-SAME = dict(rtol=0, atol=1e-5)
+SAME = dict(rtol=0, atol=SAME_FP32)
 
 each_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
 
@@ -179,7 +180,7 @@ def test_pipelines_with_remote_code(head, task, folders, without_package):
         return
     assert len(theirs) == len(ours)
     for their, our in zip(theirs, ours, strict=True):
-        assert their == our | {"score": pytest.approx(float(our["score"]), abs=1e-5)}
+        assert their == our | {"score": pytest.approx(float(our["score"]), abs=SAME_FP32)}
 
 
 def test_text_generation_pipeline_with_remote_code(without_package):
@@ -336,7 +337,7 @@ def test_dtypes_of_loading(head, folders, tmp_path):
     double = HEADS[head].from_pretrained(folder, dtype=torch.float64)
     assert {p.dtype for p in double.parameters()} == {torch.float64}
     assert first_output(double).dtype == torch.float64
-    torch.testing.assert_close(first_output(double).float(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(first_output(double).float(), expected, rtol=0, atol=SAME_MODEL_FP32)
 
     half = HEADS[head].from_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}

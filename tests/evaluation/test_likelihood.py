@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from tolerances import LOG_LIKELIHOOD_FP32
 
 from gengram import GengramForCausalLM, GengramTokenizer
 from gengram.evaluation.likelihood import bits_of_examples, bits_per_base
@@ -28,7 +29,7 @@ def test_bits_are_those_of_bases_alone(tiny_folder):
             if token in (5, 6, 7, 8)
         ]
         assert count == len(expected)
-        assert found == pytest.approx(sum(expected), abs=1e-4)
+        assert found == pytest.approx(sum(expected), abs=LOG_LIKELIHOOD_FP32)
 
 
 def test_the_interval_is_around_the_weighted_mean():

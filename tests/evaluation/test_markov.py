@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import MARKOV_BITS
 
 from gengram.evaluation.markov import MarkovModel
 
@@ -39,7 +40,7 @@ def test_probabilities_equal_brute_force(training, tested, order, strength):
         before = tested[max(0, i - order) : i]
         context = before[max((j + 1 for j, digit in enumerate(before) if digit == 4), default=0) :]
         expected = brute_force(len(context), training, strength, context, base)
-        assert found[i] == pytest.approx(math.log2(expected), abs=1e-9)
+        assert found[i] == pytest.approx(math.log2(expected), abs=MARKOV_BITS)
 
 
 def test_bits_leave_out_the_first_token_and_others():

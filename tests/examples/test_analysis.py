@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from example_scripts import load_example, run_script
+from tolerances import LOG_PROBABILITY_FP32
 
 from gengram import GengramTokenizer
 from gengram.sequences.alphabet import reverse_complement
@@ -73,7 +74,7 @@ def test_profiles_are_those_of_the_last_bases():
     found = splice.profiles(Even(), TOKENIZER, ["CCAAC", "CCCCA"], 3)
     six = math.log2(6)
     assert list(found) == ["surprisal"]
-    assert found["surprisal"] == pytest.approx(np.array([[2, 1, six], [2, 2, 2]]), abs=1e-6)
+    assert found["surprisal"] == pytest.approx(np.array([[2, 1, six], [2, 2, 2]]), abs=LOG_PROBABILITY_FP32)
 
 
 def test_scores_leave_the_motif_out():

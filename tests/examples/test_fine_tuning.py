@@ -10,6 +10,7 @@ import torch
 from example_scripts import load_example, run_example
 from peft import AutoPeftModelForSequenceClassification
 from tiny_models import tiny_config
+from tolerances import FLOAT32_RELATIVE, SAME_FP32, SAME_MODEL_FP32
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -28,7 +29,7 @@ classify = load_example("fine_tuning/classify_sequences.py")
 regress = load_example("fine_tuning/regress_sequences.py")
 
 TOKENIZER = GengramTokenizer()
-SAME = dict(rtol=0, atol=1e-5)  # rows in batches of another size
+SAME = dict(rtol=0, atol=SAME_FP32)  # rows in batches of another size
 CLASSES = ("other", "donor", "acceptor")
 
 
@@ -168,7 +169,7 @@ def test_overlapping_windows_are_averaged_and_measured(genome):
     table = label_bases.table_of_bases(data, probabilities, CLASSES)
     assert list(zip(table.record, table.strand, table.position, strict=True)) == sorted(seen)
     expected = [np.mean(seen[key]) for key in sorted(seen)]
-    np.testing.assert_allclose(table.probability_donor - (table.label == 1), expected, rtol=1e-6)
+    np.testing.assert_allclose(table.probability_donor - (table.label == 1), expected, rtol=FLOAT32_RELATIVE)
 
     table["probability_donor"] = (table.label == 1).astype(float)
     table["probability_acceptor"] = 0.5
@@ -279,7 +280,7 @@ def test_classification(options, model, tables, tmp_path):
     np.testing.assert_allclose(softmax(logits_of(saved, test.sequence)), columns, **SAME)
     if options:
         adapted = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2)
-        np.testing.assert_allclose(softmax(logits_of(adapted, test.sequence)), columns, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(softmax(logits_of(adapted, test.sequence)), columns, rtol=0, atol=SAME_MODEL_FP32)
 
 
 @pytest.mark.slow
@@ -293,7 +294,7 @@ def test_regression(model, tables, tmp_path):
     predictions = pd.read_parquet(tmp_path / "predictions.parquet")
     logits = logits_of(saved, test.sequence)[:, 0]
     numbers = logits * saved.config.target_deviation + saved.config.target_mean
-    np.testing.assert_allclose(numbers, predictions.predicted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(numbers, predictions.predicted, rtol=0, atol=SAME_MODEL_FP32)
     np.testing.assert_allclose(test.target, predictions.target)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from example_scripts import run_script
+from tolerances import BITS_PER_BASE_FP32
 
 from gengram import GengramForCausalLM, GengramForMaskedLM
 from gengram.data_preparation import SplitRule, WindowOptions, prepare_genome_dataset
@@ -88,7 +89,7 @@ def test_bits_per_base_are_those_of_the_evaluation(dataset, tmp_path):
     words = ["--data", str(dataset), "--output", str(tmp_path / "out"), "--quiet", "--protocols", "likelihood"]
     assert main(["bench", str(tmp_path / "model"), "--suite", str(suite), *words]) == 0
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert result["metrics"]["bits_per_base"]["value"] == pytest.approx(bits[-1], abs=1e-4)
+    assert result["metrics"]["bits_per_base"]["value"] == pytest.approx(bits[-1], abs=BITS_PER_BASE_FP32)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from tolerances import LOG_LIKELIHOOD_FP32, LOG_PROBABILITY_FP32
 
 from gengram.inference.likelihood import (
     IGNORED,
@@ -35,10 +36,10 @@ def test_log_probabilities_against_their_definition(logits, tokens):
                 assert found[row, place] == 0
                 continue
             exact = logits[row, place].double().log_softmax(0)[token]
-            assert found[row, place].item() == pytest.approx(exact.item(), abs=1e-6)
+            assert found[row, place].item() == pytest.approx(exact.item(), abs=LOG_PROBABILITY_FP32)
             if place > 0:
                 exact = logits[row, place - 1].double().log_softmax(0)[token]
-                assert next_found[row, place - 1].item() == pytest.approx(exact.item(), abs=1e-6)
+                assert next_found[row, place - 1].item() == pytest.approx(exact.item(), abs=LOG_PROBABILITY_FP32)
 
 
 def test_half_precision_is_summed_in_float32(logits, tokens):
@@ -51,6 +52,6 @@ def test_log_likelihoods_do_not_depend_on_what_else_is_asked(tiny_folder):
     loaded = load_model(str(tiny_folder), "causal", device="cpu")
     together = log_likelihoods(loaded.model, loaded.tokenizer, TEXTS)
     alone = [log_likelihoods(loaded.model, loaded.tokenizer, [text])[0] for text in TEXTS]
-    np.testing.assert_allclose(together, alone, atol=1e-4)
+    np.testing.assert_allclose(together, alone, atol=LOG_LIKELIHOOD_FP32)
     assert together[1] == 0 and together[0] == together[4]
     assert log_likelihoods(loaded.model, loaded.tokenizer, []).shape == (0,)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from tolerances import LOG_LIKELIHOOD_FP32
 
 from gengram import GengramForCausalLM, GengramTokenizer
 from gengram.inference.variant_effects import Variant, score_variants, variant_windows
@@ -34,8 +35,8 @@ def test_scores_equal_a_loop_over_sequences_one_by_one(tiny_folder):
         forward = brute_force(model, tokenizer, alternative) - brute_force(model, tokenizer, reference)
         reverse = brute_force(model, tokenizer, reverse_complement(alternative))
         reverse -= brute_force(model, tokenizer, reverse_complement(reference))
-        np.testing.assert_allclose([found.forward[i], found.reverse[i]], [forward, reverse], atol=1e-4)
-        assert found.llr[i] == pytest.approx((forward + reverse) / 2, abs=1e-4)
+        np.testing.assert_allclose([found.forward[i], found.reverse[i]], [forward, reverse], atol=LOG_LIKELIHOOD_FP32)
+        assert found.llr[i] == pytest.approx((forward + reverse) / 2, abs=LOG_LIKELIHOOD_FP32)
 
 
 @pytest.mark.parametrize("position, allele", [(5, "A"), (-1, "A"), (44, "A"), (43, "AC")])

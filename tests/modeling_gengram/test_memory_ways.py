@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_models import random_ids, tiny_model
+from tolerances import MODEL_GRADIENTS_FP32, MODEL_GRADIENTS_FP32_RELATIVE, SAME_FP32
 from transformers import DynamicCache
 
 import gengram
@@ -12,7 +13,8 @@ from gengram import GengramForCausalLM, GengramForMaskedLM, memory_path
 from gengram.motif_memory import plan_ngrams
 from gengram.motif_memory.ways import choose, compute, kept_fold
 
-CLOSE = dict(rtol=0, atol=1e-5)
+CLOSE = dict(rtol=0, atol=SAME_FP32)
+GRADIENTS = dict(rtol=MODEL_GRADIENTS_FP32_RELATIVE, atol=MODEL_GRADIENTS_FP32)
 
 
 def memories(model):
@@ -75,7 +77,7 @@ def test_gradients_are_the_same_through_tokens_and_through_tables():
             model(ids, labels=ids).loss.backward()
         gradients[algorithm] = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     for name, truth in gradients["token_major"].items():
-        torch.testing.assert_close(gradients["table_major"][name], truth, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(gradients["table_major"][name], truth, **GRADIENTS, msg=name)
 
 
 def test_training_is_the_same_every_time():
@@ -174,7 +176,7 @@ def test_compiled_training_is_one_graph():
             model.zero_grad()
             torch._dynamo.reset()
             torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss.backward()
-        torch.testing.assert_close(memories(model)[0].embeddings[0].weight.grad, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(memories(model)[0].embeddings[0].weight.grad, expected, **GRADIENTS)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import MEMORY_FP64, WINDOW_MEAN_FP32
 
 from gengram.motif_memory.as_trained import running_sum
 from gengram.motif_memory.definition import (
@@ -50,7 +51,7 @@ def test_window_sum_is_the_sum_over_the_span(length, first, last, seed):
     for t in range(length):
         for j in range(max(t + first, 0), min(t + last, length - 1) + 1):
             expected[:, t] += x[:, j]
-    torch.testing.assert_close(window_sum(x, (first, last)), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(window_sum(x, (first, last)), expected, rtol=0, atol=MEMORY_FP64)
 
 
 def test_window_sum_adds_in_the_same_order_whatever_the_chunk():
@@ -87,7 +88,7 @@ def test_window_means_equal_brute_force(length, sizes, extra, centred, segmented
     truth = memory_oracle.window_features(
         tokens.tolist(), tables, sizes, window, LETTERS, centred=centred, segments=segments.tolist()
     )
-    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours, truth, rtol=0, atol=MEMORY_FP64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -98,7 +99,7 @@ def test_window_mean_of_half_precision_rows_is_taken_in_float32(dtype):
     ours = window_mean(table[plan.rows(0)], plan, 0)
     exact = window_mean(table.double()[plan.rows(0)], plan, 0)
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=WINDOW_MEAN_FP32)
 
 
 def test_history_in_front_gives_the_same_plan():

@@ -9,6 +9,7 @@ import memory_oracle
 import pytest
 import torch
 from shared_files import fixture_json, fixture_tensors, needs_fixtures
+from tolerances import MEMORY_FP64
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -64,7 +65,7 @@ def test_the_folder_alone_computes_the_authors_outputs(variant, tmp_path):
     assert names
     for name in names:
         expected = outputs[f"{name}/out_fp64"].transpose(0, 1)
-        torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=MEMORY_FP64, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_folder_alone_equals_brute_force(tmp_path):
@@ -81,4 +82,4 @@ def test_the_folder_alone_equals_brute_force(tmp_path):
     truth = memory_oracle.memory(
         states[0], ids[0].tolist(), weights, sizes=sizes, window=9, letters=letters, dilation=3
     )
-    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours, truth, rtol=0, atol=MEMORY_FP64)

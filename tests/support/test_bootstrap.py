@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from tolerances import BOOTSTRAP_INTERVAL, FLOAT64_RELATIVE
 
 from gengram.support.bootstrap import bootstrap, estimate
 
@@ -11,8 +12,8 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     found = estimate(lambda rows: values[rows].mean(), len(values), samples=4000)
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert found.value == values.mean()
-    assert found.low == pytest.approx(found.value - half, abs=0.1 * half)
-    assert found.high == pytest.approx(found.value + half, abs=0.1 * half)
+    assert found.low == pytest.approx(found.value - half, abs=BOOTSTRAP_INTERVAL * half)
+    assert found.high == pytest.approx(found.value + half, abs=BOOTSTRAP_INTERVAL * half)
 
 
 def test_samples_are_the_same_for_numbers_arrays_and_every_call():
@@ -21,7 +22,7 @@ def test_samples_are_the_same_for_numbers_arrays_and_every_call():
     assert together.shape == (3, 4)
     for column in range(4):
         found = estimate(lambda rows, column=column: values[rows, column].mean(), 30)
-        np.testing.assert_allclose(together[:, column], [found.value, found.low, found.high], rtol=1e-12)
+        np.testing.assert_allclose(together[:, column], [found.value, found.low, found.high], rtol=FLOAT64_RELATIVE)
 
 
 def test_samples_without_the_statistic_do_not_count():

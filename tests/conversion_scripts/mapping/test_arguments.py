@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from shared_files import FIXTURES, fixture_json, needs_fixtures
+from tolerances import ROPE_FREQUENCIES_FP32_RELATIVE
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gengram.configuration import GengramConfig
@@ -139,7 +140,7 @@ def test_rope_scaling(megatron):
         else:
             smooth = (8192 / wavelength - 1) / (4 - 1)
             expected = (1 - smooth) * frequency / 8 + smooth * frequency
-        assert math.isclose(value, expected, rel_tol=1e-5)
+        assert math.isclose(value, expected, rel_tol=ROPE_FREQUENCIES_FP32_RELATIVE)
     with pytest.raises(ConversionError, match="both set"):
         convert(megatron, use_rope_scaling=True, rotary_seq_len_interpolation_factor=2)
 

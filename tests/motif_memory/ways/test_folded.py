@@ -3,6 +3,7 @@
 import pytest
 import torch
 from memory_cases import LETTERS, random_case
+from tolerances import FOLDED_FP64
 
 from gengram.motif_memory.definition import MemoryLayer, gated_memory, letter_codes, plan_windows, window_features
 from gengram.motif_memory.ways import folded as folding
@@ -25,7 +26,7 @@ def test_key_and_value_equal_the_definition(seed):
     ours = folded_key_value(folded, case.plan)
     truth = by_definition(case.plan, case.tables, case.key_weight, case.value_weight)
     for mine, theirs in zip(ours, truth, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=FOLDED_FP64)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 256])
@@ -39,7 +40,7 @@ def test_the_whole_memory_equals_the_definition_in_any_chunks(seed, chunk, monke
     key, value = by_definition(plan, case.tables, case.key_weight, case.value_weight)
     truth = gated_memory(case.hidden_states, key, value, plan, case.layer, case.history)
     for mine, theirs in zip(ours[:3], truth[:3], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=FOLDED_FP64)
 
 
 def test_sections_cover_the_packed_tables():

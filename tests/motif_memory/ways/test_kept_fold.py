@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import random_ids, tiny_model
+from tolerances import CHANGED, SAME_FP32, SAME_MODEL_FP32
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -26,7 +27,7 @@ from gengram.motif_memory.ways.weights import weights_at_hand
 CONFIG = MotifMemoryConfig(ngram_sizes=(1, 2, 3), embedding_dim=6, window=9)
 HIDDEN = 32
 LETTERS = [8, 5, 6, 7, 9]
-CLOSE = dict(rtol=0, atol=1e-5)
+CLOSE = dict(rtol=0, atol=SAME_FP32)
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +207,7 @@ def test_no_change_of_a_weight_goes_unseen(change, keep, ways):
         CHANGES[change](memory, memory.get_parameter(name))
         with torch.no_grad():
             after = memory(hidden_states, plan).residual
-            assert not torch.allclose(after, before, atol=1e-4), (change, name)
+            assert not torch.allclose(after, before, atol=CHANGED), (change, name)
             torch.testing.assert_close(after, fresh(memory, hidden_states, plan), **CLOSE, msg=f"{change}, {name}")
             again = memory(hidden_states, plan).residual
             torch.testing.assert_close(again, after, **CLOSE)
@@ -225,7 +226,7 @@ def test_no_change_of_a_weight_goes_unseen_by_compiled_code(change):
     CHANGES[change](memory, memory.get_parameter("key_proj.weight"))
     with torch.no_grad():
         after = compiled(hidden_states)
-        assert not torch.allclose(after, before, atol=1e-4)
+        assert not torch.allclose(after, before, atol=CHANGED)
         torch.testing.assert_close(after, fresh(memory, hidden_states, plan), **CLOSE)
 
 
@@ -248,7 +249,7 @@ def test_another_process_writes_what_is_read():
     assert process.exitcode == 0
     with torch.no_grad():
         after = memory(hidden_states, plan).residual
-        assert not torch.allclose(before, after, atol=1e-4)
+        assert not torch.allclose(before, after, atol=CHANGED)
         torch.testing.assert_close(after, fresh(memory, hidden_states, plan), **CLOSE)
 
 
@@ -271,7 +272,7 @@ def test_adapters_merged_into_the_memory_after_an_evaluation():
     other = GengramForCausalLM(model.config).eval()
     other.load_state_dict(merged.state_dict())
     with memory_path("token_major"):
-        torch.testing.assert_close(ours, other(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours, other(ids).logits, rtol=0, atol=SAME_MODEL_FP32)
 
 
 def test_a_loop_that_never_calls_train_validates_the_present_weights():

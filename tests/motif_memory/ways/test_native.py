@@ -11,6 +11,7 @@ import pytest
 import torch
 from emulated_cuda import COMPILER, EmulatedKernels
 from memory_cases import LETTERS, random_case
+from tolerances import GRADIENTS_FP32, KERNELS_FP32, ZERO_NORM
 from torch.library import opcheck
 
 from gengram.motif_memory import definition
@@ -105,7 +106,7 @@ def folded(kernels, case, dtype=torch.float32):
 def assert_near(ours, truth, tolerance):
     for mine, theirs in zip(ours, truth, strict=True):
         assert mine.shape == theirs.shape
-        assert (mine.double() - theirs.double()).norm() <= tolerance * theirs.double().norm() + 1e-12
+        assert (mine.double() - theirs.double()).norm() <= tolerance * theirs.double().norm() + ZERO_NORM
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -115,7 +116,7 @@ def test_folded_memory_equals_the_definition(kernels, seed):
         ours = operators.folded_memory(
             case.hidden_states, folded(kernels, case), case.plan, case.layer, case.history, native=True
         )[:3]
-    assert_near(ours, exact(case), 1e-5)
+    assert_near(ours, exact(case), KERNELS_FP32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -141,7 +142,7 @@ def test_gated_memory_equals_the_definition(kernels, seed):
         ours = operators.gated_memory(
             case.hidden_states, key, value, case.plan, case.layer, case.history, native=True
         )[:3]
-    assert_near(ours, exact(case), 1e-5)
+    assert_near(ours, exact(case), KERNELS_FP32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -198,7 +199,7 @@ def test_gradients_equal_those_of_the_definition(kernels, seed, way):
     with kernels.forced():
         ours = gradients(case, way(kernels, case))
         again = gradients(case, way(kernels, case))
-    assert_near(ours, truth, 1e-4)
+    assert_near(ours, truth, GRADIENTS_FP32)
     assert all(torch.equal(first, second) for first, second in zip(ours, again, strict=True))
 
 
@@ -314,7 +315,7 @@ def test_gradients_of_full_windows_in_float32(kernels):
     truth = gradients(case, exact(case)[:2])
     for way in (through_tables, through_tokens):
         with kernels.forced():
-            assert_near(gradients(case, way(kernels, case)), truth, 1e-4)
+            assert_near(gradients(case, way(kernels, case)), truth, GRADIENTS_FP32)
 
 
 @pytest.mark.parametrize("seed", [0, 4])

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from memory_cases import LETTERS, random_case
+from tolerances import FINITE_DIFFERENCES, FINITE_DIFFERENCES_RELATIVE, GRADIENTS_FP32, TABLE_MAJOR_FP64
 from torch.library import opcheck
 
 from gengram.motif_memory import definition
@@ -62,7 +63,7 @@ def test_values_and_gradients_equal_the_definition(way, seed, chunk, monkeypatch
     ours, truth = values_and_gradients(case, way), values_and_gradients(case, by_definition)
     for mine, theirs in zip(ours, truth, strict=True):
         scale = 1 + theirs.abs().max().item() if theirs.numel() else 1
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10 * scale)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TABLE_MAJOR_FP64 * scale)
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -77,7 +78,7 @@ def test_gradients_are_those_of_finite_differences():
         return table_major(case)
 
     leaves = [weight.clone().requires_grad_() for weight in case.weights]
-    assert torch.autograd.gradcheck(function, leaves, atol=1e-5, rtol=1e-4)
+    assert torch.autograd.gradcheck(function, leaves, atol=FINITE_DIFFERENCES, rtol=FINITE_DIFFERENCES_RELATIVE)
 
 
 @pytest.mark.parametrize("seed", [0, 3, 7])
@@ -116,4 +117,4 @@ def test_float32_gradients_are_close_to_float64():
         setattr(case, name, None if weight is None else weight.detach().float())
     for way in (token_major, table_major):
         for mine, truth in zip(values_and_gradients(case, way), exact, strict=True):
-            assert (mine.double() - truth).norm() <= 1e-4 * truth.norm()
+            assert (mine.double() - truth).norm() <= GRADIENTS_FP32 * truth.norm()
