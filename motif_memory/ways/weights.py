@@ -9,6 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..definition import MemoryLayer, at_least_float32
 
 
+_HOOKS_OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+
+
 class Weights(NamedTuple):
     """All weights of one memory."""
 
@@ -58,7 +61,7 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
     for module, kind in [(m, nn.Embedding) for m in embeddings] + [(m, nn.Linear) for m in projections]:
         if type(module) is not kind:
             return None, "the memory's tables or projections are wrapped by adapters; merge these first"
-    if torch.nn.modules.module._has_any_global_hook():
+    if any(getattr(torch.nn.modules.module, name) for name in _HOOKS_OF_ALL_MODULES):
         return None, "hooks for all modules are registered, which would not be called"
     for module in (*embeddings, *projections, *others):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or _has_own_forward(module):
