@@ -8,7 +8,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..definition import MemoryLayer, at_least_float32
 
-
 _HOOKS_OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 
@@ -24,15 +23,14 @@ class Weights(NamedTuple):
     norm_eps: float
     dilation: int
 
-    @property
-    def all(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
         """Every tensor."""
         taps = [] if self.taps is None else [self.taps]
         return [*self.tables, self.key, self.value, self.norm_q, self.norm_k, *taps]
 
     def stamp(self) -> tuple[tuple[int, int], ...]:
         """Changes when a weight is replaced, and with most writes in place: cheap, but no proof of the opposite."""
-        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.all)
+        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.tensors())
 
     def layer(self, is_causal: bool) -> MemoryLayer:
         """Norms and convolution as numbers."""
@@ -77,7 +75,7 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
         memory.norm_q.eps,
         1 if conv is None else conv.dilation,
     )
-    for weight in weights.all:
+    for weight in weights.tensors():
         if weight.is_meta:
             return None, "the memory's weights are offloaded; load them onto a device first"
         if type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
