@@ -4,7 +4,7 @@ import importlib.metadata
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package; None if there is none, as of gengram in a checkout that is not installed."""
+    """The version of an installed package; None if it is not installed, as gengram in a bare checkout."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
