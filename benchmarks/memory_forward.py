@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from memory_setup import (
+    LETTERS,
     add_machine_arguments,
     extra_memory,
     machine,
@@ -29,9 +30,8 @@ from memory_setup import (
 )
 
 from gengram import memory_path
-from gengram.operators.folded_memory import FoldedTables
-from gengram.operators.memory_operators import folded_memory
-from gengram.operators.native import status
+from gengram.motif_memory import MemoryState, fold_memory, letter_codes
+from gengram.motif_memory.ways.native import status
 
 CASES = [
     dict(hidden=4096, width=1024, length=8192, dtype="bfloat16"),
@@ -47,59 +47,62 @@ def kernels_of(device: torch.device) -> tuple[str, ...]:
     return ("torch", "native") if has_native else ("torch",)
 
 
-def folded_tables(layer: torch.nn.Module, kernels: str, states: torch.Tensor) -> FoldedTables:
-    """Folded tables of a layer, made now for these kernels."""
-    with memory_path(kernels=kernels):
-        layer.unfold()
-        weights, _ = layer._weights_at_hand(states.device)
-        return layer._current_fold(weights, states)
-
-
 @torch.no_grad()
 def measure(
     case: dict, reference: Path | None, rounds: int, is_decoding: bool = False, only: tuple[str, ...] = ()
 ) -> dict:
     dtype = getattr(torch, case["dtype"])
-    memory, config = prepare(case)
+    memory = prepare(case)
     layer = memory.layer.eval()
-    ids = random_bases(config, case["length"])
+    ids = random_bases(case["length"])
     hidden = torch.randn(1, case["length"], case["hidden"]).bfloat16().to(ids.device)
     with memory_path("token_major", "torch"):
-        exact = layer.double()(hidden.double(), memory.plan(ids))[0]
+        exact = layer.double()(hidden.double(), memory.plan(ids)).residual
     layer.to(dtype)
     states = hidden.to(dtype)
     paths: dict[str, Callable[[], torch.Tensor]] = {}
     folding = {}
     for kernels in kernels_of(states.device):
-        started = time.perf_counter()
-        tables = folded_tables(layer, kernels, states)
-        folding[kernels] = time.perf_counter() - started
-        numbers = layer._fused_weights(True, layer._fold)
+        # each its own layer, so that none has to fold again for the other's kernels
+        own = prepare(case).layer.to(dtype).eval()
+        with memory_path(kernels=kernels):
+            started = time.perf_counter()
+            fold_memory(own)
+            folding[kernels] = time.perf_counter() - started
         if is_decoding:
-            with memory_path(kernels=kernels):
-                last = folded_memory(states[:, :-1], tables, memory.plan(ids[:, :-1]), *numbers)[2]
-            history = last[:, -18:].contiguous()
+            state = MemoryState(memory.config)
+            with memory_path("folded", kernels):
+                output = own(states[:, :-1], memory.plan(ids[:, :-1], state), state)
+                state.advance(own.layer_idx, output)
+                state.advance_letters(letter_codes(ids[:, :-1], LETTERS))
 
-            def decode(kernels=kernels, tables=tables, history=history, numbers=numbers):
+            def decode(kernels=kernels, own=own, state=state):
                 with memory_path(kernels=kernels):
-                    plan = memory.plan(ids[:, -21:], context=20)
-                    return folded_memory(states[:, -1:], tables, plan, *numbers, history)[0]
+                    return own(states[:, -1:], memory.plan(ids[:, -1:], state), state).residual
 
             paths[f"folded, {kernels}"] = decode
         else:
 
-            def whole(kernels=kernels, tables=tables, numbers=numbers):
-                with memory_path(kernels=kernels):
-                    return folded_memory(states, tables, memory.plan(ids), *numbers)[0]
+            def whole(kernels=kernels, own=own):
+                with memory_path("folded", kernels):
+                    return own(states, memory.plan(ids)).residual
+
+            def trusted(kernels=kernels, own=own):
+                own.kept_fold.owners = 1  # as inside a block of `folded_memory`, which ends after the last round
+                try:
+                    return whole(kernels, own)
+                finally:
+                    own.kept_fold.owners = 0
 
             def unfolded(kernels=kernels):
                 with memory_path("token_major", kernels):
-                    return layer(states, memory.plan(ids))[0]
+                    return layer(states, memory.plan(ids)).residual
 
-            paths[f"folded, {kernels}"] = whole
+            paths[f"folded, {kernels}"] = trusted
+            paths[f"folded and checked, {kernels}"] = whole
             paths[f"token_major, {kernels}"] = unfolded
     if reference is not None:
-        theirs = reference_module(reference, config).to(states).eval()
+        theirs = reference_module(reference, memory.config, case["hidden"]).to(states).eval()
         theirs.load_state_dict(layer.state_dict())
         sequence_first = states.transpose(0, 1).contiguous()
         paths["reference"] = lambda: theirs(sequence_first, ids).transpose(0, 1)

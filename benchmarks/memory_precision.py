@@ -11,12 +11,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from memory_setup import machine, write_results
+from memory_setup import LETTERS, machine, write_results
 
-from gengram import GengramConfig, memory_path
-from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
-from gengram.operators.motif_memory import letter_codes, plan_ngrams
-from gengram.operators.native import status
+from gengram import MotifMemory, MotifMemoryConfig, memory_path
+from gengram.motif_memory import letter_codes, plan_ngrams
+from gengram.motif_memory.ways.native import status
 from gengram.support.figures import write_figure
 
 LENGTH = 131_072
@@ -24,29 +23,28 @@ BINS = [(64, 128)] + [(2**k, 2**k + 2 ** (k - 2)) for k in range(9, 17)] + [(LEN
 SHORT = torch.float32, torch.bfloat16
 
 
-def memory(pooling: str, hidden: int, width: int) -> tuple[GengramMotifMemory, GengramConfig]:
+def memory(pooling: str, hidden: int, width: int) -> MotifMemory:
     """A memory with tables N(0, 1), as PyTorch initialises them and the original starts from."""
-    config = GengramConfig(
-        hidden_size=hidden, num_hidden_layers=1, memory_layers=[0], memory_embedding_dim=width, memory_pooling=pooling
-    )
     torch.manual_seed(0)
-    module = GengramMotifMemory(config, 0).eval()
+    module = MotifMemory(MotifMemoryConfig(embedding_dim=width, pooling=pooling), hidden).eval()
+    for part in (*module.embeddings, module.key_proj, module.value_proj):
+        part.reset_parameters()
     torch.nn.init.normal_(module.short_conv.conv.weight, std=0.5)
-    return module, config
+    return module
 
 
 @torch.no_grad()
 def residual(pooling: str, algorithm: str, kernels: str, dtype: torch.dtype, hidden: int, width: int) -> torch.Tensor:
     """(length, hidden) in float64, computed in `dtype` from the same bfloat16 numbers."""
-    module, config = memory(pooling, hidden, width)
+    module = memory(pooling, hidden, width)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.tensor(config.memory_token_ids)[torch.randint(4, (1, LENGTH), generator=generator)]
+    ids = torch.tensor(LETTERS)[torch.randint(4, (1, LENGTH), generator=generator)]
     states = torch.randn(1, LENGTH, hidden, generator=generator).bfloat16()
     for weight in module.parameters():
         weight.copy_(weight.bfloat16())
-    plan = plan_ngrams(letter_codes(ids, config.memory_token_ids), config.memory_ngram_sizes, config.memory_window)
+    plan = plan_ngrams(letter_codes(ids, LETTERS), module.config)
     with memory_path(algorithm, kernels):
-        return module.to(dtype)(states.to(dtype), plan)[0][0].double()
+        return module.to(dtype)(states.to(dtype), plan).residual[0].double()
 
 
 def draw(rows: dict[str, list[float]], path: Path) -> None:

@@ -14,31 +14,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gengram import GengramConfig
-from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
-from gengram.operators.memory_operators import letter_codes, ngram_rows_and_runs
-from gengram.operators.motif_memory import NgramPlan, plan_ngrams
-from gengram.operators.native import status
+from gengram import GengramConfig, MotifMemory, MotifMemoryConfig
+from gengram.motif_memory import MemoryState, NgramPlan, letter_codes, plan_ngrams
+from gengram.motif_memory.ways.native import status
 from gengram.support.machine import describe_machine
 
 _device = torch.device("cpu")
 
 
+LETTERS = GengramConfig().memory_token_ids
+
+
 class Memory(NamedTuple):
-    """A memory layer and how its plans are made."""
+    """A memory layer, and how its plans are made."""
 
-    layer: GengramMotifMemory
-    config: GengramConfig
+    layer: MotifMemory
+    config: MotifMemoryConfig
 
-    def plan(self, ids: torch.Tensor, context: int = 0) -> NgramPlan:
-        codes = letter_codes(ids, self.config.memory_token_ids)
-        return plan_ngrams(
-            codes,
-            self.config.memory_ngram_sizes,
-            self.config.memory_window,
-            context=context,
-            rows_and_runs=ngram_rows_and_runs,
-        )
+    def plan(self, ids: torch.Tensor, state: MemoryState | None = None) -> NgramPlan:
+        return plan_ngrams(letter_codes(ids, LETTERS), self.config, state=state)
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,27 +66,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def prepare(case: dict) -> tuple[Memory, GengramConfig]:
+def prepare(case: dict) -> Memory:
     """A layer with the case's `hidden` and `width`; its weights are bfloat16 numbers, the same in every dtype."""
-    config = GengramConfig(
-        hidden_size=case["hidden"], num_hidden_layers=1, memory_layers=[0], memory_embedding_dim=case["width"]
-    )
+    config = MotifMemoryConfig(embedding_dim=case["width"])
     torch.manual_seed(0)
-    layer = GengramMotifMemory(config, 0)
+    layer = MotifMemory(config, case["hidden"])
     with torch.no_grad():
         for weight in layer.parameters():
             if weight.dim() > 1:
                 torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5 if weight.dim() == 2 else 0.5)
             weight.copy_(weight.bfloat16())
-    return Memory(layer.to(_device), config), config
+    return Memory(layer.to(_device), config)
 
 
-def random_bases(config: GengramConfig, length: int) -> torch.Tensor:
+def random_bases(length: int) -> torch.Tensor:
     """(1, length) token ids of A, C, G and T."""
-    return torch.tensor(config.memory_token_ids)[torch.randint(4, (1, length))].to(_device)
+    return torch.tensor(LETTERS)[torch.randint(4, (1, length))].to(_device)
 
 
-def reference_module(path: Path, config: GengramConfig) -> Any:
+def reference_module(path: Path, config: MotifMemoryConfig, hidden: int) -> Any:
     """The authors' module; of Megatron it needs one query, the size of the tensor-parallel group."""
     state = types.ModuleType("megatron.core.parallel_state")
     state.get_tensor_model_parallel_world_size = lambda: 1  # type: ignore[attr-defined]
@@ -104,15 +96,15 @@ def reference_module(path: Path, config: GengramConfig) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Gengram(
-        hidden_size=config.hidden_size,
-        dna_token_ids=config.memory_token_ids,
-        ngram_sizes=config.memory_ngram_sizes,
-        embed_dim_per_ngram=config.memory_embedding_dim,
+        hidden_size=hidden,
+        dna_token_ids=LETTERS,
+        ngram_sizes=list(config.ngram_sizes),
+        embed_dim_per_ngram=config.embedding_dim,
         active=True,
         use_short_conv=True,
-        short_conv_kernel_size=config.memory_conv_kernel,
-        short_conv_dilation=config.memory_conv_dilation,
-        window_size=config.memory_window,
+        short_conv_kernel_size=config.conv_kernel,
+        short_conv_dilation=config.conv_dilation,
+        window_size=config.window,
     )
 
 

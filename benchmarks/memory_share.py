@@ -26,7 +26,9 @@ from memory_setup import (
 )
 
 from gengram import GengramConfig, GengramModel, memory_path
-from gengram.operators.native import status
+from gengram.modeling_gengram import modeling_gengram
+from gengram.motif_memory import fold_memory, unfold_memory
+from gengram.motif_memory.ways.native import status
 
 WAYS = [("token_major", "torch"), ("folded", "torch"), ("folded", "native")]
 LENGTH, MILLION, ROUNDS = 512, 1_000_000, 3
@@ -56,19 +58,19 @@ def share() -> dict:
     torch.set_default_dtype(torch.bfloat16)
     model = GengramModel(config).eval()
     torch.set_default_dtype(torch.float32)
-    ids = random_bases(config, LENGTH)
+    ids = random_bases(LENGTH)
     model.to(ids.device)
     memory = model.layers[2].motif_memory
-    watches = [Stopwatch(memory.forward), Stopwatch(model._plan_memory)]
-    memory.forward, model._plan_memory = watches
+    watches = [Stopwatch(memory.forward), Stopwatch(modeling_gengram.plan_ngrams)]
+    memory.forward, modeling_gengram.plan_ngrams = watches
     found: dict[str, list[float]] = {f"{a}, {k}": [] for a, k in WAYS}
     totals: dict[str, list[float]] = {name: [] for name in found}
     for round_number in range(ROUNDS + 1):
         for algorithm, kernels in WAYS:
             with memory_path(algorithm, kernels):
-                memory.unfold()
+                unfold_memory(memory)
                 if algorithm == "folded":
-                    memory.fold()
+                    fold_memory(memory)
                 for watch in watches:
                     watch.seconds = 0.0
                 total = seconds_of(lambda: model(ids))
@@ -84,18 +86,18 @@ def share() -> dict:
 @torch.no_grad()
 def million() -> dict:
     case = dict(hidden=256, width=64)
-    memory, config = prepare(case)
+    memory = prepare(case)
     layer = memory.layer.eval()
-    ids, states = random_bases(config, MILLION), torch.randn(1, MILLION, case["hidden"])
+    ids, states = random_bases(MILLION), torch.randn(1, MILLION, case["hidden"])
     states = states.to(ids.device)
     with memory_path("token_major", "torch"):
-        last = layer(states[:, -2000:], memory.plan(ids[:, -2000:]))[0][:, 100:]
+        last = layer(states[:, -2000:], memory.plan(ids[:, -2000:])).residual[:, 100:]
     found = {}
     for _, kernels in WAYS[1:]:
         with memory_path("folded", kernels):
-            layer.unfold()
-            layer.fold()
-            output = layer(states, memory.plan(ids))[0]
+            unfold_memory(layer)
+            fold_memory(layer)
+            output = layer(states, memory.plan(ids)).residual
             error = ((output[:, -1900:] - last).norm() / last.norm()).item()
             del output
             extra = 0

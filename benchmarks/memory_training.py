@@ -5,7 +5,7 @@
 The reference is the authors' `megatron/core/transformer/gengram.py`, which is not part of this project. Gradients are
 checked against the definition in float64 before anything is timed; times are medians of interleaved runs, and the
 figures are ratios within one run. The lengths show where projecting rows starts to pay: the threshold in
-`operators/memory_path.py`. Writes `benchmarks/results/memory_training.json`.
+`motif_memory/ways/choose.py`. Writes `benchmarks/results/memory_training.json`.
 """
 
 import argparse
@@ -24,9 +24,8 @@ from memory_setup import (
     write_results,
 )
 
-from gengram import memory_path
-from gengram.modeling_gengram.modeling_gengram import GengramMotifMemory
-from gengram.operators.native import status
+from gengram import MotifMemory, memory_path
+from gengram.motif_memory.ways.native import status
 
 CASES = [dict(hidden=1024, width=256, length=length, dtype="float32") for length in (512, 1024, 2048, 4096, 8192)]
 
@@ -40,13 +39,13 @@ def gradients(memory: torch.nn.Module, states: torch.Tensor, output: torch.Tenso
 
 
 def measure(case: dict, reference: Path | None, rounds: int) -> dict:
-    memory, config = prepare(case)
-    ids = random_bases(config, case["length"])
+    memory = prepare(case)
+    ids = random_bases(case["length"])
     plan = memory.plan(ids)
     # Hidden states that lean towards the keys keep the gate off 0, where its square root is steep and any rounding
     # of a key changes gradients at will.
     with torch.no_grad(), memory_path("token_major", "torch"):
-        key = memory.layer.key_proj(memory.layer._features(plan))
+        key, _ = memory.layer.look_up(plan)
         key /= key.square().mean(-1, keepdim=True).sqrt()
         states = torch.randn(key.shape).to(key) + 0.15 * key
     paths = {}
@@ -56,19 +55,19 @@ def measure(case: dict, reference: Path | None, rounds: int) -> dict:
 
             def step(algorithm=algorithm, kernels=kernels):
                 with memory_path(algorithm, kernels):
-                    return memory.layer(leaf, memory.plan(ids))[0]
+                    return memory.layer(leaf, memory.plan(ids)).residual
 
             paths[f"{algorithm}, {kernels}"] = (memory.layer, step, False)
     if reference is not None:
-        theirs = reference_module(reference, config).to(states).train()
+        theirs = reference_module(reference, memory.config, case["hidden"]).to(states).train()
         theirs.load_state_dict(memory.layer.state_dict())
         paths["reference"] = (theirs, lambda: theirs(leaf, ids), True)
 
-    exact = GengramMotifMemory(config, 0).double().to(states.device)
+    exact = MotifMemory(memory.config, case["hidden"]).double().to(states.device)
     exact.load_state_dict(memory.layer.state_dict())
     leaf = states.double().requires_grad_()
     with memory_path("token_major", "torch"):
-        truth = gradients(exact, leaf, exact(leaf, plan)[0])
+        truth = gradients(exact, leaf, exact(leaf, plan).residual)
     errors, times = {}, {name: [] for name in paths}
     leaves = {False: states.clone().requires_grad_(), True: states.transpose(0, 1).contiguous().requires_grad_()}
     for name, (module, step, sequence_first) in paths.items():

@@ -89,7 +89,7 @@ class _AutoFinder:
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:
-                spec.loader = _Loader(spec.loader, self)
+                spec.loader = _Loader(spec.loader, self)  # type: ignore[assignment]
                 return spec
         return None
 
@@ -136,7 +136,7 @@ def _promise_configuration(mapping: Any, class_name: str) -> None:
 
 def _promise_class(mapping: Any, class_name: str) -> None:
     """Add one of our classes to `mapping`, whose keys are configuration classes, when it is first read."""
-    complete = type(mapping)
+    complete: Any = type(mapping)
 
     class Incomplete(complete):
         @property

@@ -1,12 +1,13 @@
 """What a result was measured on."""
 
-import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .versions import installed_version
 
 
 def describe_machine() -> dict[str, Any]:
@@ -22,17 +23,10 @@ def describe_machine() -> dict[str, Any]:
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("gengram", "torch", "transformers", "datasets")},
+        **{name: installed_version(name) for name in ("gengram", "torch", "transformers", "datasets")},
         "commit": commit or None,
         "has_uncommitted_changes": bool(commit and _git("status", "--porcelain")),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-        return None
 
 
 def _git(*words: str) -> str:

@@ -54,9 +54,8 @@ def encode_by_table(tokenizer: TokenizersBackend, text: Any, **options: Any) -> 
         multiple = request.pad_to_multiple_of or 1
         widths = [max(length, -(-width // multiple) * multiple) for length in widths]
     for width in widths:
-        tokenizer._eventual_warn_about_too_long_sequence(  # type: ignore[arg-type]
-            range(width), request.max_length, request.verbose
-        )
+        ids = range(width)  # of which only the length counts
+        tokenizer._eventual_warn_about_too_long_sequence(ids, request.max_length, request.verbose)  # type: ignore[arg-type]
     columns = {"input_ids": (rows.ids, padding["pad_id"] if padding is not None else 0)}
     if request.return_attention_mask:
         columns["attention_mask"] = ([b"\1" * len(row) for row in rows.ids], 0)

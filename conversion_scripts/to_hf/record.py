@@ -1,8 +1,8 @@
 """`conversion.json`: where each tensor of a converted folder came from, with hashes of its bytes on both sides."""
 
-from importlib.metadata import version
 from typing import Any
 
+from ...support.versions import installed_version
 from ..files.dtypes import dtype_name
 from ..hub.hub_path import HubRepository, size_of
 from ..mapping.weight_table import TABLE_VERSION
@@ -20,7 +20,7 @@ def conversion_record(job: ConversionJob, digests: dict[str, str], source_digest
     checkpoint, plan = job.checkpoint, job.plan
     return {
         "table_version": TABLE_VERSION,
-        "gengram_version": version("gengram"),
+        "gengram_version": installed_version("gengram"),
         "source": {
             "path": str(checkpoint.path.resolve()),
             "format": checkpoint.format,

@@ -1,11 +1,11 @@
 """What an interrupted conversion left: whether it is this one, what of it is right, what is still to be read."""
 
 from collections.abc import Container
-from importlib.metadata import version
 from typing import Any
 
 from tqdm import tqdm
 
+from ...support.versions import installed_version
 from ..files.dtypes import dtype_name
 from ..files.partial_folder import FinishedFile, FinishedPart, PartialFolder
 from ..files.safetensors_writer import StartedFile, TensorSpec, intact_start, shard_is_intact
@@ -21,7 +21,7 @@ def identity_of(job: ConversionJob, limit: int) -> dict[str, Any]:
         "source files": [_fingerprint(file) for file in job.checkpoint.files],
         "dtype": dtype_name(job.dtype),
         "max_shard_size": limit,
-        "version of gengram": version("gengram"),
+        "version of gengram": installed_version("gengram"),
         "table_version": TABLE_VERSION,
     }
 

@@ -62,6 +62,9 @@ def demonstrate(records: list[tuple[str, str]], folder: Path) -> None:
 
     from .. import DEFAULT_MODEL
     from ..conversion_scripts.convert_megatron_to_hf import convert_to_hf
+    from ..inference.likelihood import log_likelihoods, next_token_log_probabilities
+    from ..inference.pooling import pool
+    from ..sequences.alphabet import BASES
 
     print("1. Convert a Megatron checkpoint (gengram convert to-hf), here a tiny one with random weights")
     report = convert_to_hf(DEMO_DATA / "tiny_checkpoint", folder, progress=False)
@@ -88,14 +91,13 @@ def demonstrate(records: list[tuple[str, str]], folder: Path) -> None:
     with torch.no_grad():
         outputs = model(**batch, output_hidden_states=True, output_memory_gates=True)
     hidden = outputs.hidden_states[-1]  # (batch, length, hidden)
-    means = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+    means = pool(hidden, mask, "mean")
     for name, length, mean in zip(names, mask.sum(1).tolist(), means, strict=True):
         start = ", ".join(f"{value:+.3f}" for value in mean[:4])
         print(f"   {name}: {length} bases -> {len(mean)} numbers [{start}, ...]")
 
     print("\n5. Score: bits per base, given the bases before it (2 is chance; less is more like genomes)")
-    log_probabilities = outputs.logits[:, :-1].log_softmax(-1)
-    picked = log_probabilities.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)  # (batch, length - 1)
+    picked = next_token_log_probabilities(outputs.logits, batch["input_ids"])  # (batch, length - 1)
     bits = -(picked * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp_min(1) / math.log(2)
     gates = torch.stack(outputs.memory_gates).mean(0)  # (batch, length)
     for name, score, gate, row in zip(names, bits.tolist(), gates, mask.bool(), strict=True):
@@ -103,13 +105,9 @@ def demonstrate(records: list[tuple[str, str]], folder: Path) -> None:
 
     place = len(sequences[0]) // 2
     print(f"\n6. Fill base {place} (from 0) of {names[0]}: how likely the whole sequence is with each base there")
-    filled = [sequences[0][:place] + base + sequences[0][place + 1 :] for base in "ACGT"]
-    batch = tokenizer(filled, return_tensors="pt")
-    with torch.no_grad():
-        log_probabilities = model(**batch).logits[:, :-1].log_softmax(-1)
-    likelihoods = log_probabilities.gather(-1, batch["input_ids"][:, 1:, None]).sum((1, 2))
-    chances = likelihoods.softmax(0).tolist()
-    listed = ", ".join(f"{base} {chance:.2f}" for base, chance in zip("ACGT", chances, strict=True))
+    filled = [sequences[0][:place] + base + sequences[0][place + 1 :] for base in BASES]
+    chances = torch.tensor(log_likelihoods(model, tokenizer, filled)).softmax(0).tolist()
+    listed = ", ".join(f"{base} {chance:.2f}" for base, chance in zip(BASES, chances, strict=True))
     print(f"   it is {sequences[0][place]}; predicted: {listed}")
 
     print("\n7. Generate 40 bases (model.generate, greedy)")

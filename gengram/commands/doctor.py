@@ -1,12 +1,12 @@
 """`gengram doctor`: what runs here, and why."""
 
 import argparse
-import importlib.metadata
 import json
 import platform
 from typing import Any
 
 from .._version import __version__
+from ..support.versions import installed_version
 
 HELP = "say what runs here: versions, devices, native kernels"
 _PACKAGES = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "datasets", "peft")
@@ -15,13 +15,6 @@ _PACKAGES = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "ac
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gengram doctor`."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _why_not_on_a_gpu() -> str:
@@ -50,7 +43,7 @@ def examine() -> dict[str, Any]:
         "gengram": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{package: _version(package) for package in _PACKAGES},
+        **{package: installed_version(package) for package in _PACKAGES},
         "threads": torch.get_num_threads(),
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "native_kernels": {

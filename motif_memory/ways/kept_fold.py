@@ -140,7 +140,7 @@ class FoldKeeper:
         layer = weights.layer(is_causal=True)
         if layer.taps is not None:
             layer = layer._replace(taps=layer.taps.t().contiguous().t())  # a tap's weights lie together
-        held = [weight.detach() for weight in weights.all]
+        held = [weight.detach() for weight in weights.tensors()]
         self.fold = Fold(tables, layer, dtype, layout, weights.stamp(), made_from, held)
         self._trusted.clear()
         return self.fold
@@ -168,7 +168,7 @@ def tokens_to_repay(weights: Weights, plan: NgramPlan) -> float:
 
 def tokens_to_check(weights: Weights) -> float:
     """Tokens below which reading all weights costs more than projecting these tokens."""
-    elements = sum(weight.numel() for weight in weights.all)
+    elements = sum(weight.numel() for weight in weights.tensors())
     return CHECK_COST * elements / (2 * weights.key.numel())
 
 
@@ -183,7 +183,7 @@ def fingerprint(weights: Weights) -> list[torch.Tensor]:
     Any change of one 32-bit number of a block changes its sum; of several, all but one change in 2**32 does
     (multilinear hashing).
     """
-    return [_fingerprint(weight.detach()) for weight in weights.all]
+    return [_fingerprint(weight.detach()) for weight in weights.tensors()]
 
 
 @torch.no_grad()

@@ -347,13 +347,13 @@ def _register(row: _Row) -> Any:
                 raise RuntimeError(
                     "gradients through a cached history are not defined; use the PyTorch composition instead."
                 )
-            *inputs, ctx.native = inputs
-            if isinstance(inputs[0], (list, tuple)):
-                inputs[0] = inputs[0][0].dtype  # all that the gradients of tables need of them
-            ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, Tensor)]
-            ctx.values = [None if isinstance(value, Tensor) else value for value in inputs]
+            *values, ctx.native = inputs
+            if isinstance(values[0], list | tuple):
+                values[0] = values[0][0].dtype  # all that the gradients of tables need of them
+            ctx.places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
+            ctx.values = [None if isinstance(value, Tensor) else value for value in values]
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*(inputs[place] for place in ctx.places))
+            ctx.save_for_backward(*(values[place] for place in ctx.places))
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             values = list(ctx.values)

@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..definition import MemoryLayer, at_least_float32
 
+_HOOKS_OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+
 
 class Weights(NamedTuple):
     """All weights of one memory."""
@@ -21,15 +23,14 @@ class Weights(NamedTuple):
     norm_eps: float
     dilation: int
 
-    @property
-    def all(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
         """Every tensor."""
         taps = [] if self.taps is None else [self.taps]
         return [*self.tables, self.key, self.value, self.norm_q, self.norm_k, *taps]
 
     def stamp(self) -> tuple[tuple[int, int], ...]:
         """Changes when a weight is replaced, and with most writes in place: cheap, but no proof of the opposite."""
-        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.all)
+        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.tensors())
 
     def layer(self, is_causal: bool) -> MemoryLayer:
         """Norms and convolution as numbers."""
@@ -58,7 +59,7 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
     for module, kind in [(m, nn.Embedding) for m in embeddings] + [(m, nn.Linear) for m in projections]:
         if type(module) is not kind:
             return None, "the memory's tables or projections are wrapped by adapters; merge these first"
-    if torch.nn.modules.module._has_any_global_hook():
+    if any(getattr(torch.nn.modules.module, name) for name in _HOOKS_OF_ALL_MODULES):
         return None, "hooks for all modules are registered, which would not be called"
     for module in (*embeddings, *projections, *others):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or _has_own_forward(module):
@@ -74,7 +75,7 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
         memory.norm_q.eps,
         1 if conv is None else conv.dilation,
     )
-    for weight in weights.all:
+    for weight in weights.tensors():
         if weight.is_meta:
             return None, "the memory's weights are offloaded; load them onto a device first"
         if type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor):

@@ -373,7 +373,7 @@ def test_a_fingerprint_changes_with_every_bit():
     first = kept_fold.fingerprint(weights)
     assert kept_fold.same_fingerprint(first, kept_fold.fingerprint(weights))
     generator = np.random.default_rng(0)
-    for tensor in weights.all:
+    for tensor in weights.tensors():
         numbers = tensor.detach().view(-1).view(torch.int32).numpy()
         for place in generator.integers(numbers.size, size=5):
             for bit in range(31):
