@@ -1,5 +1,5 @@
 // The CUDA kernels: which run, over which grid, in which memory. Compiled by nvcc, or by a C++ compiler as an emulation
-// that runs the same thread bodies on the host (tests/operators/test_cuda_kernels.py).
+// that runs the same thread bodies on the host (tests/motif_memory/ways/test_native.py).
 #include "kernels.h"
 
 #include "bodies.h"

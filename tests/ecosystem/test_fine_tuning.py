@@ -127,7 +127,7 @@ def test_sequence_classification_learns_and_is_saved(tmp_path):
 @needs_data
 @pytest.mark.slow
 def test_sequence_classification_finds_the_motif(tmp_path, record_property):
-    """A small model trained from nothing must beat counts of k-mers, which reach 0.981 (data/README.md)."""
+    """A small model trained from nothing must beat counts of k-mers, which reach 0.981 (../shared/data/README.md)."""
     model = new_model(
         GengramForSequenceClassification,
         hidden_size=64,

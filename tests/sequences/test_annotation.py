@@ -110,7 +110,7 @@ def test_a_transcript_to_the_last_base_and_an_intron_of_one_base(read):
 
 @needs_data
 def test_introns_of_chromosome_9_are_gt_ag():
-    """Known from elsewhere (shared/data/README.md): 193 of the 195 different introns."""
+    """Known from elsewhere (../shared/data/README.md): 193 of the 195 different introns."""
     raw = DATA / "genome_human" / "raw"
     ((record, sequence),) = read_fasta(raw / "chr9_1-1000000.GRCh38.fa.gz")
     transcripts = read_transcripts(raw / "chr9_1-1000000.GRCh38.91.gtf.gz")
