@@ -138,6 +138,12 @@ def imports() -> tuple[Import, ...]:
     return tuple(found)
 
 
+def defines(source: str, name: str) -> bool:
+    """Whether a module's text assigns, defines, imports or loads on demand `name`."""
+    fields = ("name", "asname", "id", "value")  # of definitions, imports, assignments and strings
+    return any(getattr(node, field, None) == name for node in ast.walk(ast.parse(source)) for field in fields)
+
+
 def strongly_connected(edges: dict[str, set[str]]) -> set[frozenset[str]]:
     """Groups of two or more modules of which each reaches every other (Tarjan)."""
     index, low, stack, groups = {}, {}, [], set()
@@ -228,3 +234,21 @@ def test_every_python_file_lies_in_a_package_or_among_scripts_and_tests():
     scripts = {"tests", "benchmarks", "examples"}
     files = {name for name in repository_files() if name.endswith(".py") and name.split("/")[0] not in scripts}
     assert files - {"setup.py"} == {str(path.relative_to(ROOT)) for path in modules().values()}
+
+
+def test_scripts_and_tests_import_what_exists():
+    wrong = []
+    for name in repository_files():
+        if not name.endswith(".py") or name.split("/")[0] not in ("tests", "benchmarks", "examples"):
+            continue
+        for node in ast.walk(ast.parse((ROOT / name).read_text(), name)):
+            if isinstance(node, ast.ImportFrom) and room(node.module or "") == "gengram":
+                for alias in node.names:
+                    if f"{node.module}.{alias.name}" not in modules() and not (
+                        node.module in modules() and defines(modules()[node.module].read_text(), alias.name)
+                    ):
+                        wrong.append(f"{name}:{node.lineno}: {node.module}.{alias.name}")
+            elif isinstance(node, ast.Import):
+                ours = [alias.name for alias in node.names if room(alias.name) == "gengram"]
+                wrong += [f"{name}:{node.lineno}: {module}" for module in ours if module not in modules()]
+    assert not wrong, "\n".join(wrong)
