@@ -88,7 +88,7 @@ def measure(
                     return own(states, memory.plan(ids)).residual
 
             def trusted(kernels=kernels, own=own):
-                own.kept_fold.owners = 1  # as inside a block of `folded_memory`, which ends after the last round
+                own.kept_fold.owners = 1  # as inside a block of `folded_inference`, which ends after the last round
                 try:
                     return whole(kernels, own)
                 finally:

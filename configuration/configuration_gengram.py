@@ -204,6 +204,12 @@ class GengramConfig(PreTrainedConfig):
         with_states = set(self.memory_layers) if self.number_of_conv_states else set()
         return ["hybrid" if layer in with_states else "full_attention" for layer in range(self.num_hidden_layers)]
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do in the package, whose saved models bring their source code; a copy in a folder registers."""
+        if not cls.__module__.startswith("gengram."):
+            super().register_for_auto_class(auto_class)
+
     # `strict` calls every method whose name starts with "validate" again on demand, as in `save_pretrained`.
     def validate_architecture(self):
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):

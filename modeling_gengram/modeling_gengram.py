@@ -190,7 +190,7 @@ class GengramDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.motif_memory = self.residual_norm = None
         if layer_idx in config.memory_layers:
-            self.motif_memory = MotifMemory(config.memory, config.hidden_size, layer_idx, config.initializer_range)
+            self.motif_memory = MotifMemory(config.memory, config.hidden_size, layer_idx, initializer_range=None)
             self.residual_norm = GengramResidualNorm()
         self.self_attn = MixtralAttention(config, layer_idx)
         self.mlp = GengramSparseMoeBlock(config) if config.num_local_experts > 1 else GengramMLP(config)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .plan import letter_codes, plan_ngrams
     from .state import MemoryState
     from .ways.choose import Way, memory_path
-    from .ways.kept_fold import fold_memory, folded_memory, unfold_memory
+    from .ways.kept_fold import fold_memory, folded_inference, unfold_memory
 
 # Where each public name is defined; a module is imported when one of its names is first used.
 _HOMES = {
@@ -27,7 +27,7 @@ _HOMES = {
     "Way": "ways.choose",
     "memory_path": "ways.choose",
     "fold_memory": "ways.kept_fold",
-    "folded_memory": "ways.kept_fold",
+    "folded_inference": "ways.kept_fold",
     "unfold_memory": "ways.kept_fold",
 }
 
@@ -50,7 +50,7 @@ __all__ = [
     "NgramPlan",
     "Way",
     "fold_memory",
-    "folded_memory",
+    "folded_inference",
     "letter_codes",
     "memory_path",
     "plan_ngrams",

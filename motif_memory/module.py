@@ -19,7 +19,7 @@ class MotifMemory(nn.Module):
         config: sizes and choices of the memory.
         hidden_size: width of the residual stream.
         layer_idx: which layer it stands in front of; finds its part of a `MemoryState`.
-        initializer_range: standard deviation of new weights.
+        initializer_range: standard deviation of new weights; None leaves them to the model around.
 
     Example:
 
@@ -34,7 +34,7 @@ class MotifMemory(nn.Module):
     """
 
     def __init__(
-        self, config: MotifMemoryConfig, hidden_size: int, layer_idx: int = 0, initializer_range: float = 0.02
+        self, config: MotifMemoryConfig, hidden_size: int, layer_idx: int = 0, initializer_range: float | None = 0.02
     ):
         super().__init__()
         self.config = config
@@ -46,7 +46,8 @@ class MotifMemory(nn.Module):
         self.norm_k = MemoryRMSNorm(hidden_size, config.norm_eps)
         self.short_conv = ShortConv(config, hidden_size) if config.conv_kernel else None
         self.kept_fold = FoldKeeper()
-        self.reset_parameters(initializer_range)
+        if initializer_range is not None:
+            self.reset_parameters(initializer_range)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """New weights: normal with this standard deviation, and ones for the norms."""

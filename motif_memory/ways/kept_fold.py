@@ -4,7 +4,7 @@ Never stale: a kept fold is used in a pass only after the contents of the weight
 made from, by a fingerprint of every byte, whatever wrote them: an optimizer, `load_state_dict`, `weight.data`, NumPy,
 another process. Two owners are trusted instead for as long as they live. A cache that holds keys and values of these
 weights is checked when it is first continued; whoever changes the weights under a cache has stale keys and values as
-well. And `folded_memory(model)`, a block whose end checks that nothing was changed inside it.
+well. And `folded_inference(model)`, a block whose end checks that nothing was changed inside it.
 
 Never wasted: a fold is made on request, or when the tokens that were computed without one since the weights last
 changed would have repaid it.
@@ -57,7 +57,7 @@ class FoldKeeper:
         self.fold: Fold | None = None
         self.dtype: torch.dtype | None = None  # of tables made on request
         self.is_requested = False
-        self.owners = 0  # blocks of `folded_memory` that are open
+        self.owners = 0  # blocks of `folded_inference` that are open
         self._tokens = 0  # computed without a fold since the weights last changed
         self._trusted: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -258,7 +258,7 @@ def unfold_memory(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def folded_memory(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
+def folded_inference(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
     """Compute from folded tables inside a `with` block that owns the weights: nothing may change them before its end.
 
     Saves the check of the weights' contents in every pass; it is made once, when the block ends. Tables that were not
@@ -283,7 +283,7 @@ def folded_memory(model: nn.Module, dtype: torch.dtype | None = None) -> Iterato
             if fold is not None and weights is not None and fold.stamp == weights.stamp():
                 if not same_fingerprint(fingerprint(weights), fold.fingerprint):
                     raise RuntimeError(
-                        "the memory's weights were changed inside the block of folded_memory, so what it computed "
+                        "the memory's weights were changed inside the block of folded_inference, so what it computed "
                         "since is of the old ones; change weights outside, or use fold_memory, which checks in every "
                         "pass."
                     )

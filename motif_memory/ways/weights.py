@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as all_modules
 
 from ..definition import MemoryLayer, at_least_float32
 
-_HOOKS_OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+_PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
 
 
 class Weights(NamedTuple):
@@ -52,33 +53,43 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
     """The weights of a `MotifMemory`, or why they cannot be read past the modules that hold them."""
     if memory.config.pooling == "as_trained":
         return None, 'memory_pooling="as_trained" repeats the original\'s operations in their order'
-    embeddings, projections = list(memory.embeddings), [memory.key_proj, memory.value_proj]
-    others: list[nn.Module] = [memory.norm_q, memory.norm_k]
-    if memory.short_conv is not None:
-        others += [memory.short_conv, memory.short_conv.conv]
+    if (
+        all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or all_modules._global_backward_hooks
+    ):
+        return None, "hooks for all modules are registered, which would not be called"
+    parts = memory._modules  # past `__getattr__`, whose time would be felt in decoding
+    embeddings, projections = list(parts["embeddings"]._modules.values()), (parts["key_proj"], parts["value_proj"])
+    others = [parts["norm_q"], parts["norm_k"]]
+    short_conv = parts["short_conv"]
+    conv = None if short_conv is None else short_conv._modules["conv"]
+    if conv is not None:
+        others += [short_conv, conv]
     for module, kind in [(m, nn.Embedding) for m in embeddings] + [(m, nn.Linear) for m in projections]:
         if type(module) is not kind:
             return None, "the memory's tables or projections are wrapped by adapters; merge these first"
-    if any(getattr(torch.nn.modules.module, name) for name in _HOOKS_OF_ALL_MODULES):
-        return None, "hooks for all modules are registered, which would not be called"
     for module in (*embeddings, *projections, *others):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or _has_own_forward(module):
             return None, "a part of the memory has hooks, which would not be called"
-    conv = None if memory.short_conv is None else memory.short_conv.conv
+    holders = (*embeddings, *projections, *others[:2], *(() if conv is None else (conv,)))
+    found: list[Any] = []
+    for module in holders:
+        found.append(module._parameters.get("weight"))
+        if found[-1] is None:
+            return None, "the memory's weights are not parameters of its modules"
+    tables = len(embeddings)
     weights = Weights(
-        [table.weight for table in embeddings],
-        memory.key_proj.weight,
-        memory.value_proj.weight,
-        memory.norm_q.weight,
-        memory.norm_k.weight,
-        None if conv is None else conv.weight,
-        memory.norm_q.eps,
+        found[:tables],
+        *found[tables : tables + 4],
+        None if conv is None else found[-1],
+        others[0].eps,
         1 if conv is None else conv.dilation,
     )
     for weight in weights.tensors():
         if weight.is_meta:
             return None, "the memory's weights are offloaded; load them onto a device first"
-        if type(weight) not in (nn.Parameter, torch.Tensor, FakeTensor):
+        if type(weight) not in _PLAIN:
             return None, f"the memory's weights are of a special kind, {type(weight).__name__}"
         if weight.device != device or not weight.numel():
             return None, "the memory's weights are distributed over devices"
@@ -87,5 +98,7 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether something replaced the module's `forward`; accelerate does so harmlessly where nothing is offloaded."""
+    if "forward" not in module.__dict__:
+        return False
     hook = getattr(module, "_hf_hook", None)
-    return "forward" in module.__dict__ and (hook is None or getattr(hook, "offload", True))
+    return hook is None or getattr(hook, "offload", True)

@@ -16,7 +16,7 @@ from gengram.motif_memory import (
     MotifMemory,
     MotifMemoryConfig,
     fold_memory,
-    folded_memory,
+    folded_inference,
     letter_codes,
     plan_ngrams,
     unfold_memory,
@@ -322,19 +322,19 @@ def test_a_short_prompt_is_not_checked_and_its_continuation_once(monkeypatch, wa
 
 
 @torch.no_grad()
-def test_a_block_of_folded_memory_checks_once_and_refuses_what_changed_unseen(monkeypatch):
+def test_a_block_of_folded_inference_checks_once_and_refuses_what_changed_unseen(monkeypatch):
     memory, (hidden_states, plan) = new_memory(), inputs()
     checks = []
     original = kept_fold.same_fingerprint
     monkeypatch.setattr(kept_fold, "same_fingerprint", lambda *both: checks.append(1) or original(*both))
-    with folded_memory(memory):
+    with folded_inference(memory):
         for _ in range(4):
             ours = memory(hidden_states, plan).residual
         assert not checks
         memory.key_proj.weight.mul_(2)  # seen at once
         torch.testing.assert_close(memory(hidden_states, plan).residual, fresh(memory, hidden_states, plan), **CLOSE)
     assert len(checks) == 1 and memory.kept_fold.fold is None
-    with pytest.raises(RuntimeError, match="changed inside the block"), folded_memory(memory):
+    with pytest.raises(RuntimeError, match="changed inside the block"), folded_inference(memory):
         memory.key_proj.weight.data.mul_(2)
         memory(hidden_states, plan)
     assert memory.kept_fold.fold is None and memory.kept_fold.owners == 0
