@@ -80,7 +80,7 @@ def states_needed(window: int, conv_kernel: int, pooling: str) -> tuple[str, ...
     pooling, `"prefix_sums"` (batch, features, `window`).
     """
     needed = {"conv_inputs": conv_kernel > 1, "letter_codes": window > 1, "prefix_sums": pooling == "as_trained"}
-    return tuple(state for state, is_needed in needed.items() if is_needed)
+    return tuple([state for state, is_needed in needed.items() if is_needed])  # compiled code takes no generators
 
 
 def check_memory_fields(fields: Mapping[str, Any], prefix: str = "", without: str = "") -> None:

@@ -11,6 +11,8 @@ changed would have repaid it.
 """
 
 import contextlib
+import functools
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -24,10 +26,14 @@ from .choose import packed_layout
 from .packed_tables import PackedTables, pack_tables, table_sections
 from .weights import Weights, weights_at_hand
 
-# Costs in multiply-adds of a matrix product, fitted to `benchmarks/memory_folding.py` on a CPU.
-ROW_COST = 150.0  # of packing a row, per column: adding up its sections and writing it into fresh memory
-LOOKUP_COST = 25.0  # of adding one row of packed tables, per column
-CHECK_COST = 12.0  # of reading one weight for its fingerprint
+# Costs per column of keys and values, in multiply-adds of a matrix product; fitted to `benchmarks/memory_folding.py`.
+ROW_COST = 700.0  # of packing a row: adding up its sections and writing it into fresh memory
+LOOKUP_COST = 11.0  # of adding one row of packed tables
+POOLING_COST = 100.0  # of everything about an unfolded token but its matrix products
+CHECK_COST = 60.0  # of reading one weight for its fingerprint
+
+# Tables that would be larger than so many times the memory's weights are made on request only.
+LARGEST_GROWTH = 16
 
 # Above this share of windows that are not full of letters, folded tables read more than they save.
 LARGEST_IRREGULAR_SHARE = 0.25
@@ -103,7 +109,7 @@ class FoldKeeper:
             if self.owners or owner in self._trusted:
                 return fold, ""
             continues = state is not None and state.has_history(memory.layer_idx)
-            if not (is_forced or continues) and tokens < tokens_to_check(weights):
+            if not (is_forced or continues) and tokens < tokens_to_check(weights, plan):
                 return None, "so few tokens repay no check of the folded tables"
             if same_fingerprint(fingerprint(weights), fold.fingerprint):
                 if owner is not None:
@@ -156,20 +162,33 @@ def _mostly_regular(plan: NgramPlan) -> bool:
 
 
 def tokens_to_repay(weights: Weights, plan: NgramPlan) -> float:
-    """Tokens after which folding has cost less than projecting each; infinite if a token is cheaper unfolded."""
-    width, features = weights.tables[0].shape[1], weights.key.shape[1]
-    largest = max(plan.ngram_sizes)
-    lookups = plan.window - largest + 2  # rows of packed tables per token
-    saved = features - LOOKUP_COST * lookups
+    """Tokens after which folding has cost less than projecting each.
+
+    Infinite if a token is cheaper unfolded, or the tables would be too large to be made unasked.
+    """
+    columns, width = 2 * weights.key.shape[0], weights.tables[0].shape[1]
     projected = sum(table.shape[0] for table in weights.tables)
-    packed = table_sections(largest).rows
-    return (projected * width + packed * ROW_COST) / saved if saved > 0 else float("inf")
+    packed = table_sections(max(plan.ngram_sizes)).rows
+    saved = _saved_per_token(weights, plan)
+    if saved <= 0 or packed * columns > LARGEST_GROWTH * _elements(weights):
+        return math.inf
+    return (projected * width + packed * ROW_COST) / saved
 
 
-def tokens_to_check(weights: Weights) -> float:
-    """Tokens below which reading all weights costs more than projecting these tokens."""
-    elements = sum(weight.numel() for weight in weights.tensors())
-    return CHECK_COST * elements / (2 * weights.key.numel())
+def tokens_to_check(weights: Weights, plan: NgramPlan) -> float:
+    """Tokens below which reading all weights costs more than folded tables save."""
+    saved = _saved_per_token(weights, plan) * 2 * weights.key.shape[0]
+    return CHECK_COST * _elements(weights) / saved if saved > 0 else math.inf
+
+
+def _saved_per_token(weights: Weights, plan: NgramPlan) -> float:
+    """What folded tables save per token and column."""
+    lookups = plan.window - max(plan.ngram_sizes) + 2  # rows of packed tables per token
+    return weights.key.shape[1] + POOLING_COST - LOOKUP_COST * lookups
+
+
+def _elements(weights: Weights) -> int:
+    return sum(weight.numel() for weight in weights.tensors())
 
 
 # ---- fingerprints
@@ -191,7 +210,7 @@ def _fingerprint(weight: torch.Tensor) -> torch.Tensor:
     lanes = weight.contiguous().view(-1)
     size = lanes.element_size() * lanes.numel()
     lanes = lanes.view(torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.int8)
-    factors = _factors(lanes.device, min(_LANES, lanes.numel()))
+    factors = _factors(lanes.device)[: lanes.numel()]
     products = torch.empty_like(factors)
     sums = []
     for block in lanes.split(_LANES):
@@ -201,10 +220,11 @@ def _fingerprint(weight: torch.Tensor) -> torch.Tensor:
     return torch.stack(sums)
 
 
-def _factors(device: torch.device, count: int) -> torch.Tensor:
+@functools.cache
+def _factors(device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0x6E6772616D)
-    factors = torch.randint(-(2**62), 2**62, (_LANES,), generator=generator)[:count]
-    return (2 * factors + 1).to(device)
+    with torch.inference_mode(False):
+        return (2 * torch.randint(-(2**62), 2**62, (_LANES,), generator=generator) + 1).to(device)
 
 
 def same_fingerprint(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

@@ -93,7 +93,7 @@ def test_training_is_the_same_every_time():
 
 def test_long_inference_folds_by_itself_and_training_does_not(algorithms, monkeypatch):
     monkeypatch.setattr(kept_fold, "tokens_to_repay", lambda weights, plan: 50)
-    monkeypatch.setattr(kept_fold, "tokens_to_check", lambda weights: 10)
+    monkeypatch.setattr(kept_fold, "tokens_to_check", lambda weights, plan: 10)
     model, ids = tiny_model(GengramForCausalLM), random_ids(1, 20, non_letters=0)
     model(ids)
     assert set(algorithms) == {"token_major"} and folds(model) == [None, None]

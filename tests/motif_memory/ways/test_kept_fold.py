@@ -34,7 +34,7 @@ CLOSE = dict(rtol=0, atol=SAME_FP32)
 def eager_folds(monkeypatch):
     """The worst case: a fold is made at once and used in every pass."""
     monkeypatch.setattr(kept_fold, "tokens_to_repay", lambda weights, plan: 0)
-    monkeypatch.setattr(kept_fold, "tokens_to_check", lambda weights: 0)
+    monkeypatch.setattr(kept_fold, "tokens_to_check", lambda weights, plan: 0)
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_a_generation_reads_the_weights_that_it_began_with_and_the_next_one_the_
 
 @torch.no_grad()
 def test_a_short_prompt_is_not_checked_and_its_continuation_once(monkeypatch, ways):
-    monkeypatch.setattr(kept_fold, "tokens_to_check", lambda weights: 100)
+    monkeypatch.setattr(kept_fold, "tokens_to_check", lambda weights, plan: 100)
     checks = []
     original = kept_fold.same_fingerprint
     monkeypatch.setattr(kept_fold, "same_fingerprint", lambda *both: checks.append(1) or original(*both))
