@@ -62,7 +62,7 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
     parts = memory._modules  # past `__getattr__`, whose time would be felt in decoding
     embeddings, projections = list(parts["embeddings"]._modules.values()), (parts["key_proj"], parts["value_proj"])
     others = [parts["norm_q"], parts["norm_k"]]
-    short_conv = parts["short_conv"]
+    short_conv = parts.get("short_conv")
     conv = None if short_conv is None else short_conv._modules["conv"]
     if conv is not None:
         others += [short_conv, conv]
