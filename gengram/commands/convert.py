@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..conversion_scripts.choices import FETCH, FORMATS, MEMORY_PREFIXES, OUTPUT_DTYPES
 
@@ -55,6 +56,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "revision", "fetch")}
     give_memory_back()
     try:
+        done: Any
         if arguments.dry_run:
             done = plan_conversion(arguments.source, arguments.output, **options)
         else:

@@ -81,8 +81,11 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
     tables = len(embeddings)
     weights = Weights(
         found[:tables],
-        *found[tables : tables + 4],
-        None if conv is None else found[-1],
+        found[tables],
+        found[tables + 1],
+        found[tables + 2],
+        found[tables + 3],
+        None if conv is None else found[tables + 4],
         others[0].eps,
         1 if conv is None else conv.dilation,
     )
