@@ -6,8 +6,8 @@ another process. Two owners are trusted instead for as long as they live. A cach
 weights is checked when it is first continued; whoever changes the weights under a cache has stale keys and values as
 well. And `folded_inference(model)`, a block whose end checks that nothing was changed inside it.
 
-Never wasted: a fold is made on request, or when the tokens that were computed without one since the weights last
-changed would have repaid it.
+Never wasted: a fold is made on request, or for a pass whose own tokens repay it. So the way of a pass, and with it the
+last bits of its numbers, depends on the pass and on requests, not on what was computed before.
 """
 
 import contextlib
@@ -64,16 +64,15 @@ class FoldKeeper:
         self.dtype: torch.dtype | None = None  # of tables made on request
         self.is_requested = False
         self.owners = 0  # blocks of `folded_inference` that are open
-        self._tokens = 0  # computed without a fold since the weights last changed
         self._trusted: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def forget(self) -> None:
-        """Drop the fold, the request for it, and what was counted."""
+        """Drop the fold and the request for it."""
         self.__init__()  # type: ignore[misc]
 
     def drop(self) -> None:
-        """Drop a fold of other weights; a request stays, and is met when it pays again."""
-        self.fold, self._tokens = None, 0
+        """Drop a fold of other weights; a request stays."""
+        self.fold = None
         self._trusted.clear()
 
     def __deepcopy__(self, memo: Any) -> "FoldKeeper":
@@ -99,30 +98,29 @@ class FoldKeeper:
         if state is not None and not state.has_history(memory.layer_idx):
             self._trusted.discard(owner)  # a cache that starts again
         layout = packed_layout(hidden_states.device, hidden_states.dtype, hidden_states.shape[-1])
-        fold = self.fold
-        if fold is not None and (
-            fold.stamp != weights.stamp() or fold.dtype != hidden_states.dtype or fold.slab_width != layout
+        if self.fold is not None and (
+            self.fold.stamp != weights.stamp()
+            or self.fold.dtype != hidden_states.dtype
+            or self.fold.slab_width != layout
         ):
             self.drop()
-            fold = None
-        if fold is not None:
-            if self.owners or owner in self._trusted:
-                return fold, ""
-            continues = state is not None and state.has_history(memory.layer_idx)
-            if not (is_forced or continues) and tokens < tokens_to_check(weights, plan):
-                return None, "so few tokens repay no check of the folded tables"
-            if same_fingerprint(fingerprint(weights), fold.fingerprint):
-                if owner is not None:
-                    self._trusted.add(owner)
-                return fold, ""
-            self.drop()
+        if self.fold is not None and (self.owners or owner in self._trusted):
+            return self.fold, ""
         if not (is_forced or self.owners):
-            if not _mostly_regular(plan):
+            continues = state is not None and state.has_history(memory.layer_idx)
+            if self.is_requested:
+                if not continues and tokens < tokens_to_check(weights, plan):
+                    return None, "so few tokens repay no check of the folded tables"
+            elif tokens < tokens_to_repay(weights, plan):
+                return None, "the tokens of this pass do not repay folding"
+            elif not _mostly_regular(plan):
                 return None, "too many windows are not full of letters"
-            self._tokens += tokens
-            needed = tokens_to_repay(weights, plan)
-            if self._tokens < needed:
-                return None, f"a fold does not repay itself yet: {self._tokens} tokens since the weights changed"
+        fold = self.fold
+        if fold is not None and same_fingerprint(fingerprint(weights), fold.fingerprint):
+            if owner is not None:
+                self._trusted.add(owner)
+            return fold, ""
+        self.drop()
         fold = self.make(weights, hidden_states.dtype, plan.ngram_sizes, plan.window)
         if fold is None:
             return None, "the memory's weights are not finite"

@@ -91,23 +91,23 @@ def test_training_is_the_same_every_time():
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-def test_long_inference_folds_by_itself_and_training_does_not(algorithms, monkeypatch):
-    monkeypatch.setattr(kept_fold, "tokens_to_repay", lambda weights, plan: 50)
-    monkeypatch.setattr(kept_fold, "tokens_to_check", lambda weights, plan: 10)
+def test_a_long_pass_folds_by_itself_and_training_does_not(algorithms, monkeypatch):
+    monkeypatch.setattr(kept_fold, "tokens_to_repay", lambda weights, plan: 20)
     model, ids = tiny_model(GengramForCausalLM), random_ids(1, 20, non_letters=0)
     model(ids)
     assert set(algorithms) == {"token_major"} and folds(model) == [None, None]
     with torch.no_grad():
-        model(ids)
-        model(ids)
-        assert set(algorithms) == {"token_major"} and folds(model) == [None, None]  # 40 tokens of 50
+        model(ids[:, :19])
+        assert set(algorithms) == {"token_major"} and folds(model) == [None, None]
         model(ids)
         assert algorithms[-2:] == ["folded"] * 2 and None not in folds(model)
         before = folds(model)
         model(ids)
         assert all(a is b for a, b in zip(before, folds(model), strict=True))
         model(ids[:, :5])
-        assert algorithms[-2:] == ["token_major"] * 2  # too short to repay a check of the weights
+        assert algorithms[-2:] == ["token_major"] * 2  # as if there were no folded tables
+        alone = tiny_model(GengramForCausalLM)(ids[:, :5]).logits
+        assert torch.equal(model(ids[:, :5]).logits, alone)  # the same bits, whatever was computed before
         model.train()(ids)
     assert algorithms[-2:] == ["token_major"] * 2 and folds(model) == [None, None]
     model(random_ids(8, 1200))
@@ -277,7 +277,7 @@ def test_the_way_and_its_reason_are_logged_once(monkeypatch, caplog):
         model(ids)
         model(ids)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1 and "token_major (a fold does not repay itself yet" in lines[0]
+    assert len(lines) == 1 and "token_major (the tokens of this pass do not repay folding" in lines[0]
     assert "PyTorch's operations (PyTorch's operations are asked for)" in lines[0]
 
 
