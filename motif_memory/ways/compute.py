@@ -1,6 +1,6 @@
 """One pass of a memory by the way that `choose.py` finds; every way gives the definition's numbers up to rounding."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,26 @@ from .operators import folded_memory, gated_memory, window_features
 from .packed_tables import PackedTables
 from .table_major import packed_rows, rows_to_project, used_rows
 from .weights import Weights, weights_at_hand
+
+
+class _Pass(NamedTuple):
+    """What a way computes from."""
+
+    memory: Any  # a `MotifMemory`
+    hidden_states: torch.Tensor
+    plan: NgramPlan
+    state: MemoryState | None
+    weights: Weights | None  # None where only the modules may read them
+
+    @property
+    def history(self) -> torch.Tensor | None:
+        """Inputs of the convolution before this pass."""
+        return None if self.state is None else self.state.conv_inputs(self.memory.layer_idx)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all inputs of the convolution are wanted, not only the last."""
+        return self.state is not None and self.state.keeps_all
 
 
 def compute(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: MemoryState | None) -> MemoryOutput:
@@ -30,22 +50,16 @@ def compute(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: Me
         table_rows=rows_to_project(plan.ngram_sizes),
         find_fold=find_fold,
     )
-    return _WAYS[way.algorithm](memory, hidden_states, plan, state, way, weights)
+    return _WAYS[way.algorithm](_Pass(memory, hidden_states, plan, state, weights), way)
 
 
-def _as_trained(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: Any, *_: Any) -> MemoryOutput:
-    return memory_as_trained(memory, hidden_states, plan, state)
+def _as_trained(work: _Pass, way: Way) -> MemoryOutput:
+    return memory_as_trained(work.memory, work.hidden_states, work.plan, work.state)
 
 
-def _token_major(
-    memory: Any,
-    hidden_states: torch.Tensor,
-    plan: NgramPlan,
-    state: MemoryState | None,
-    way: Way,
-    weights: Weights | None,
-) -> MemoryOutput:
-    if way.kernels == "torch" or weights is None or _keeps_all(state):
+def _token_major(work: _Pass, way: Way) -> MemoryOutput:
+    memory, hidden_states, plan, state, weights = work
+    if way.kernels == "torch" or weights is None or work.keeps_all:
         return memory.by_definition(hidden_states, plan, state)
     table = weights.tables[0]
     fits = table.shape[1] % 16 == 0  # the width that native kernels need
@@ -55,61 +69,32 @@ def _token_major(
     if key.dtype != value.dtype:
         return memory.from_key_and_value(hidden_states, key, value, plan, state)
     layer = weights.layer(plan.is_causal)
-    return gated_memory(hidden_states, key, value, plan, layer, _history(memory, state), native=True)
+    return gated_memory(hidden_states, key, value, plan, layer, work.history, native=True)
 
 
-def _table_major(
-    memory: Any,
-    hidden_states: torch.Tensor,
-    plan: NgramPlan,
-    state: MemoryState | None,
-    way: Way,
-    weights: Weights,
-) -> MemoryOutput:
+def _table_major(work: _Pass, way: Way) -> MemoryOutput:
+    weights = work.weights
+    assert weights is not None
     used = top = None
     if not torch.compiler.is_compiling():  # their number depends on the data
-        used, top = used_rows(plan)
-    layout = packed_layout(weights.key.device, hidden_states.dtype, hidden_states.shape[-1])
-    tables = packed_rows(weights.tables, weights.key, weights.value, plan, used, layout)
-    return _from_tables(memory, hidden_states, plan, state, way, weights, tables, top)
+        used, top = used_rows(work.plan)
+    layout = packed_layout(weights.key.device, work.hidden_states.dtype, work.hidden_states.shape[-1])
+    tables = packed_rows(weights.tables, weights.key, weights.value, work.plan, used, layout)
+    return _from_tables(work, way, tables, top)
 
 
-def _folded(
-    memory: Any,
-    hidden_states: torch.Tensor,
-    plan: NgramPlan,
-    state: MemoryState | None,
-    way: Way,
-    weights: Weights,
-) -> MemoryOutput:
-    return _from_tables(memory, hidden_states, plan, state, way, weights, way.fold.tables, None)
+def _folded(work: _Pass, way: Way) -> MemoryOutput:
+    return _from_tables(work, way, way.fold.tables, None)
 
 
-def _from_tables(
-    memory: Any,
-    hidden_states: torch.Tensor,
-    plan: NgramPlan,
-    state: MemoryState | None,
-    way: Way,
-    weights: Weights,
-    tables: PackedTables,
-    top: torch.Tensor | None,
-) -> MemoryOutput:
-    if _keeps_all(state):
+def _from_tables(work: _Pass, way: Way, tables: PackedTables, top: torch.Tensor | None) -> MemoryOutput:
+    memory, hidden_states, plan, state, weights = work
+    assert weights is not None
+    if work.keeps_all:
         key, value = folded_key_value(tables, plan, top)
         return memory.from_key_and_value(hidden_states, key, value, plan, state)
     layer = way.fold.layer if way.fold is not None and plan.is_causal else weights.layer(plan.is_causal)
-    return folded_memory(
-        hidden_states, tables, plan, layer, _history(memory, state), top, native=way.kernels == "native"
-    )
-
-
-def _keeps_all(state: MemoryState | None) -> bool:
-    return state is not None and state.keeps_all
-
-
-def _history(memory: Any, state: MemoryState | None) -> torch.Tensor | None:
-    return None if state is None else state.conv_inputs(memory.layer_idx)
+    return folded_memory(hidden_states, tables, plan, layer, work.history, top, native=way.kernels == "native")
 
 
 _WAYS = {"as_trained": _as_trained, "token_major": _token_major, "table_major": _table_major, "folded": _folded}
