@@ -24,16 +24,6 @@ class _Pass(NamedTuple):
     state: MemoryState | None
     weights: Weights | None  # None where only the modules may read them
 
-    @property
-    def history(self) -> torch.Tensor | None:
-        """Inputs of the convolution before this pass."""
-        return None if self.state is None else self.state.conv_inputs(self.memory.layer_idx)
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all inputs of the convolution are wanted, not only the last."""
-        return self.state is not None and self.state.keeps_all
-
 
 def compute(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: MemoryState | None) -> MemoryOutput:
     """What a `MotifMemory` makes of a pass; arguments as for its `forward`."""
@@ -59,7 +49,7 @@ def _as_trained(work: _Pass, way: Way) -> MemoryOutput:
 
 def _token_major(work: _Pass, way: Way) -> MemoryOutput:
     memory, hidden_states, plan, state, weights = work
-    if way.kernels == "torch" or weights is None or work.keeps_all:
+    if way.kernels == "torch" or weights is None or _keeps_all(work):
         return memory.by_definition(hidden_states, plan, state)
     table = weights.tables[0]
     fits = table.shape[1] % 16 == 0  # the width that native kernels need
@@ -69,7 +59,7 @@ def _token_major(work: _Pass, way: Way) -> MemoryOutput:
     if key.dtype != value.dtype:
         return memory.from_key_and_value(hidden_states, key, value, plan, state)
     layer = weights.layer(plan.is_causal)
-    return gated_memory(hidden_states, key, value, plan, layer, work.history, native=True)
+    return gated_memory(hidden_states, key, value, plan, layer, _history(work), native=True)
 
 
 def _table_major(work: _Pass, way: Way) -> MemoryOutput:
@@ -90,11 +80,21 @@ def _folded(work: _Pass, way: Way) -> MemoryOutput:
 def _from_tables(work: _Pass, way: Way, tables: PackedTables, top: torch.Tensor | None) -> MemoryOutput:
     memory, hidden_states, plan, state, weights = work
     assert weights is not None
-    if work.keeps_all:
+    if _keeps_all(work):
         key, value = folded_key_value(tables, plan, top)
         return memory.from_key_and_value(hidden_states, key, value, plan, state)
     layer = way.fold.layer if way.fold is not None and plan.is_causal else weights.layer(plan.is_causal)
-    return folded_memory(hidden_states, tables, plan, layer, work.history, top, native=way.kernels == "native")
+    return folded_memory(hidden_states, tables, plan, layer, _history(work), top, native=way.kernels == "native")
+
+
+def _keeps_all(work: _Pass) -> bool:
+    """Whether all inputs of the convolution are wanted, not only the last."""
+    return work.state is not None and work.state.keeps_all
+
+
+def _history(work: _Pass) -> torch.Tensor | None:
+    """Inputs of the convolution before this pass."""
+    return None if work.state is None else work.state.conv_inputs(work.memory.layer_idx)
 
 
 _WAYS = {"as_trained": _as_trained, "token_major": _token_major, "table_major": _table_major, "folded": _folded}
