@@ -23,7 +23,12 @@ def letter_codes(input_ids: torch.Tensor, letters: Sequence[int]) -> torch.Tenso
 
     Returns:
         int64 (batch, length).
+
+    Raises:
+        ValueError: if `letters` are not five ids.
     """
+    if len(letters) != 5 or not all(isinstance(letter, int) for letter in letters):
+        raise ValueError(f"expected the five token ids of A, C, G, T and N, got {letters!r}.")
     return letter_codes_operator(input_ids, letters)
 
 
@@ -46,7 +51,15 @@ def plan_ngrams(
         exists: (batch, length), true (or 1) for tokens and false for padding, as Transformers' masks; None: all exist.
         state: what is known of earlier tokens; None: nothing came before.
         is_causal: the window is the last `config.window` tokens if true, else centred on the position.
+
+    Raises:
+        ValueError: if `codes` are no letter codes (on a CPU, where looking at them is cheap).
     """
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling() and type(codes) is torch.Tensor:
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 5:
+            raise ValueError(
+                f"expected letter codes 0..5 from letter_codes, got {int(codes.min())}..{int(codes.max())}: token ids?"
+            )
     length, context = codes.shape[1], 0
     if exists is not None:
         exists = exists.to(device=codes.device, dtype=torch.bool)

@@ -27,6 +27,7 @@ class _Pass(NamedTuple):
 
 def compute(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: MemoryState | None) -> MemoryOutput:
     """What a `MotifMemory` makes of a pass; arguments as for its `forward`."""
+    _check(memory, hidden_states, plan)
     weights, why_not = weights_at_hand(memory, hidden_states.device)
 
     def find_fold(is_forced: bool) -> tuple[Any, str]:
@@ -41,6 +42,26 @@ def compute(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: Me
         find_fold=find_fold,
     )
     return _WAYS[way.algorithm](_Pass(memory, hidden_states, plan, state, weights), way)
+
+
+def _check(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan) -> None:
+    """Refuse a plan of another memory, or of other tokens."""
+    config = memory.config
+    if not isinstance(plan, NgramPlan):
+        raise TypeError(f"expected a plan from plan_ngrams, got a {type(plan).__name__}.")
+    if plan.ngram_sizes != config.ngram_sizes or plan.window != config.window:
+        raise ValueError(
+            f"the plan is of n-grams {plan.ngram_sizes} in windows of {plan.window}, but this memory has "
+            f"{config.ngram_sizes} and {config.window}; make the plan with the memory's own configuration."
+        )
+    if torch.compiler.is_compiling():  # whose shapes may be symbols
+        return
+    expected = (plan.grams.shape[0], plan.length, memory.norm_q.weight.shape[0])
+    if hidden_states.shape != expected:
+        raise ValueError(
+            f"expected hidden states of (batch, length, hidden) {expected}, as the plan and the memory have them, got "
+            f"{tuple(hidden_states.shape)}."
+        )
 
 
 def _as_trained(work: _Pass, way: Way) -> MemoryOutput:

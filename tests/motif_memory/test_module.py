@@ -241,3 +241,23 @@ def test_a_configuration_is_checked_and_goes_through_json():
     ]:
         with pytest.raises(ValueError, match=message):
             MotifMemoryConfig(**wrong)
+
+
+def test_plans_and_codes_of_something_else_are_errors():
+    config = MotifMemoryConfig(ngram_sizes=(1, 2), embedding_dim=4, window=5)
+    memory, ids, hidden_states = MotifMemory(config, 8), torch.tensor([[8, 5, 6, 7]]), torch.randn(1, 4, 8)
+    plan = plan_for(config, ids)
+    assert memory(hidden_states, plan).residual.shape == (1, 4, 8)
+    for other in (dict(ngram_sizes=(1,)), dict(window=6)):
+        changed = MotifMemoryConfig(**{**config.to_dict(), **other})
+        with pytest.raises(ValueError, match="make the plan with the memory's own configuration"):
+            memory(hidden_states, plan_for(changed, ids))
+    with pytest.raises(ValueError, match=r"expected hidden states of .* \(1, 4, 8\)"):
+        memory(hidden_states[:, :3], plan)
+    with pytest.raises(TypeError, match="expected a plan"):
+        memory(hidden_states, ids)
+    with pytest.raises(ValueError, match=r"letter codes 0\.\.5"):
+        plan_ngrams(ids, config)
+    for letters in ((8, 5, 6, 7), "ACGTN"):
+        with pytest.raises(ValueError, match="five token ids"):
+            letter_codes(ids, letters)
