@@ -3,8 +3,8 @@
     python benchmarks/memory_folding.py [--threads N] [--device cuda]
 
 For each shape: seconds to fold, to check the weights' contents, and per token with and without folded tables; the
-tokens after which folding or checking has repaid itself as measured, beside those that `motif_memory/ways/kept_fold.py`
-expects.
+tokens after which folding or checking has repaid itself as measured, beside those that the package expects
+(`motif_memory/ways/kept_fold.py`).
 Then the first call of gengram-mini on 8 bases in `eval()`, beside the same call by the definition: seconds of the CPU
 and rise of the process's peak memory. Writes `benchmarks/results/memory_folding.json`.
 """

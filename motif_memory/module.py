@@ -1,5 +1,7 @@
 """The motif memory as a module: looks up every k-mer of a window, averages, adds what the hidden state asks for."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,6 +34,8 @@ class MotifMemory(nn.Module):
     >>> memory(torch.randn(1, 8, 32), plan).residual.shape
     torch.Size([1, 8, 32])
     """
+
+    part_types: ClassVar[tuple[type, ...]]  # of norms, convolution and its taps: what faster ways may read past
 
     def __init__(
         self, config: MotifMemoryConfig, hidden_size: int, layer_idx: int = 0, initializer_range: float | None = 0.02
@@ -155,3 +159,6 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: torch.Tensor, reach_back: int, plan: NgramPlan) -> torch.Tensor:
         return dilated_taps(x, self.weight.squeeze(1), self.dilation, reach_back, plan.behind_current(), plan.ahead)
+
+
+MotifMemory.part_types = (MemoryRMSNorm, ShortConv, DepthwiseConv)

@@ -46,7 +46,7 @@ class Fold(NamedTuple):
     layer: MemoryLayer  # whose reach is causal
     dtype: torch.dtype  # of the hidden states that it serves
     slab_width: int | None
-    stamp: tuple[tuple[int, int], ...]
+    stamp: tuple[Any, ...]
     fingerprint: list[torch.Tensor]
     held: list[torch.Tensor]  # the weights' memory, so that no other tensor can be given its address
 
@@ -68,7 +68,8 @@ class FoldKeeper:
 
     def forget(self) -> None:
         """Drop the fold and the request for it."""
-        self.__init__()  # type: ignore[misc]
+        self.drop()
+        self.dtype, self.is_requested = None, False
 
     def drop(self) -> None:
         """Drop a fold of other weights; a request stays."""
@@ -138,7 +139,8 @@ class FoldKeeper:
         stored = self.dtype or (torch.float16 if dtype in (torch.bfloat16, torch.float16) else dtype)
         layout = packed_layout(device, dtype, hidden)
         made_from = fingerprint(weights)
-        tables = pack_tables(weights.tables, weights.key, weights.value, ngram_sizes, window, stored, layout)
+        with torch.autocast(device_type=device.type, enabled=False):  # tables serve passes outside of it too
+            tables = pack_tables(weights.tables, weights.key, weights.value, ngram_sizes, window, stored, layout)
         if tables is None:
             return None
         layer = weights.layer(is_causal=True)
@@ -220,9 +222,10 @@ def _fingerprint(weight: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _factors(device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0x6E6772616D)
+    generator = torch.Generator("cpu").manual_seed(0x6E6772616D)
     with torch.inference_mode(False):
-        return (2 * torch.randint(-(2**62), 2**62, (_LANES,), generator=generator) + 1).to(device)
+        factors = torch.randint(-(2**62), 2**62, (_LANES,), generator=generator, device="cpu")
+        return (2 * factors + 1).to(device)
 
 
 def same_fingerprint(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
@@ -279,34 +282,38 @@ def unfold_memory(model: nn.Module) -> nn.Module:
 def folded_inference(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[nn.Module]:
     """Compute from folded tables inside a `with` block that owns the weights: nothing may change them before its end.
 
-    Saves the check of the weights' contents in every pass; it is made once, when the block ends. Tables that were not
-    there before are dropped then.
+    Saves the check of the weights' contents in every pass; it is made once, when the block ends. Then everything is as
+    it was before the block.
 
     Args:
         model, dtype: see `fold_memory`.
 
     Raises:
         ValueError: as `fold_memory` does.
-        RuntimeError: at the end, if weights were changed inside the block in a way that could not be seen at once.
+        RuntimeError: at the end, if the weights are not those of the beginning.
     """
-    had_fold = {id(memory) for memory in _memories(model) if memory.kept_fold.fold is not None}
+    memories = _memories(model)
+    keepers: list[FoldKeeper] = [memory.kept_fold for memory in memories]
+    before = [(keeper.fold, keeper.dtype, keeper.is_requested) for keeper in keepers]
     fold_memory(model, dtype)
-    for memory in _memories(model):
-        memory.kept_fold.owners += 1
+    begun_with = [_contents(memory) for memory in memories]
+    for keeper in keepers:
+        keeper.owners += 1
     try:
         yield model
-        for memory in _memories(model):
-            fold = memory.kept_fold.fold
-            weights, _ = weights_at_hand(memory, next(memory.parameters()).device)
-            if fold is not None and weights is not None and fold.stamp == weights.stamp():
-                if not same_fingerprint(fingerprint(weights), fold.fingerprint):
-                    raise RuntimeError(
-                        "the memory's weights were changed inside the block of folded_inference, so what it computed "
-                        "since is of the old ones; change weights outside, or use fold_memory, which checks in every "
-                        "pass."
-                    )
+        for memory, begun in zip(memories, begun_with, strict=True):
+            if not same_fingerprint(_contents(memory), begun):
+                raise RuntimeError(
+                    "the memory's weights were changed inside the block of folded_inference, so what it computed may "
+                    "be of the old ones; change weights outside, or use fold_memory, which checks in every pass."
+                )
     finally:
-        for memory in _memories(model):
-            memory.kept_fold.owners = max(memory.kept_fold.owners - 1, 0)
-            if id(memory) not in had_fold:
-                memory.kept_fold.forget()
+        for keeper, (fold, stored, is_requested) in zip(keepers, before, strict=True):
+            keeper.owners -= 1
+            keeper.drop()
+            keeper.fold, keeper.dtype, keeper.is_requested = fold, stored, is_requested
+
+
+def _contents(memory: Any) -> list[torch.Tensor]:
+    """Fingerprint of all parameters of a memory, wherever they are held."""
+    return [_fingerprint(weight.detach()) for weight in memory.parameters()]

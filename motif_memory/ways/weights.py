@@ -29,9 +29,10 @@ class Weights(NamedTuple):
         taps = [] if self.taps is None else [self.taps]
         return [*self.tables, self.key, self.value, self.norm_q, self.norm_k, *taps]
 
-    def stamp(self) -> tuple[tuple[int, int], ...]:
+    def stamp(self) -> tuple[Any, ...]:
         """Changes when a weight is replaced, and with most writes in place: cheap, but no proof of the opposite."""
-        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.tensors())
+        weights = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in self.tensors()]
+        return (*weights, self.norm_eps, self.dilation)
 
     def layer(self, is_causal: bool) -> MemoryLayer:
         """Norms and convolution as numbers."""
@@ -57,22 +58,37 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
         all_modules._global_forward_hooks
         or all_modules._global_forward_pre_hooks
         or all_modules._global_backward_hooks
+        or all_modules._global_backward_pre_hooks
     ):
         return None, "hooks for all modules are registered, which would not be called"
     parts = memory._modules  # past `__getattr__`, whose time would be felt in decoding
     embeddings, projections = list(parts["embeddings"]._modules.values()), (parts["key_proj"], parts["value_proj"])
-    others = [parts["norm_q"], parts["norm_k"]]
+    norms = [parts["norm_q"], parts["norm_k"]]
     short_conv = parts.get("short_conv")
-    conv = None if short_conv is None else short_conv._modules["conv"]
-    if conv is not None:
-        others += [short_conv, conv]
-    for module, kind in [(m, nn.Embedding) for m in embeddings] + [(m, nn.Linear) for m in projections]:
+    norm_type, short_conv_type, conv_type = memory.part_types
+    expected = [(m, nn.Embedding) for m in embeddings] + [(m, nn.Linear) for m in projections]
+    expected += [(m, norm_type) for m in norms]
+    conv = None
+    if short_conv is not None:
+        conv = short_conv._modules.get("conv")
+        expected += [(short_conv, short_conv_type), (conv, conv_type)]
+    for module, kind in expected:
         if type(module) is not kind:
-            return None, "the memory's tables or projections are wrapped by adapters; merge these first"
-    for module in (*embeddings, *projections, *others):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or _has_own_forward(module):
+            return None, "a part of the memory is wrapped by adapters or replaced; merge adapters first"
+    for module, _ in expected:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return None, "a part of the memory has hooks, which would not be called"
-    holders = (*embeddings, *projections, *others[:2], *(() if conv is None else (conv,)))
+        if _has_own_forward(module):
+            return None, "a part of the memory has a forward of its own, which would not be called"
+    for projection in projections:
+        if projection._parameters.get("bias") is not None:
+            return None, "a projection of the memory has a bias"
+    for table in embeddings:
+        if table.max_norm is not None:
+            return None, "a table of the memory bounds the norm of its rows"
+    if norms[0].eps != norms[1].eps:
+        return None, "the two norms of the memory have different epsilons"
+    holders = (*embeddings, *projections, *norms, *(() if conv is None else (conv,)))
     found: list[Any] = []
     for module in holders:
         found.append(module._parameters.get("weight"))
@@ -86,7 +102,7 @@ def weights_at_hand(memory: Any, device: torch.device) -> tuple[Weights | None, 
         found[tables + 2],
         found[tables + 3],
         None if conv is None else found[tables + 4],
-        others[0].eps,
+        norms[0].eps,
         1 if conv is None else conv.dilation,
     )
     for weight in weights.tensors():

@@ -331,15 +331,101 @@ def test_a_block_of_folded_inference_checks_once_and_refuses_what_changed_unseen
         for _ in range(4):
             ours = memory(hidden_states, plan).residual
         assert not checks
-        memory.key_proj.weight.mul_(2)  # seen at once
-        torch.testing.assert_close(memory(hidden_states, plan).residual, fresh(memory, hidden_states, plan), **CLOSE)
     assert len(checks) == 1 and memory.kept_fold.fold is None
-    with pytest.raises(RuntimeError, match="changed inside the block"), folded_inference(memory):
-        memory.key_proj.weight.data.mul_(2)
-        memory(hidden_states, plan)
-    assert memory.kept_fold.fold is None and memory.kept_fold.owners == 0
+    torch.testing.assert_close(ours, fresh(memory, hidden_states, plan), **CLOSE)
+    for change in (lambda w: w.data.mul_(2), lambda w: w.mul_(2), lambda w: (w.data.mul_(2), memory.train().eval())):
+        with pytest.raises(RuntimeError, match="changed inside the block"), folded_inference(memory):
+            change(memory.key_proj.weight)
+            memory(hidden_states, plan)
+        assert memory.kept_fold.fold is None and memory.kept_fold.owners == 0
     torch.testing.assert_close(memory(hidden_states, plan).residual, fresh(memory, hidden_states, plan), **CLOSE)
-    assert not torch.allclose(ours, memory(hidden_states, plan).residual)
+
+
+@torch.no_grad()
+def test_a_block_of_folded_inference_leaves_everything_as_it_was():
+    memory, (hidden_states, plan) = fold_memory(new_memory()), inputs()
+    before = memory(hidden_states, plan).residual
+    with folded_inference(memory, torch.float16):
+        assert memory.kept_fold.fold.tables.rows.dtype == torch.float16
+    assert memory.kept_fold.is_requested and memory.kept_fold.dtype is None
+    assert torch.equal(memory(hidden_states, plan).residual, before)
+
+
+@torch.no_grad()
+def test_a_fold_made_under_autocast_is_as_exact_as_any(ways):
+    memory, (hidden_states, plan) = new_memory(), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        memory(hidden_states, plan)
+    ours = memory(hidden_states, plan).residual
+    assert ways == ["folded", "folded"]
+    torch.testing.assert_close(ours, fresh(memory, hidden_states, plan), **CLOSE)
+
+
+def with_bias(memory):
+    memory.value_proj = nn.Linear(CONFIG.features, HIDDEN)
+
+
+def with_other_norm(memory):
+    memory.norm_k = nn.LayerNorm(HIDDEN)
+
+
+def with_other_epsilons(memory):
+    memory.norm_q.eps = memory.norm_k.eps = 0.5
+
+
+def with_one_other_epsilon(memory):
+    memory.norm_k.eps = 0.5
+
+
+def with_bounded_rows(memory):
+    memory.embeddings[2].max_norm = 0.1
+
+
+def with_other_dilation(memory):
+    memory.short_conv.conv.dilation, memory.short_conv.context = 1, 3
+
+
+def with_wrapped_convolution(memory):
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *arguments):
+            return 2 * self.inner(*arguments)
+
+    memory.short_conv = Wrapper(memory.short_conv)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_bias,
+        with_other_norm,
+        with_other_epsilons,
+        with_one_other_epsilon,
+        with_bounded_rows,
+        with_other_dilation,
+        with_wrapped_convolution,
+    ],
+)
+def test_parts_that_are_not_what_they_were_are_computed_as_they_are(change):
+    memory, (hidden_states, plan) = fold_memory(new_memory()), inputs()
+    before = memory(hidden_states, plan).residual
+    change(memory)
+    after = memory(hidden_states, plan).residual
+    assert not torch.allclose(after, before, atol=SAME_FP32)
+    torch.testing.assert_close(after, memory.by_definition(hidden_states, plan).residual, **CLOSE)
+
+
+def test_hooks_on_gradients_are_called():
+    memory, (hidden_states, plan), seen = new_memory(), inputs(), []
+    memory.key_proj.register_full_backward_pre_hook(lambda *_: seen.append(1))
+    with memory_path("table_major"), pytest.raises(ValueError, match="hooks"):
+        memory(hidden_states, plan)
+    memory(hidden_states, plan).residual.sum().backward()
+    assert seen == [1]
 
 
 @torch.no_grad()
