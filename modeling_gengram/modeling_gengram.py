@@ -354,8 +354,8 @@ class GengramModel(GengramPreTrainedModel):
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding on either side. Padding is neither
                 attended to nor read by the memory.
             position_ids: (batch, length). Where they start again at 0 a new segment begins, and the memory does not
-                look across; nor does attention, if there is no cache (`use_cache=False`). Without them a row is one
-                segment.
+                look across; nor does causal attention, if there is no cache (`use_cache=False`) and no mask; with
+                `is_causal=False` attention does. Without them a row is one segment.
             past_key_values: a cache; build it with `DynamicCache(config=model.config)`. `cache`, the name that
                 Transformers gives it since 5.24, means the same.
             inputs_embeds: (batch, length, hidden) instead of ids. The memory reads the letters whose embedding rows
