@@ -96,7 +96,8 @@ class FoldKeeper:
             return None, "the memory is in training mode"
         tokens = hidden_states.shape[0] * hidden_states.shape[1]
         owner = None if state is None else state.owner
-        if state is not None and not state.has_history(memory.layer_idx):
+        continues = state is not None and state.has_history(memory.layer_idx)
+        if owner is not None and not continues:
             self._trusted.discard(owner)  # a cache that starts again
         layout = packed_layout(hidden_states.device, hidden_states.dtype, hidden_states.shape[-1])
         if self.fold is not None and (
@@ -108,7 +109,6 @@ class FoldKeeper:
         if self.fold is not None and (self.owners or owner in self._trusted):
             return self.fold, ""
         if not (is_forced or self.owners):
-            continues = state is not None and state.has_history(memory.layer_idx)
             if self.is_requested:
                 if not continues and tokens < tokens_to_check(weights, plan):
                     return None, "so few tokens repay no check of the folded tables"
@@ -117,12 +117,9 @@ class FoldKeeper:
             elif not _mostly_regular(plan):
                 return None, "too many windows are not full of letters"
         fold = self.fold
-        if fold is not None and same_fingerprint(fingerprint(weights), fold.fingerprint):
-            if owner is not None:
-                self._trusted.add(owner)
-            return fold, ""
-        self.drop()
-        fold = self.make(weights, hidden_states.dtype, plan.ngram_sizes, plan.window)
+        if fold is None or not same_fingerprint(fingerprint(weights), fold.fingerprint):
+            self.drop()
+            fold = self.make(weights, hidden_states.dtype, plan.ngram_sizes, plan.window)
         if fold is None:
             return None, "the memory's weights are not finite"
         if owner is not None:
