@@ -253,8 +253,8 @@ def _differentiate_folded_memory(native: bool, inputs: Sequence[Any], grads: Seq
     )
     if grads[2] is not None:
         grad = _as_residual(grads[2], hidden_states)
-        before = (hidden_states, rows, scale, *plan, *_without_convolution(layer))
-        more = _call("folded_memory_backward", native, grad, None, *before, top)
+        without = (hidden_states, rows, scale, *plan, *_without_convolution(layer))
+        more = _call("folded_memory_backward", native, grad, None, *without, top)
         grad_hidden, grad_rows, norm = grad_hidden + more[0], grad_rows + more[1], norm + more[2]
     layer_gradients = (norm, None, None if layer.taps is None else taps)
     return grad_hidden, grad_rows.to(rows.dtype), None, *[None] * _PLAN_FIELDS, *layer_gradients
