@@ -17,6 +17,7 @@ from .support.default_model import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from .configuration import GengramConfig
+    from .inference.one_hot import OneHotModel
     from .modeling_gengram import (
         GengramForCausalLM,
         GengramForMaskedLM,
@@ -40,6 +41,7 @@ _LOADED_FROM = {
     "GengramTokenizer": "tokenization",
     "MotifMemory": "motif_memory",
     "MotifMemoryConfig": "motif_memory",
+    "OneHotModel": "inference.one_hot",
     "memory_path": "motif_memory",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "GengramTokenizer",
     "MotifMemory",
     "MotifMemoryConfig",
+    "OneHotModel",
     "__version__",
     "memory_path",
     "register",
