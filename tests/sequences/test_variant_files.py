@@ -158,7 +158,7 @@ def test_a_file_without_records(tmp_path):
     [
         ("", "is empty, expected a VCF, or a table with the columns chrom, pos, ref, alt"),
         ("version https://git-lfs.github.com/spec/v1\nsize 1\n", "Git LFS pointer"),
-        ("a\tb\n1\t2\n", r"line 1: expected the columns chrom, pos, ref, alt, each once, got 0 of 'chrom' among 'a', 'b'"),
+        ("a\tb\n1\t2\n", "line 1: expected the columns .*, each once, got 0 of 'chrom' among 'a', 'b'"),
         ("chrom,position,ref,alt\n", "got 0 of 'pos' among 'chrom', 'position', 'ref'"),
         ("chrom,pos,ref,alt,ALT\n", "got 2 of 'alt'"),
         ("chrom,pos,ref,alt\n1,5,A\n", "line 2: expected 4 cells, as the first line has, got 3 cells"),
