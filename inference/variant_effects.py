@@ -49,31 +49,38 @@ def variant_effects(
 
     ```
     """
+    check = ReferenceCheck(genome)
+    yield from effects_of_checked(model, genome, ((each, check.status(each)) for each in variants), context)
+    check.finish()
+
+
+def effects_of_checked(
+    model: WindowEffects, genome: Genome, variants: Iterable[tuple[Variant, str]], context: int
+) -> Iterator[VariantEffect]:
+    """The same for variants that were compared with the genome, each with what `ReferenceCheck.status` said."""
     if context < 2:
         raise ValueError(f"expected a context of 2 bases or more, got {context}.")
     model.check_length(context)
-    check = ReferenceCheck(genome)
     waiting: deque[tuple[Variant, str]] = deque()
 
     def changes() -> Iterator[Change | None]:
-        for variant in variants:
-            status, change = _change(check, model, variant, context)
+        for variant, status in variants:
+            change = None
+            if not status:
+                status, change = _change(model, genome, variant, context)
             waiting.append((variant, status))
             yield change
 
     for effects in model.of(changes()):
         yield VariantEffect(*waiting.popleft(), effects)
-    check.finish()
 
 
-def _change(check: ReferenceCheck, model: WindowEffects, variant: Variant, context: int) -> tuple[str, Change | None]:
-    """The change of a variant's window; or the reason why there is none."""
-    if status := check.status(variant):
-        return status, None
-    reference, alternative = variant.reference, variant.alternative
+def _change(model: WindowEffects, genome: Genome, variant: Variant, context: int) -> tuple[str, Change | None]:
+    """The change of a variant's window and `scored`; or the reason why there is none."""
+    _, _, reference, alternative = variant
     if model.is_masked and len(reference) != len(alternative):
         return "needs_causal_model", None
-    windows = variant_windows(check.genome, variant.contig, variant.start, reference, alternative, context)
+    windows = variant_windows(genome, *variant, context)
     if not has_only_nucleotides(windows.reference + windows.alternative):
         return "foreign_letters", None
     return SCORED, Change(*windows, len(reference), len(alternative))
