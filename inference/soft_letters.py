@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..motif_memory.module import MotifMemory
 from .base_tokens import BaseTokens
+from .memory_use import memories_of
 
 LETTERS = 5  # A, C, G, T and N, in the order of the memory's digits
 
@@ -41,15 +41,10 @@ def soft_letters(model: Any, letters: torch.Tensor, tokens: BaseTokens) -> Itera
     with contextlib.ExitStack() as hooks:
         rows = embedding(ids)  # (5, hidden)
         _replace(hooks, embedding, lambda: letters.to(rows.dtype) @ rows, tokens)
-        for memory in _memories(model):
+        for memory in memories_of(model):
             for table, size in zip(memory.embeddings, memory.config.ngram_sizes, strict=True):
                 _replace(hooks, table, lambda t=table, k=size: soft_rows(t.weight, letters, k), tokens)
         yield
-
-
-def _memories(model: Any) -> list[Any]:
-    """The motif memories of a model; those of a saved folder's own code are of a class of the same name."""
-    return [module for module in model.modules() if type(module).__name__ == MotifMemory.__name__]
 
 
 def _replace(hooks: contextlib.ExitStack, module: Any, rows: Any, tokens: BaseTokens) -> None:

@@ -9,7 +9,9 @@ from tolerances import (
     LOG_LIKELIHOOD_FP32,
     SAME_FP32,
     SAME_HIDDEN_STATES_FP32,
+    SAME_MODEL_FP32,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from gengram import (
     GengramForCausalLM,
@@ -187,6 +189,17 @@ def test_mixtures_differ_from_both_ends_and_approach_them():
     assert (model(0.5 * x) - ends[0]).abs() > SAME_FP32 and (model(0.5 * x) - ends[1]).abs() > SAME_FP32
     torch.testing.assert_close(model((1 - 1e-9) * x), ends[0], rtol=0, atol=SAME_FP32)
     torch.testing.assert_close(model(1e-9 * x), ends[1], rtol=0, atol=SAME_FP32)
+
+
+def test_the_memory_of_a_folder_with_code_of_its_own_is_read_too(tiny_folder):
+    own = get_class_from_dynamic_module("modeling_gengram.GengramForCausalLM", tiny_folder)
+    assert own.__module__.startswith("transformers_modules")
+    gradients = []
+    for model_class in (GengramForCausalLM, own):
+        x = (0.7 * one_hot(SEQUENCES)).requires_grad_()
+        model = OneHotModel(model_class.from_pretrained(tiny_folder), GengramTokenizer())
+        gradients += torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(*gradients, rtol=0, atol=SAME_MODEL_FP32)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float16, torch.float64])
