@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, info, prepare, score, verify
+from .commands import bench, convert, demo, diff, doctor, generate, info, prepare, score, verify
 from .support.errors import FetchError, MissingExtraError
 
 
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "diff": diff,
     "score": score,
     "prepare": prepare,
+    "generate": generate,
     "bench": bench,
     "demo": demo,
     "doctor": doctor,

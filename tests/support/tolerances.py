@@ -100,6 +100,9 @@ FLOAT64_RELATIVE = 1e-12
 # Relative: rotary frequencies in float32 beside Python's numbers: a power and some products.
 ROPE_FREQUENCIES_FP32_RELATIVE = 1e-5
 
+# Shares of 10,000 evenly spaced draws beside probabilities: one draw on either side of a boundary.
+SAMPLED_SHARE = 2e-4
+
 # Share of an interval's half width: 4,000 bootstrap samples of 400 values beside the standard error.
 BOOTSTRAP_INTERVAL = 0.1
 
