@@ -25,7 +25,16 @@ if TYPE_CHECKING:
         GengramModel,
         GengramPreTrainedModel,
     )
-    from .motif_memory import MotifMemory, MotifMemoryConfig, memory_path
+    from .motif_memory import (
+        MotifMemory,
+        MotifMemoryConfig,
+        attach_memory,
+        attached_memories,
+        detach_memory,
+        load_memory,
+        memory_path,
+        save_memory,
+    )
     from .tokenization import GengramTokenizer
 
 # Public names that are loaded when first used, and their modules; type checkers read the imports above.
@@ -40,7 +49,12 @@ _LOADED_FROM = {
     "GengramTokenizer": "tokenization",
     "MotifMemory": "motif_memory",
     "MotifMemoryConfig": "motif_memory",
+    "attach_memory": "motif_memory",
+    "attached_memories": "motif_memory",
+    "detach_memory": "motif_memory",
+    "load_memory": "motif_memory",
     "memory_path": "motif_memory",
+    "save_memory": "motif_memory",
 }
 
 __all__ = [
@@ -56,8 +70,13 @@ __all__ = [
     "MotifMemory",
     "MotifMemoryConfig",
     "__version__",
+    "attach_memory",
+    "attached_memories",
+    "detach_memory",
+    "load_memory",
     "memory_path",
     "register",
+    "save_memory",
 ]
 
 

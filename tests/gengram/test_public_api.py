@@ -33,8 +33,13 @@ def test_public_names():
         "MotifMemory",
         "MotifMemoryConfig",
         "__version__",
+        "attach_memory",
+        "attached_memories",
+        "detach_memory",
+        "load_memory",
         "memory_path",
         "register",
+        "save_memory",
     ]
     assert all(hasattr(gengram, name) for name in gengram.__all__)
 
