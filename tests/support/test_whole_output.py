@@ -1,4 +1,4 @@
-"""Outputs are there as a whole or not at all, also when a process is killed, and nothing planted beside them is obeyed."""
+"""Outputs are there as a whole or not at all, also when a process is killed; nothing planted beside them is obeyed."""
 
 import os
 import signal
