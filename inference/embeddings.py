@@ -1,6 +1,6 @@
 """Embeddings of sequences of any length, by any model of Transformers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from ..support.errors import InputError, shortened
 from ..support.progress import progress_bar
 from .base_tokens import BaseTokens
 from .hidden_states import TOKENS_AT_ONCE, HiddenStates
-from .loaded_model import load_model
+from .loaded_model import LoadedModel, load_model
 from .long_sequences import Window, checked_overlap, windows_of
 from .pooling import POOLINGS, pool
 
@@ -20,6 +20,11 @@ STRANDS = {"both": "+-", "forward": "+", "reverse": "-"}  # what a choice of str
 BATCHES_TOGETHER = 32  # whose sequences are sorted by length together
 _RESULTS_ON_THE_WAY = 8  # batches whose results are fetched together, so that a GPU does not wait for each
 Choice = tuple[int, str]  # a layer and a pooling
+Advance = Callable[[int], Any]
+
+
+def _ignored(_tokens: int) -> None:
+    pass
 
 
 class Reading(NamedTuple):
@@ -55,7 +60,7 @@ class SequenceEncoder:
     """A model and its tokenizer, as a function of sequences.
 
     Args:
-        model: name or folder of any model that `AutoModel` loads.
+        model: name or folder of any model that `AutoModel` loads; or a model without a head that is loaded.
         revision, trust_remote_code: as for `from_pretrained`.
         dtype: of the weights and activations.
         device: where to run; the first GPU if there is one, by default.
@@ -78,7 +83,7 @@ class SequenceEncoder:
 
     def __init__(
         self,
-        model: str = DEFAULT_MODEL,
+        model: str | LoadedModel = DEFAULT_MODEL,
         revision: str | None = None,
         trust_remote_code: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -87,11 +92,15 @@ class SequenceEncoder:
         context: int | None = None,
         overlap: int | None = None,
     ):
-        loaded = load_model(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+        loaded = model
+        if not isinstance(loaded, LoadedModel):
+            loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+            loaded = load_model(loaded, dtype=dtype, device=device, **loading)
         self.model, self.tokenizer, self.device = loaded.model, loaded.tokenizer, loaded.device
         self.tokens = _tokens_of(self.tokenizer)
         self.context = context_of(loaded.context, self.tokens, context)
         self.overlap = checked_overlap(self.context, overlap)
+        self.batch_tokens = batch_tokens
         self._states = HiddenStates(loaded, self.tokens, batch_tokens)
         self.layers = self._states.layers  # the embedding is layer 0
 
@@ -135,10 +144,10 @@ class SequenceEncoder:
         both_strands: bool = True,
         progress: str | None = None,
     ) -> dict[Choice, np.ndarray]:
-        """Embeddings by (layer, pooling), each (sequences, hidden), float32, also for tokens that are not single bases.
+        """Embeddings by (layer, pooling), each (sequences, hidden), float32.
 
         Args:
-            sequences: DNA.
+            sequences: DNA, also for models whose tokens are not single bases.
             choices: layers and poolings, as `vectors` has them.
             both_strands: embed the reverse complement too and put it behind: (sequences, 2 * hidden). A causal model
                 sees only what is before a base; so it sees both sides.
@@ -150,7 +159,8 @@ class SequenceEncoder:
         texts = list(sequences) + ([reverse_complement(text) for text in sequences] if both_strands else [])
         readings = [Reading.whole(self.tokens.encode(text)) for text in texts]
         wanted = {(layer, pooling): (self.layer(layer), pooling) for layer, pooling in choices}
-        found = self.pooled(readings, list(wanted.values()), progress)
+        with progress_bar(progress, "bp", total=sum(reading.length for reading in readings)) as bar:
+            found = self.pooled(readings, list(wanted.values()), bar.update)
         vectors = {choice: found[own].astype(np.float32) for choice, own in wanted.items()}
         if not both_strands:
             return vectors
@@ -169,11 +179,16 @@ class SequenceEncoder:
         return Reading.whole(self.tokens.encode(sequence if strand == "+" else reverse_complement(sequence)))
 
     def pooled(
-        self, readings: Sequence[Reading], choices: Sequence[Choice], progress: str | None = None
+        self, readings: Sequence[Reading], choices: Sequence[Choice], advance: Advance = _ignored
     ) -> dict[Choice, np.ndarray]:
         """For each (layer, pooling) a vector of each reading's wanted tokens: (readings, hidden) float64.
 
         It is NaN where the pooling reads none of them, as `last` where only the first tokens are wanted.
+
+        Args:
+            readings: what to read.
+            choices: layers from 0 on, and poolings.
+            advance: called after every batch with the number of tokens that are done.
 
         Raises:
             ValueError: if a pooling does not exist.
@@ -184,34 +199,31 @@ class SequenceEncoder:
         windows = self._windows(readings, {pooling for _, pooling in choices})
         sums = {choice: _Vectors(len(readings), choice[1]) for choice in choices}
         layers = sorted({layer for layer, _ in choices})
-        with progress_bar(progress, "seq", total=len(readings)) as bar:
-            for rows, states in self._of(readings, windows, layers):
-                for layer, pooling in choices:
-                    ranges = [_kept(windows[row], readings[windows[row].reading], pooling) for row in rows]
-                    places = [place for place, (start, end) in enumerate(ranges) if start < end]
-                    if places:
-                        bounds = torch.tensor([ranges[place] for place in places], device=self.device)
-                        pooled = _pool_ranges(states[layer][places], bounds, pooling)
-                        owners = [windows[rows[place]].reading for place in places]
-                        counts = [ranges[place][1] - ranges[place][0] for place in places]
-                        sums[layer, pooling].add(owners, counts, pooled)
-                bar.update(sum(windows[row].is_last for row in rows))
+        for rows, states in self._of(readings, windows, layers, advance):
+            for layer, pooling in choices:
+                ranges = [_kept(windows[row], readings[windows[row].reading], pooling) for row in rows]
+                places = [place for place, (start, end) in enumerate(ranges) if start < end]
+                if places:
+                    bounds = torch.tensor([ranges[place] for place in places], device=self.device)
+                    pooled = _pool_ranges(states[layer][places], bounds, pooling)
+                    owners = [windows[rows[place]].reading for place in places]
+                    counts = [ranges[place][1] - ranges[place][0] for place in places]
+                    sums[layer, pooling].add(owners, counts, pooled)
         return {choice: vectors.result() for choice, vectors in sums.items()}
 
-    def base_vectors(self, readings: Sequence[Reading], layer: int) -> list[np.ndarray]:
-        """A vector of each wanted token of each reading: (tokens, hidden) float32."""
+    def base_vectors(self, readings: Sequence[Reading], layer: int, advance: Advance = _ignored) -> list[np.ndarray]:
+        """A vector of each wanted token of each reading: (tokens, hidden) float32; `advance` as in `pooled`."""
         windows = self._windows(readings, {"none"})
-        found: list[np.ndarray | None] = [None] * len(readings)
-        for rows, states in self._of(readings, windows, [layer]):
+        found: dict[int, np.ndarray] = {}
+        for rows, states in self._of(readings, windows, [layer], advance):
             vectors = states[layer].float().cpu().numpy()
             for place, row in enumerate(rows):
-                own, reading = windows[row], readings[windows[row].reading]
-                if found[own.reading] is None:
-                    found[own.reading] = np.empty((reading.end - reading.start, vectors.shape[-1]), dtype=np.float32)
-                window = own.window
-                kept = slice(window.keep_start - reading.start, window.keep_end - reading.start)
-                found[own.reading][kept] = vectors[place, window.kept()]
-        return found
+                number, window = windows[row]
+                start, end = readings[number].start, readings[number].end
+                if number not in found:
+                    found[number] = np.empty((end - start, vectors.shape[-1]), dtype=np.float32)
+                found[number][window.keep_start - start : window.keep_end - start] = vectors[place, window.kept()]
+        return [found[number] for number in range(len(readings))]
 
     def _windows(self, readings: Sequence[Reading], poolings: set[str]) -> list["_OwnWindow"]:
         """The windows that hold what the poolings read."""
@@ -222,27 +234,23 @@ class SequenceEncoder:
             if not ranges:
                 continue
             start, end = min(start for start, _ in ranges), max(end for _, end in ranges)
-            windows = list(
-                windows_of(
-                    reading.length,
-                    self.context,
-                    self.overlap,
-                    both_sides=self._states.sees_both_sides,
-                    start=start,
-                    end=end,
-                )
+            both_sides = self._states.sees_both_sides
+            windows = windows_of(
+                reading.length, self.context, self.overlap, both_sides=both_sides, start=start, end=end
             )
-            found += [_OwnWindow(number, window, window is windows[-1]) for window in windows]
+            found += [_OwnWindow(number, window) for window in windows]
         return found
 
     def _of(
-        self, readings: Sequence[Reading], windows: Sequence["_OwnWindow"], layers: Sequence[int]
+        self, readings: Sequence[Reading], windows: Sequence["_OwnWindow"], layers: Sequence[int], advance: Advance
     ) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
         ids = []
-        for own in windows:
-            reading = readings[own.reading]
-            ids.append(reading.ids[own.window.start - reading.offset : own.window.end - reading.offset])
-        return self._states.of(ids, layers)
+        for number, window in windows:
+            first = readings[number].offset
+            ids.append(readings[number].ids[window.start - first : window.end - first])
+        for rows, states in self._states.of(ids, layers):
+            yield rows, states
+            advance(sum(windows[row].window.keep_end - windows[row].window.keep_start for row in rows))
 
 
 def embed_sequences(
@@ -285,11 +293,16 @@ def mean_of_strands(vectors: Sequence[np.ndarray], strands: str) -> np.ndarray:
     return np.ascontiguousarray(onwards[0] if len(onwards) == 1 else (onwards[0] + onwards[1]) / 2)
 
 
-def check_dna(sequence: str, where: str) -> None:
+def check_dna(sequence: str, where: str, first: int = 0) -> None:
     """Refuse what has no embedding.
 
+    Args:
+        sequence: or a part of it.
+        where: what errors begin with.
+        first: place of the part's first base.
+
     Raises:
-        InputError: if a sequence is empty, or has a character that is no code of DNA or RNA; `where` stands in front.
+        InputError: if a sequence is empty, or has a character that is no code of DNA or RNA.
     """
     if not sequence:
         raise InputError(f"{where}: expected bases, got an empty sequence, which has no embedding; remove it.")
@@ -298,7 +311,7 @@ def check_dna(sequence: str, where: str) -> None:
         hint = "; remove the gaps of an alignment first" if sequence[place] in "-." else ""
         raise InputError(
             f"{where}: expected DNA (A, C, G, T, N or other IUPAC codes), got {shortened(sequence[place])} at base "
-            f"{place + 1:,}{hint}."
+            f"{first + place + 1:,}{hint}."
         )
 
 
@@ -322,11 +335,10 @@ def context_of(most_tokens: int, tokens: Any, context: int | None = None) -> int
 
 
 class _OwnWindow(NamedTuple):
-    """A window of a reading, and whether it is its last."""
+    """A window of a reading."""
 
     reading: int
     window: Window
-    is_last: bool
 
 
 def _kept(own: _OwnWindow, reading: Reading, pooling: str) -> tuple[int, int]:

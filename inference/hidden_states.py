@@ -13,6 +13,7 @@ from .loaded_model import LoadedModel
 logger = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 16384
+_TOKENS_OF_A_THREAD = 2048  # on a processor: more at once leave its caches and are slower
 _PROBE = "ACGTTGCAAGTCCTGAATTCGGAC"
 # Share of a typical number that two ways of computing it may differ by: some last places, in sums of another order.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -48,8 +49,11 @@ class HiddenStates:
     """
 
     def __init__(self, loaded: LoadedModel, tokens: Tokens, batch_tokens: int = TOKENS_AT_ONCE):
-        self.tokens, self.batch_tokens = tokens, batch_tokens
+        self.tokens = tokens
         self._model, self._device = loaded.model, loaded.device
+        if self._device.type == "cpu":
+            batch_tokens = min(batch_tokens, _TOKENS_OF_A_THREAD * torch.get_num_threads())
+        self.batch_tokens = batch_tokens
         parameters = inspect.signature(loaded.model.forward).parameters
         self._takes_mask = "attention_mask" in parameters
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
