@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, info, prepare, score, verify
+from .commands import bench, convert, demo, diff, doctor, embed, info, prepare, score, verify
 from .support.errors import FetchError, MissingExtraError, plain_words
 from .support.printable import printable_lines
 
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "verify": verify,
     "diff": diff,
     "score": score,
+    "embed": embed,
     "prepare": prepare,
     "bench": bench,
     "demo": demo,

@@ -21,6 +21,7 @@ class JobChunk(NamedTuple):
 
     size: int  # in the job's unit, for progress
     content: Any  # what the worker needs; goes through pickle
+    continues: bool = False  # whether its result is joined with that of the chunk before: a part holds both or none
 
 
 Worker = Callable[[Any], pa.Table]  # from a chunk's content to its result
@@ -32,7 +33,10 @@ class Job(Protocol):
     name: str  # of the command: "score"
     unit: str  # what progress counts: "variant", "bp"
     model: "ModelOptions"
-    inputs: Mapping[str, Path]  # files that decide the result, by role: {"variants": ..., "fasta": ...}
+
+    @property
+    def inputs(self) -> Mapping[str, Path]:
+        """Files that decide the result, by role: {"variants": ..., "fasta": ...}."""
 
     def settings(self) -> dict[str, Any]:
         """The job's own options that decide the result, as JSON; a run is continued only with equal ones."""
@@ -46,6 +50,9 @@ class Job(Protocol):
     def worker(self, device: str | None) -> Worker:
         """Load the model; what is returned computes one chunk after another.
 
+        If it has an attribute `advance`, that is set to a function, to be called with the units that are done inside a
+        chunk, for progress; nobody need do so.
+
         Args:
             device: where to run.
         """
@@ -54,7 +61,7 @@ class Job(Protocol):
         """Write the output from the results of all chunks in their order, each read when it is asked for.
 
         Args:
-            results: of the chunks.
+            results: of the chunks; every loop over them reads them again.
             output: a path that does not exist yet; what appears there is published as a whole.
             record: of the run, to be kept in the output.
         """
