@@ -9,6 +9,7 @@ from typing import Any
 
 from ..support.errors import InputError, quoted, shortened
 from ..support.input_file import is_read_once, open_input, shown_name
+from .contig_names import other_names
 from .fasta_index import index_of_fasta, is_bgzip
 from .htslib import load_pysam, quiet_pysam
 
@@ -16,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 16  # bases that are read and kept at once
 _COPY_BLOCK = 1 << 20
-_MITOCHONDRIA = {"M": "MT", "MT": "M"}
 
 
 class Genome:
@@ -63,7 +63,7 @@ class Genome:
         if name in self.contigs:
             return name
         if name not in self._names:
-            found = [other for other in _other_names(name) if other in self.contigs]
+            found = [other for other in other_names(name) if other in self.contigs]
             if not found:
                 raise InputError(
                     f"{self.name} has no contig {quoted([name], list(self.contigs))}; its contigs are "
@@ -107,12 +107,6 @@ class Genome:
                 f"{len(letters):,}; copy or download the file again."
             )
         return letters.upper()
-
-
-def _other_names(name: str) -> list[str]:
-    """Names that mean the same contig in other assemblies' files."""
-    bare = name[3:] if name[:3].lower() == "chr" else name
-    return [prefix + word for word in (bare, _MITOCHONDRIA.get(bare, bare)) for prefix in ("", "chr")]
 
 
 def genome_of(sequences: Mapping[str, str], name: str = "the genome") -> Genome:
