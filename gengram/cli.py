@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, info, prepare, verify
+from .commands import bench, convert, demo, diff, doctor, info, prepare, track, verify
 from .support.errors import FetchError, MissingExtraError
 
 
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "diff": diff,
     "prepare": prepare,
     "bench": bench,
+    "track": track,
     "demo": demo,
     "doctor": doctor,
 }

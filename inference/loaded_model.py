@@ -1,10 +1,13 @@
 """A model of Transformers on its device, with its tokenizer."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils import logging
 
 HEADS: dict[str | None, Any] = {None: AutoModel, "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
@@ -49,9 +52,38 @@ def load_model(
     """
     if head not in HEADS:
         raise ValueError(f"expected a head of {list(HEADS)}, got {head!r}.")
-    model = HEADS[head].from_pretrained(name, dtype=dtype, **loading)
+    with _no_loading_bars():
+        model = HEADS[head].from_pretrained(name, dtype=dtype, **loading)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return LoadedModel(model, AutoTokenizer.from_pretrained(name, **loading))
+
+
+@contextlib.contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """A block without the library's bars of weights, which jobs' own bars would be mixed with; warnings stay."""
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def head_of(config: Any) -> str | None:
+    """Which language model was saved with a configuration: `causal`, `masked`, or None if that is no language model.
+
+    The name of its class says it (`architectures`), or where a model's own code brings the class, what it is for.
+    """
+    brought = getattr(config, "auto_map", None) or {}
+    for architecture in getattr(config, "architectures", None) or []:
+        purposes = [purpose for purpose, name in brought.items() if str(name).rpartition(".")[2] == architecture]
+        for name in (architecture, *purposes):
+            if "MaskedLM" in name:
+                return "masked"
+            if "CausalLM" in name or "LMHead" in name:
+                return "causal"
+    return None
 
 
 def context_length(config: Any, tokenizer: Any) -> int:
