@@ -21,6 +21,7 @@ class JobChunk(NamedTuple):
 
     size: int  # in the job's unit, for progress
     content: Any  # what the worker needs; goes through pickle
+    continues: bool = False  # whether its result is joined with that of the chunk before: a part holds both or none
 
 
 Worker = Callable[[Any], pa.Table]  # from a chunk's content to its result
@@ -54,7 +55,7 @@ class Job(Protocol):
         """Write the output from the results of all chunks in their order, each read when it is asked for.
 
         Args:
-            results: of the chunks.
+            results: of the chunks; every loop over them reads them again.
             output: a path that does not exist yet; what appears there is published as a whole.
             record: of the run, to be kept in the output.
         """

@@ -58,8 +58,8 @@ def run_job(
     if output.exists() or output.is_symlink():
         raise FileExistsError(f"{output} exists already; choose another output or remove it first.")
     record = record_of(job, job.name if progress else None)
-    sizes = [chunk.size for chunk in job.chunks()]  # finds what is wrong with the input
-    wanted = (shard or Share()).consecutive(len(sizes))
+    sizes, starts = _sizes_and_starts(job)  # finds what is wrong with the input
+    wanted = (shard or Share()).consecutive(len(sizes), starts)
     if shard is not None:
         record["shard"] = f"{shard.index + 1}/{shard.count}"
     process = launched_process()
@@ -88,6 +88,16 @@ def run_job(
         finished.close()
     items, computed = sum(sizes[index] for index in wanted), sum(sizes[index] for index in missing)
     return JobSummary(output, items, computed, is_writer, record)
+
+
+def _sizes_and_starts(job: Job) -> tuple[list[int], list[int]]:
+    """The size of each chunk, and which chunks continue none before them."""
+    sizes, starts = [], []
+    for index, chunk in enumerate(job.chunks()):
+        sizes.append(chunk.size)
+        if not chunk.continues:
+            starts.append(index)
+    return sizes, starts
 
 
 def _chosen(job: Job, indices: list[int]) -> Iterator[tuple[int, JobChunk]]:

@@ -117,6 +117,13 @@ def test_parts_joined_are_the_whole(job, tmp_path):
             Share.parse(wrong)
 
 
+def test_chunks_that_belong_together_stay_in_one_part(job, tmp_path):
+    together = replace(job, joined=3)  # chunks 0 to 2, 3 to 5, and 6
+    parts = [run_job(together, tmp_path / f"{part}.parquet", shard=Share(part, 5)).output for part in range(5)]
+    assert [len(squares(part)) for part in parts] == [0, 9, 0, 9, 2]
+    assert sum(map(squares, parts), []) == [number**2 for number in NUMBERS]
+
+
 def test_launched_processes_make_one_output(job, tmp_path):
     processes = [
         in_process(job.numbers, tmp_path / "out.parquet", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
