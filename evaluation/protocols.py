@@ -13,9 +13,13 @@ from ..data_preparation.prepared_examples import digits_of
 from ..inference.embeddings import SequenceEncoder
 from ..inference.loaded_model import LoadedModel, load_model
 from ..inference.pooling import POOLINGS
-from ..inference.variant_effects import Variant, score_variants
+from ..inference.variant_effects import variant_effects
+from ..inference.window_effects import WindowEffects
 from ..sequences.alphabet import IUPAC
 from ..sequences.fasta import read_fasta
+from ..sequences.genome import genome_of
+from ..sequences.variants import REASONS, Variant
+from ..support.progress import progress_bar
 from .classifiers import choose, score_of_features
 from .fine_tuning import fine_tune
 from .labelled_data import LabelledSequences, overlap, read_labelled, read_table
@@ -192,8 +196,14 @@ def zero_shot(
     model: EvaluatedModel, task: VariantTask, sequence: str, variants: list[Variant], progress: bool
 ) -> np.ndarray:
     """How unlikely an alternative allele is: the reference's log-likelihood minus its own, mean of both strands."""
-    causal, bar = model.causal, model.name if progress else None
-    return -score_variants(causal.model, causal.tokenizer, sequence, variants, task.flank, bar).llr
+    effects = WindowEffects(model.causal.model, model.causal.tokenizer)
+    found = variant_effects(effects, genome_of({"": sequence}), variants, context=2 * task.flank + 1)
+    scores = []
+    for effect in progress_bar(model.name if progress else None, "variant", len(variants), found):
+        if effect.effects is None:
+            raise ValueError(f"{task.name}: {effect.variant} cannot be scored: {REASONS[effect.status]}.")
+        scores.append(-effect.effects.mean("llr"))
+    return np.array(scores)
 
 
 def transversion(model: None, task: VariantTask, sequence: str, variants: list[Variant], progress: bool) -> np.ndarray:
@@ -226,7 +236,7 @@ def run_variants(
         table = table[table[task.label].isin([task.positive, task.negative])]
     _, sequence = next(read_fasta(data / task.fasta))
     variants = [
-        Variant(int(position) - task.first_base, str(reference).upper(), str(alternative).upper())
+        Variant("", int(position) - task.first_base, str(reference).upper(), str(alternative).upper())
         for position, reference, alternative in table[needed[:3]].itertuples(index=False)
     ]
     labels = (table[task.label] == task.positive).to_numpy(dtype=np.int64)

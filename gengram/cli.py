@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, info, prepare, track, verify
+from .commands import bench, convert, demo, diff, doctor, embed, info, prepare, score, track, verify
 from .support.errors import FetchError, MissingExtraError
 
 
@@ -28,9 +28,11 @@ COMMANDS: dict[str, Command] = {
     "info": info,
     "verify": verify,
     "diff": diff,
+    "score": score,
+    "embed": embed,
+    "track": track,
     "prepare": prepare,
     "bench": bench,
-    "track": track,
     "demo": demo,
     "doctor": doctor,
 }

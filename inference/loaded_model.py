@@ -1,14 +1,12 @@
 """A model of Transformers on its device, with its tokenizer."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-from transformers.utils import logging
 
+UNKNOWN_CONTEXT = 10**9  # tokens, if nothing says how many a model can read
 HEADS: dict[str | None, Any] = {None: AutoModel, "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 
@@ -52,22 +50,9 @@ def load_model(
     """
     if head not in HEADS:
         raise ValueError(f"expected a head of {list(HEADS)}, got {head!r}.")
-    with _no_loading_bars():
-        model = HEADS[head].from_pretrained(name, dtype=dtype, **loading)
+    model = HEADS[head].from_pretrained(name, dtype=dtype, **loading)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return LoadedModel(model, AutoTokenizer.from_pretrained(name, **loading))
-
-
-@contextlib.contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """A block without the library's bars of weights, which jobs' own bars would be mixed with; warnings stay."""
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
 
 
 def head_of(config: Any) -> str | None:
@@ -87,5 +72,6 @@ def head_of(config: Any) -> str | None:
 
 
 def context_length(config: Any, tokenizer: Any) -> int:
-    """How many tokens a model can read at once, by its configuration and its tokenizer; 10**9 if neither says."""
-    return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
+    """How many tokens a model can read at once, by its configuration and tokenizer; or `UNKNOWN_CONTEXT`."""
+    said = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+    return int(min(said, tokenizer.model_max_length, UNKNOWN_CONTEXT))

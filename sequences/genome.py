@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,11 @@ class Genome:
             self._names[name] = found[0]
         return self._names[name]
 
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """Bases of each contig, also by the other names that `contig` understands."""
+        return _Lengths(self)
+
     def fetch(self, contig: str, start: int, end: int) -> str:
         """Letters of a contig, 0-based and half-open, in upper case; N and other IUPAC codes are kept.
 
@@ -107,6 +112,25 @@ class Genome:
                 f"{len(letters):,}; copy or download the file again."
             )
         return letters.upper()
+
+
+class _Lengths(Mapping[str, int]):
+    def __init__(self, genome: Genome):
+        self._genome = genome
+
+    def __getitem__(self, name: str) -> int:
+        return self._genome.contigs[self._genome.contig(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (
+            name in self._genome.contigs or any(other in self._genome.contigs for other in other_names(name))
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._genome.contigs)
+
+    def __len__(self) -> int:
+        return len(self._genome.contigs)
 
 
 def genome_of(sequences: Mapping[str, str], name: str = "the genome") -> Genome:
@@ -159,7 +183,7 @@ def open_genome(path: str | Path) -> Genome:
 def _readable_in_parts(path: str | Path, name: str, new_folder: Callable[[], Path]) -> Path:
     """The file itself if it is plain or bgzip FASTA, or a decompressed copy of it in a new folder."""
     with open_input(path, "FASTA") as content:
-        start = content.peek(_COPY_BLOCK)  # type: ignore[attr-defined]
+        start = content.peek(_COPY_BLOCK)
         if not start.lstrip().startswith(b">"):
             raise InputError(
                 f"{name}: expected FASTA ('>' and a name), got {shortened(start[:40].decode(errors='replace'))}."

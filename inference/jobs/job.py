@@ -33,7 +33,10 @@ class Job(Protocol):
     name: str  # of the command: "score"
     unit: str  # what progress counts: "variant", "bp"
     model: "ModelOptions"
-    inputs: Mapping[str, Path]  # files that decide the result, by role: {"variants": ..., "fasta": ...}
+
+    @property
+    def inputs(self) -> Mapping[str, Path]:
+        """Files that decide the result, by role: {"variants": ..., "fasta": ...}."""
 
     def settings(self) -> dict[str, Any]:
         """The job's own options that decide the result, as JSON; a run is continued only with equal ones."""
@@ -46,6 +49,9 @@ class Job(Protocol):
 
     def worker(self, device: str | None) -> Worker:
         """Load the model; what is returned computes one chunk after another.
+
+        If it has an attribute `advance`, that is set to a function, to be called with the units that are done inside a
+        chunk, for progress; nobody need do so.
 
         Args:
             device: where to run.

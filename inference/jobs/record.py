@@ -13,6 +13,7 @@ from .job import Job, ModelOptions
 
 _VERSIONS = ("gengram", "torch", "transformers")
 _PIECE = 2**22
+_LONG = 2**28  # bytes from which on reading a file shows progress
 _WITHOUT_EFFECT = {"command", "path"}  # the same file may be named in another way
 
 
@@ -47,7 +48,8 @@ def _file_record(path: Path, progress: str | None) -> dict[str, Any]:
         what = "is a folder" if path.is_dir() else "is a pipe or device" if path.exists() else "does not exist"
         raise OSError(f"{path} {what}; expected a file, since it is read more than once.")
     digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file, progress_bar(progress and f"reading {path.name}", "B", total=size) as bar:
+    name = f"reading {path.name}" if progress and size >= _LONG else None
+    with path.open("rb") as file, progress_bar(name, "B", total=size) as bar:
         while piece := file.read(_PIECE):
             digest.update(piece)
             bar.update(len(piece))

@@ -120,8 +120,26 @@ def _compute_here(
     worker = None
     for index, chunk in chunks:
         worker = worker or job.worker(device_of_process(job.model.device))
+        progress = _ChunkProgress(chunk.size, advance)
+        if hasattr(worker, "advance"):
+            worker.advance = progress
         finished.save(index, worker(chunk.content))
-        advance(chunk.size)
+        progress.finish()
+
+
+class _ChunkProgress:
+    """Progress within a chunk, which adds up to its size whatever is said."""
+
+    def __init__(self, size: int, advance: Callable[[int], Any]):
+        self._left, self._advance = size, advance
+
+    def __call__(self, units: int) -> None:
+        units = max(0, min(units, self._left))
+        self._left -= units
+        self._advance(units)
+
+    def finish(self) -> None:
+        self(self._left)
 
 
 def _compute_on_ray(

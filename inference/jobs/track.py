@@ -9,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...sequences.contig_names import other_names
 from ...sequences.genome import Genome, open_genome
 from ...sequences.intervals import Interval, parse_region, read_bed
 from ...support.default_model import model_name
@@ -232,11 +231,9 @@ def regions_of(genome: Genome, texts: Sequence[str] = (), beds: Sequence[Path] =
     Raises:
         InputError: if a region does not lie in the genome.
     """
-    lengths = {other: length for name, length in genome.contigs.items() for other in other_names(name)}
-    lengths |= genome.contigs
-    wanted = [parse_region(text, lengths) for text in texts]
+    wanted = [parse_region(text, genome.lengths) for text in texts]
     for bed in beds:
-        wanted += read_bed(bed, lengths)
+        wanted += read_bed(bed, genome.lengths)
     if not texts and not beds:
         wanted = [Interval(name, 0, length) for name, length in genome.contigs.items() if length]
     merged: list[Interval] = []
