@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     )
     from .tokenization import GengramTokenizer
 
+DEMO_DATA = Path(__file__).parent / "demo_data"  # a piece of human genome with genes and variants: its README
+
 # Public names that are loaded when first used, and their modules; type checkers read the imports above.
 _LOADED_FROM = {
     "GengramConfig": "configuration",
@@ -59,6 +61,7 @@ _LOADED_FROM = {
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DEMO_DATA",
     "GengramConfig",
     "GengramForCausalLM",
     "GengramForMaskedLM",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, embed, info, prepare, score, verify
+from .commands import bench, convert, demo, diff, doctor, embed, info, prepare, score, track, verify
 from .support.errors import FetchError, MissingExtraError, plain_words
 from .support.printable import printable_lines
 
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "diff": diff,
     "score": score,
     "embed": embed,
+    "track": track,
     "prepare": prepare,
     "bench": bench,
     "demo": demo,
