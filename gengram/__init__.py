@@ -13,6 +13,7 @@ if not (Path(__file__).parent / "configuration").is_dir():  # a source checkout:
 
 from ._version import __version__
 from .auto import register, register_with_auto_classes
+from .support.default_model import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from .configuration import GengramConfig
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     )
     from .motif_memory import MotifMemory, MotifMemoryConfig, memory_path
     from .tokenization import GengramTokenizer
-
-# Folder of gengram-mini, a small trained model that ships with the package: `from_pretrained(gengram.DEFAULT_MODEL)`.
-DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
 
 # Public names that are loaded when first used, and their modules; type checkers read the imports above.
 _LOADED_FROM = {

@@ -54,6 +54,7 @@ LIBRARIES = {
     "tokenization.byte_table": {"numpy"},  # text to bytes, without Hugging Face
     "tokenization.soft_mask": {"numpy"},
     "sequences": {"numpy"},
+    "sequences.htslib": {"pysam"},
 }
 
 # Modules that import one another inside functions, and why it is not cut.
