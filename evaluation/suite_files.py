@@ -16,6 +16,7 @@ from typing import Any, ClassVar, get_args, get_type_hints
 import yaml
 
 from ..support.errors import InputError, quoted, shortened
+from ..support.input_file import shown_name
 from .suite import ClassificationTask, FineTuningOptions, LikelihoodTask, Source, Suite, Task, VariantTask
 
 BUILT_IN = Path(__file__).parent / "suites"
@@ -43,28 +44,28 @@ def read_suite(name: str | Path) -> Suite:
         )
     content = _read_yaml(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("tasks"), list) or not content["tasks"]:
-        raise InputError(f"{path}: expected name, description and a list of tasks, got {shortened(content)}.")
+        raise InputError(f"{shown_name(path)}: expected name, description and a list of tasks, got {shortened(content)}.")
     known = ["name", "description", "tasks"]
     unknown = [key for key in content if key not in known]
     if unknown:
-        raise InputError(f"{path}: unknown fields: {quoted(map(str, unknown), known)}; known are {', '.join(known)}.")
+        raise InputError(f"{shown_name(path)}: unknown fields: {quoted(map(str, unknown), known)}; known are {', '.join(known)}.")
     tasks = []
     for number, given in enumerate(content["tasks"], start=1):
         try:
             tasks.append(_task(given, number))
         except ValueError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{shown_name(path)}: {error}") from None
     names = [task.name for task in tasks]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise InputError(f"{path}: two tasks have the same name: {quoted(repeated)}.")
+        raise InputError(f"{shown_name(path)}: two tasks have the same name: {quoted(repeated)}.")
     try:
         suite_name = _text(content.get("name", path.stem))
         described = content.get("description", "")
         lines = described.split("\n") if isinstance(described, str) else [described]
         description = [_text(line) for line in lines if line]
     except ValueError as error:
-        raise InputError(f"{path}: name and description: {error}.") from None
+        raise InputError(f"{shown_name(path)}: name and description: {error}.") from None
     return Suite(suite_name, "\n".join(description), tuple(tasks))
 
 
@@ -201,6 +202,6 @@ def _read_yaml(path: Path) -> Any:
         return yaml.load(path.read_bytes(), _TextLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}{line}: expected YAML, got {error.problem}.") from None
+        raise InputError(f"{shown_name(path)}{line}: expected YAML, got {error.problem}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected YAML, got {' '.join(str(error).split())[:200]}.") from None
+        raise InputError(f"{shown_name(path)}: expected YAML, got {' '.join(str(error).split())[:200]}.") from None
