@@ -106,15 +106,7 @@ def read_labelled(
                 f"{where}, {place(table, empty[0])}: expected a value in the column {column!r}, got "
                 f"{shortened(table[column].iloc[empty[0]])}{more}."
             )
-    sequences = [text.strip() for text in table[sequence_column]]
-    for row, text in enumerate(sequences):
-        if not text:
-            raise InputError(f"{where}, {place(table, row)}: expected a sequence, got an empty cell or record.")
-        if not _DNA.fullmatch(text):
-            raise InputError(
-                f"{where}, {place(table, row)}: expected DNA (the letters {_LETTERS}), got "
-                f"{quoted(sorted(set(text) - set(_LETTERS + _LETTERS.lower())), limit=5)} in {shortened(text)}."
-            )
+    sequences = sequences_of(table, sequence_column, where)
     names = table[label_column].map(class_name)
     known = sorted(names.unique()) if classes is None else list(classes)
     strange = sorted(set(names) - set(known))
@@ -123,11 +115,37 @@ def read_labelled(
             f"{where}: expected the classes of the training rows, {quoted(known)}, got {quoted(strange)}."
         )
     return LabelledSequences(
-        sequences=[text.upper().replace("U", "T") for text in sequences],
+        sequences=sequences,
         labels=names.map({name: index for index, name in enumerate(known)}).to_numpy(dtype=np.int64),
         classes=known,
         groups=table[group_column].map(class_name).to_numpy(dtype=str) if group_column else None,
     )
+
+
+def sequences_of(table: pd.DataFrame, column: str, where: str) -> list[str]:
+    """A column of sequences, in upper case, T for U.
+
+    Args:
+        table: of `tables.read_table`.
+        column: its name.
+        where: the file, for errors.
+
+    Raises:
+        InputError: if a cell is empty, or holds other letters than the IUPAC codes of DNA; the message names the row.
+    """
+    sequences = []
+    for row, cell in enumerate(table[column]):
+        text = cell.strip()
+        if not text:
+            raise InputError(f"{where}, {place(table, row)}: expected a sequence, got an empty cell or record.")
+        if not _DNA.fullmatch(text):
+            strange = sorted(set(text) - set(_LETTERS + _LETTERS.lower()))
+            raise InputError(
+                f"{where}, {place(table, row)}: expected DNA (the letters {_LETTERS}), got {quoted(strange, limit=5)} "
+                f"in {shortened(text)}."
+            )
+        sequences.append(text.upper().replace("U", "T"))
+    return sequences
 
 
 def check_classes(rows: LabelledSequences, where: str, least: int = 2) -> None:

@@ -1,6 +1,7 @@
 """Rows of variant tasks: those that cannot be scored are counted by the reason, and no number is made up for them."""
 
 import json
+import shutil
 
 import pytest
 from small_benches import FIELDS, GOOD, quick_results, run_suite, write_variants  # noqa: F401
@@ -51,6 +52,7 @@ def test_labels_written_as_decimals_are_the_same_labels(tmp_path, capsys):
     write_variants(tmp_path, GOOD)
     assert run_suite(tmp_path, FIELDS, capsys)[0] == 0
     (expected,) = json.loads((tmp_path / "results" / "results.json").read_text())
+    shutil.rmtree(tmp_path / "results")
     write_variants(tmp_path, [(f"{pos}.0", ref, alt.lower(), f"{label}.0") for pos, ref, alt, label in GOOD])
     assert run_suite(tmp_path, FIELDS, capsys)[0] == 0
     (found,) = json.loads((tmp_path / "results" / "results.json").read_text())
