@@ -18,6 +18,7 @@ base see both sides, which a model that was trained causally has to learn from t
 Left in the output folder: the model, `metrics.json` and `predictions.parquet` of the test rows.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -146,7 +147,8 @@ def evaluate(targets: np.ndarray, predictions: np.ndarray, samples: int = 1000) 
         raise ValueError(
             f"expected finite predictions, got others for {wrong} of {len(predictions)} rows; has training diverged?"
         )
-    with np.errstate(invalid="ignore", divide="ignore"):  # a sample of few rows may be constant
+    with warnings.catch_warnings():  # a sample of few rows may be constant
+        warnings.simplefilter("ignore")
         return {
             name: estimate(lambda rows, metric=metric: metric(targets[rows], predictions[rows]), len(targets), samples)
             for name, metric in METRICS.items()
