@@ -44,11 +44,15 @@ def read_suite(name: str | Path) -> Suite:
         )
     content = _read_yaml(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("tasks"), list) or not content["tasks"]:
-        raise InputError(f"{shown_name(path)}: expected name, description and a list of tasks, got {shortened(content)}.")
+        raise InputError(
+            f"{shown_name(path)}: expected name, description and a list of tasks, got {shortened(content)}."
+        )
     known = ["name", "description", "tasks"]
     unknown = [key for key in content if key not in known]
     if unknown:
-        raise InputError(f"{shown_name(path)}: unknown fields: {quoted(map(str, unknown), known)}; known are {', '.join(known)}.")
+        raise InputError(
+            f"{shown_name(path)}: unknown fields: {quoted(map(str, unknown), known)}; known are {', '.join(known)}."
+        )
     tasks = []
     for number, given in enumerate(content["tasks"], start=1):
         try:
