@@ -13,7 +13,9 @@ from datasets import Dataset
 
 from ..data_preparation.collator import DataCollatorForGenomeModeling
 from ..data_preparation.prepared_examples import digits_of
+from ..inference.base_tokens import BaseTokens
 from ..inference.likelihood import IGNORED, next_token_log_probabilities
+from ..sequences.alphabet import OTHER
 from ..support.bootstrap import Estimate, estimate
 from ..support.errors import InputError, quoted
 from ..support.input_file import shown_name
@@ -103,9 +105,27 @@ def read_splits(task: LikelihoodTask, data: Path, protocols: Sequence[str] = ())
 def causal_likelihood(
     model: EvaluatedModel, splits: dict[str, Dataset], progress: bool
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Bits and bases of every example by a causal model."""
+    """Bits and bases of every example by a causal model.
+
+    Raises:
+        ValueError: if the model's tokens are not those of the data set.
+    """
+    _check_tokens(BaseTokens.of(model.causal.tokenizer), splits["test"])
     bar = model.name if progress else None
     return *bits_of_examples(model.causal.model, splits["test"], progress=bar), {}
+
+
+def _check_tokens(tokens: BaseTokens, dataset: Dataset) -> None:
+    """Refuse a model that would read the bases of a data set as others: its likelihoods would mean nothing."""
+    few = dataset.select(range(min(64, len(dataset))))
+    expected = np.array([*tokens.bases])
+    for ids, digits in zip(few.with_format("numpy")["input_ids"], digits_of(few), strict=True):
+        is_base = digits < OTHER
+        if (expected[digits[is_base]] != ids[is_base]).any():
+            raise ValueError(
+                f"expected a model whose tokens are those of `gengram prepare`, got one that reads A, C, G and T as "
+                f"{list(tokens.bases)}."
+            )
 
 
 def markov_likelihood(

@@ -96,7 +96,10 @@ def markdown(suite: Suite, results: Sequence[dict[str, Any]]) -> str:
 def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
     """What is odd about the rows, each line once: repeats, classes without test rows, rows left out."""
     lines = []
+    kinds_left_out: dict[str, set[str]] = {}
     for result in results:
+        kinds_left_out.setdefault(result["task"], set()).add(json.dumps(result.get("left_out", {}), sort_keys=True))
+    for result, way in zip(results, _ways(results), strict=True):
         task = printable(result["task"])
         repeated, shared = result.get("duplicates_in_train", 0), result.get("test_rows_in_train", 0)
         if repeated or shared:
@@ -113,7 +116,8 @@ def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
         if left_out:
             total = sum(count for _, count in left_out)
             reasons = "; ".join(f"{printable(reason)} ({count:,})" for reason, count in left_out)
-            lines.append(f"- {task}: {total:,} of {total + result['test_rows']:,} rows were left out: {reasons}.")
+            of = f"{task}, {printable(way)}" if len(kinds_left_out[result["task"]]) > 1 else task
+            lines.append(f"- {of}: {total:,} of {total + result['test_rows']:,} rows were left out: {reasons}.")
         others = result["details"].get("compared_with", {}) if isinstance(result["details"], dict) else {}
         if len(others) > 1:
             labels = ", ".join(f"{shortened(name)} ({count:,})" for name, count in list(others.items())[:10])

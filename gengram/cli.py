@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, info, prepare, verify
+from .commands import bench, convert, demo, diff, doctor, info, prepare, score, verify
 from .support.errors import FetchError, MissingExtraError
 
 
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "info": info,
     "verify": verify,
     "diff": diff,
+    "score": score,
     "prepare": prepare,
     "bench": bench,
     "demo": demo,

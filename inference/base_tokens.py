@@ -68,8 +68,8 @@ class BaseTokens:
             )
         if len(tokenizer) < _MOST_TOKENS_OF_PROTEIN and set(_AMINO_ACIDS) <= tokenizer.get_vocab().keys():
             raise ValueError(
-                f"expected a tokenizer of DNA, got {type(tokenizer).__name__}, whose tokens are amino acids: A, C, G and T would "
-                "be read as a protein's."
+                f"expected a tokenizer of DNA, got {type(tokenizer).__name__}, whose tokens are amino acids: A, C, G "
+                "and T would be read as a protein's."
             )
         ids = dict(pairs)
         unknown = _ids(tokenizer, "ANC")[start:][:2]

@@ -54,6 +54,22 @@ def load_model(
     return LoadedModel(model, AutoTokenizer.from_pretrained(name, **loading))
 
 
+def head_of(config: Any) -> str | None:
+    """Which language model was saved with a configuration: `causal`, `masked`, or None if that is no language model.
+
+    The name of its class says it (`architectures`), or where a model's own code brings the class, what it is for.
+    """
+    brought = getattr(config, "auto_map", None) or {}
+    for architecture in getattr(config, "architectures", None) or []:
+        purposes = [purpose for purpose, name in brought.items() if str(name).rpartition(".")[2] == architecture]
+        for name in (architecture, *purposes):
+            if "MaskedLM" in name:
+                return "masked"
+            if "CausalLM" in name or "LMHead" in name:
+                return "causal"
+    return None
+
+
 def context_length(config: Any, tokenizer: Any) -> int:
     """How many tokens a model can read at once, by its configuration and its tokenizer; 10**9 if neither says."""
     return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)

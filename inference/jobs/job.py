@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import torch
+from transformers import AutoConfig
 
 from ...support.default_model import DEFAULT_MODEL
 from ..loaded_model import LoadedModel, load_model
@@ -101,6 +102,10 @@ class ModelOptions:
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )
+
+    def load_config(self) -> Any:
+        """The model's configuration alone, to check options by."""
+        return AutoConfig.from_pretrained(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def settings(self) -> dict[str, Any]:
         """What decides the numbers: all but the device."""

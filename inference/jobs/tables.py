@@ -1,12 +1,12 @@
 """Outputs that are tables, written piece by piece."""
 
+import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from ...support.whole_output import write_whole
@@ -43,10 +43,11 @@ def write_table(tables: Iterable[pa.Table], output: Path, record: dict[str, Any]
             for table in tables:
                 writer.write_table(table.cast(schema).replace_schema_metadata(schema.metadata))
         return
-    options = pa.csv.WriteOptions(include_header=False, delimiter="\t", quoting_style="needed")
-    with output.open("wb") as file:
-        file.write(("\t".join(schema.names) + "\n").encode())  # Arrow would put the names in quotes
-        with pa.csv.CSVWriter(file, schema, write_options=options) as writer:
-            for table in tables:
-                writer.write_table(table.cast(schema))
+    with output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(
+            file, delimiter="\t", lineterminator="\n"
+        )  # quotes only what holds tabs, quotes, line ends
+        writer.writerow(schema.names)
+        for table in tables:
+            writer.writerows(zip(*(column.to_pylist() for column in table.cast(schema).columns), strict=True))
     write_whole(output.with_name(f"{output.name}.json"), json.dumps(record, indent=2) + "\n")

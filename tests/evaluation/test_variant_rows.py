@@ -3,8 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from small_benches import FIELDS, GOOD, quick_results, run_suite, write_variants  # noqa: F401
+
+from gengram.cli import main
+from gengram.evaluation.variants import VARIANTS
+from gengram.sequences.variants import REASONS
 
 pytestmark = pytest.mark.usefixtures("quick_results")
 
@@ -20,8 +25,10 @@ def test_rows_that_cannot_be_scored_are_counted_by_reason_and_move_nothing(tmp_p
     code, report = run_suite(tmp_path, FIELDS, capsys)
     (after,) = json.loads((tmp_path / "results" / "results.json").read_text())
     assert code == 0 and after["metrics"] == before["metrics"] and after["test_rows"] == 40
-    assert sum(after["left_out"].values()) == len(bad) and after["left_out"]["no label"] == 1
-    assert f"- it: {len(bad)} of {40 + len(bad)} rows were left out: " in report and "no label (1)" in report
+    assert sum(after["left_out"].values()) == len(bad) and after["left_out"]["the row has no label"] == 1
+    assert (
+        f"- it: {len(bad)} of {40 + len(bad)} rows were left out: " in report and "the row has no label (1)" in report
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +75,8 @@ def test_several_negative_labels_are_reported(tmp_path, capsys):
 def test_another_assembly_is_an_error_with_both_files(tmp_path, capsys):
     write_variants(tmp_path, [(pos + 1, *rest) for pos, *rest in GOOD])
     code, error = run_suite(tmp_path, FIELDS, capsys)
-    assert code == 1 and "task 'it'" in error and "another assembly" in error
+    assert code == 1 and f"task 'it': {tmp_path}/variants.csv: " in error and f"{tmp_path}/genome.fa has" in error
+    assert "another assembly" in error and "first_base is 1" in error
 
 
 def test_a_vcf_for_a_table_is_said_so(tmp_path, capsys):
@@ -76,3 +84,32 @@ def test_a_vcf_for_a_table_is_said_so(tmp_path, capsys):
     (tmp_path / "variants.csv").write_text("##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\n1\t2\t.\tA\tC\n")
     code, error = run_suite(tmp_path, FIELDS, capsys)
     assert code == 1 and f"{tmp_path}/variants.csv: expected a CSV, TSV or Parquet file, got VCF" in error
+
+
+def test_variants_that_a_model_cannot_score_are_counted_and_not_ranked(tmp_path, tiny_folder, capsys):
+    """A letter that is no nucleotide lies in their windows; the baseline, which reads none, ranks them."""
+    write_variants(tmp_path, GOOD)
+    (tmp_path / "genome.fa").write_text(">g\n" + "ACGT" * 10 + "X" + "ACGT" * 50 + "\n")
+    fields = FIELDS.replace("[baseline", "[zero-shot, baseline") + ", flank: 8"
+    (tmp_path / "suite.yaml").write_text(f"tasks: [{{name: it, {fields}}}]")
+    options = ["--suite", tmp_path / "suite.yaml", "--data", tmp_path, "--output", tmp_path / "out", "--quiet"]
+    assert main(["bench", str(tiny_folder), *map(str, options)]) == 0
+    zero_shot, baseline = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (zero_shot["test_rows"], baseline["test_rows"], baseline["left_out"]) == (32, 40, {})
+    assert zero_shot["left_out"] == {REASONS["foreign_letters"]: 8}
+    assert f"- it, {tiny_folder.name}, zero-shot: 8 of 40 rows were left out" in capsys.readouterr().out
+
+
+def test_likelihoods_that_are_not_finite_are_refused(tmp_path, monkeypatch, capsys):
+    write_variants(tmp_path, GOOD)
+    monkeypatch.setitem(VARIANTS, "baseline-transversion", lambda *arguments, **named: (np.full(40, np.inf), {}))
+    code, error = run_suite(tmp_path, FIELDS, capsys)
+    assert code == 1 and "task 'it', baseline-transversion, seed 0 (" in error and "expected finite" in error
+
+
+def test_alleles_of_words_for_nothing_are_missing(tmp_path, capsys):
+    """`NAN` and `NA` are letters of DNA, but stand for an empty cell."""
+    write_variants(tmp_path, [*GOOD, (41, "A", "NAN", 1), (45, "NA", "A", 1), (49, "A", "nan", 0)])
+    assert run_suite(tmp_path, FIELDS, capsys)[0] == 0
+    (result,) = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert result["test_rows"] == 40 and result["left_out"] == {REASONS["missing_allele"]: 3}

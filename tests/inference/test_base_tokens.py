@@ -1,20 +1,11 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_tokenizers import one_per_base
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gengram import GengramTokenizer
 from gengram.inference.base_tokens import BaseTokens
-
-
-def one_per_base(letters: str, template: str | None = None) -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate(["[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    if template:
-        special = [("[CLS]", 1), ("[SEP]", 2)]
-        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", mask_token="[MASK]")
 
 
 def byte_pairs() -> PreTrainedTokenizerFast:

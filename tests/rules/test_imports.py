@@ -55,6 +55,7 @@ LIBRARIES = {
     "tokenization.soft_mask": {"numpy"},
     "sequences": {"numpy"},
     "sequences.htslib": {"pysam"},
+    "sequences.tables": {"pyarrow"},
 }
 
 # Modules that import one another inside functions, and why it is not cut.

@@ -7,11 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from source_tree import ROOT
 
 from gengram.inference.jobs import ModelOptions, Share, run_job
+from gengram.inference.jobs.tables import write_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from squares import Squares
@@ -61,6 +63,13 @@ def test_a_tsv_has_plain_columns_and_its_record_beside_it(job, tmp_path):
     lines = (tmp_path / "out.tsv").read_text().splitlines()
     assert lines[0].split("\t") == ["number", "square"] and lines[4] == "3\t9" and len(lines) == 21
     assert json.loads((tmp_path / "out.tsv.json").read_text())["job"] == "squares"
+
+
+def test_text_in_a_tsv_is_quoted_only_where_it_must_be(tmp_path):
+    table = pa.table({"text": ["chr1", 'a "b"', "", None], "number": [0.1, None, 1e-9, -3.0]})
+    write_table([table], tmp_path / "out.tsv", {}, table.schema)
+    lines = (tmp_path / "out.tsv").read_text().split("\n")
+    assert lines == ["text\tnumber", "chr1\t0.1", '"a ""b"""\t', "\t1e-09", "\t-3.0", ""]
 
 
 def test_an_empty_input_gives_an_empty_table(job, tmp_path):
