@@ -17,6 +17,7 @@ from .support.default_model import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from .configuration import GengramConfig
+    from .inference.one_hot import OneHotModel
     from .modeling_gengram import (
         GengramForCausalLM,
         GengramForMaskedLM,
@@ -55,6 +56,7 @@ _LOADED_FROM = {
     "attached_memories": "motif_memory",
     "detach_memory": "motif_memory",
     "load_memory": "motif_memory",
+    "OneHotModel": "inference.one_hot",
     "memory_path": "motif_memory",
     "save_memory": "motif_memory",
 }
@@ -72,6 +74,7 @@ __all__ = [
     "GengramTokenizer",
     "MotifMemory",
     "MotifMemoryConfig",
+    "OneHotModel",
     "__version__",
     "attach_memory",
     "attached_memories",
