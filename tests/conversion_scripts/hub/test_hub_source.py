@@ -20,7 +20,7 @@ from huggingface_hub.utils import close_session
 
 from gengram.cli import main as gengram
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, plan_conversion
-from gengram.conversion_scripts.files.partial_folder import leftover, partial_path
+from gengram.conversion_scripts.files.partial_folder import PartialFolder, leftover, partial_path
 from gengram.conversion_scripts.files.weight_hash import tensor_bytes
 from gengram.conversion_scripts.hub import hub_path
 from gengram.conversion_scripts.hub.hub_path import open_source
@@ -480,27 +480,56 @@ def test_a_local_folder_goes_first(hub, tmp_path, small_torch):
     assert hub.log
 
 
-def test_an_interrupted_file_is_continued(hub, tmp_path, megatron):
+@pytest.mark.parametrize(
+    "last", ["0.motif_memory.value_proj.weight", "0.self_attn.k_proj.weight", "1.mlp.experts.down_proj"]
+)
+def test_an_interrupted_file_is_continued(last, hub, tmp_path, megatron, monkeypatch):
+    made = saved(hub, "torch_dist", megatron)
+    out = tmp_path / "out"
+    original = PartialFolder.record_part
+
+    def record(self, part):
+        original(self, part)
+        if part.tensor == f"model.layers.{last}":  # of the experts, the first slice
+            raise FetchError("the connection is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialFolder, "record_part", record)
+        with pytest.raises(FetchError):
+            convert_to_hf(REPO, out, progress=False, fetch="ranges")  # one weight file
+    parts = [json.loads(line) for line in (partial_path(out) / "parts.jsonl").read_text().splitlines()]
+    assert len(parts) > 10 and {part["file"] for part in parts} == {"model.safetensors"} and not out.exists()
+    assert "the start of a weight file kept in" in leftover(out)
+    before = len(hub.intervals)
+    convert_to_hf(REPO, out, progress=False, fetch="ranges")
+    megatron.assert_same(megatron.load_hf(out), made.expected)
+    verify_conversion(out, made.root, load=False)
+    # What was written is not fetched again, unless something else is made of it: keys are written before queries.
+    record = json.loads((out / "conversion.json").read_text())["weights"]
+    whole = {part["tensor"] for part in parts if part["index"] is None}
+    slices = {source for part in parts if part["index"] is not None for source in part["sources"]}
+    needed = {source for name in record.keys() - whole for source in record[name]["sources"]} - slices
+    kept = {source for part in parts for source in part["sources"]} - needed
+    assert len(kept) > 10
+    tensors = open_checkpoint(made.root).tensors
+    again = {(name.rpartition("/")[2], place) for name, *ends in hub.intervals[before:] for place in range(*ends)}
+    for name in kept:
+        for span in tensors[name].spans:
+            assert not again.intersection((span.path.name, span.start + i) for i in range(span.length)), name
+
+
+def test_a_connection_that_is_lost_keeps_the_start_of_a_file(hub, tmp_path, megatron):
     made = saved(hub, "torch_dist", megatron)
     out = tmp_path / "out"
     lose_the_connection(hub, 70_000)
     with pytest.raises(FetchError):
         convert_to_hf(REPO, out, progress=False, fetch="ranges")  # one weight file
-    parts = [json.loads(line) for line in (partial_path(out) / "parts.jsonl").read_text().splitlines()]
-    assert len(parts) > 10 and {part["file"] for part in parts} == {"model.safetensors"} and not out.exists()
-    assert "the start of a weight file kept in" in leftover(out)
+    assert "the start of a weight file kept in" in leftover(out) and not out.exists()
     hub.on_request, hub.cut_always = lambda method, path: None, False
-    before = len(hub.intervals)
+    before = sum(hub.served.values())
     convert_to_hf(REPO, out, progress=False, fetch="ranges")
     megatron.assert_same(megatron.load_hf(out), made.expected)
-    verify_conversion(out, made.root, load=False)
-    # What was written is not fetched again.
-    kept = {source for part in parts for source in part["sources"]}
-    tensors = open_checkpoint(made.root).tensors
-    again = {(name.rpartition("/")[2], place) for name, *ends in hub.intervals[before:] for place in range(*ends)}
-    for name in kept:
-        for span in tensors[name].spans:
-            assert not again.intersection((span.path.name, span.start + i) for i in range(span.length))
+    assert sum(hub.served.values()) - before < before  # the rest only
 
 
 # Imports once and forks; each child dies at its n-th request for a range.
