@@ -9,7 +9,8 @@ from typing import Any
 
 from ...support.errors import ConversionError
 from ..files.tensor_memory import drop_from_page_cache
-from .hub_path import PARALLEL_PARTS, PART, HubPath, SourcePath, size_of
+from .hub_path import HubPath, SourcePath, size_of
+from .repository import PARALLEL_PARTS, PART
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class HubRange(ByteRange):
 
     def read_at(self, position: int, buffer: memoryview) -> int:
         limits = (self.start, self.start + self.length)
-        return self._hub.repository.read_into(self._hub, self.start + position, buffer, limits)
+        return self._hub.repository.read_into(self._hub.key, self.start + position, buffer, limits)
 
 
 def open_range(path: SourcePath, start: int = 0, length: int | None = None) -> ByteRange:

@@ -1,6 +1,7 @@
 """Opens a Megatron checkpoint of either format, from its root or the folder of one iteration."""
 
 import re
+from pathlib import PurePosixPath
 
 from ...support.errors import ConversionError, quoted, shortened
 from ..hub.hub_path import HubPath, SourcePath, open_source
@@ -85,7 +86,7 @@ def _only_checkpoint(folder: HubPath) -> HubPath:
     """The one folder of a repository, at or below `folder`, that is a checkpoint's root; `folder` if there is none."""
     roots = set()
     for name in folder.repository.files:
-        file = folder.repository.root / name
+        file = HubPath(folder.repository, PurePosixPath(name))
         if folder.relative not in file.relative.parents:
             continue
         if file.name == TRACKER:

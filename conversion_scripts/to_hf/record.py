@@ -4,7 +4,8 @@ from typing import Any
 
 from ...support.versions import installed_version
 from ..files.dtypes import dtype_name
-from ..hub.hub_path import HubRepository, size_of
+from ..hub.hub_path import size_of
+from ..hub.repository import HubRepository
 from ..mapping.weight_table import TABLE_VERSION
 from .job import ConversionJob
 
