@@ -86,16 +86,21 @@ class ByteRange(io.RawIOBase):
 
 
 class FileRange(ByteRange):
-    """A range of a file on this machine; what was read leaves the page cache, since checkpoints are larger than it."""
+    """A range of a file on this machine.
+
+    What was read leaves the page cache, since checkpoints are larger than it, unless `is_read_again` is set.
+    """
 
     def __init__(self, path: Path, start: int = 0, length: int | None = None):
+        self.is_read_again = False
         self._file = open(path, "rb", buffering=0)
         super().__init__(path, self._file.seek(0, io.SEEK_END), start, length)
 
     def read_at(self, position: int, buffer: memoryview) -> int:
         self._file.seek(self.start + position)
         count = self._file.readinto(buffer) or 0
-        drop_from_page_cache(self._file.fileno(), self.start + position, count)
+        if not self.is_read_again:
+            drop_from_page_cache(self._file.fileno(), self.start + position, count)
         return count
 
     def close(self) -> None:

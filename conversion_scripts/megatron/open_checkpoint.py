@@ -4,6 +4,7 @@ import re
 from pathlib import PurePosixPath
 
 from ...support.errors import ConversionError, quoted, shortened
+from ..files.file_facts import check_unchanged, facts_in
 from ..hub.hub_path import HubPath, SourcePath, open_source
 from .checkpoint import TRACKER, MegatronCheckpoint
 from .torch_dist_reader import open_torch_dist_checkpoint
@@ -22,9 +23,15 @@ def open_checkpoint(path: str | SourcePath, revision: str | None = None) -> Mega
         FetchError: if the Hub cannot be reached.
     """
     folder = find_iteration(open_source(path, revision))
-    if checkpoint_format(folder) == "torch_dist":
-        return open_torch_dist_checkpoint(folder)
-    return open_torch_checkpoint(folder)
+    facts = facts_in(folder)
+    is_distributed = checkpoint_format(folder) == "torch_dist"
+    try:
+        checkpoint = open_torch_dist_checkpoint(folder) if is_distributed else open_torch_checkpoint(folder)
+    except (ConversionError, OSError):
+        check_unchanged(folder, facts, facts)  # what is changed under the reader is not damaged
+        raise
+    checkpoint.facts = facts
+    return checkpoint
 
 
 def checkpoint_format(folder: SourcePath) -> str | None:
