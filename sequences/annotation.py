@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .text_lines import read_lines
+from ..support.errors import InputError, shortened
+from ..support.input_file import shown_name
+from ..support.printable import printable
+from .text_lines import read_lines, whole_number
 
 LABELS = {"exon": ("other", "exon"), "splice": ("other", "donor", "acceptor")}
 
@@ -51,39 +54,41 @@ class Transcript:
 
 
 def read_transcripts(path: str | Path) -> list[Transcript]:
-    """Transcripts of the `exon` lines of a GTF file (plain or gzip), in the order of the file.
+    """Transcripts of the `exon` lines of a GTF file, plain or compressed, in the order of the file.
 
     Exons of a transcript that touch or overlap become one. Equal names on two records or strands are two transcripts.
 
     Raises:
-        ValueError: if a line is not GTF, an exon has no strand or no transcript, or there are no exons; the message
+        InputError: if a line is not GTF, an exon has no strand or no transcript, or there are no exons; the message
             names the line.
         OSError: if the file cannot be read.
     """
     exons: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
+    source = shown_name(path)
     for number, line in enumerate(read_lines(path, "GTF"), start=1):
-        line = line.rstrip("\r\n")
         if not line.strip() or line.startswith("#"):
             continue
+        here = f"{source}, line {number}"
         cells = line.split("\t")
         if len(cells) != 9:
-            raise ValueError(f"{path}, line {number}: expected 9 tab-separated columns (GTF), got {len(cells)}.")
-        record, _, feature, start, end, _, strand, _, attributes = cells
+            raise InputError(f"{here}: expected 9 tab-separated columns (GTF), got {len(cells)}.")
+        record, _, feature, first, last, _, strand, _, attributes = cells
         if feature != "exon":
             continue
-        if not (start.isdecimal() and end.isdecimal() and 1 <= int(start) <= int(end)):
-            raise ValueError(f"{path}, line {number}: expected 1 <= start <= end, got {start!r} and {end!r}.")
+        start, end = whole_number(first), whole_number(last)
+        if start is None or end is None or not 1 <= start <= end:
+            raise InputError(f"{here}: expected 1 <= start <= end, got {shortened(first)} and {shortened(last)}.")
         if strand not in ("+", "-"):
-            raise ValueError(
-                f"{path}, line {number}: expected the strand + or -, got {strand!r}; remove exons of unknown strand."
+            raise InputError(
+                f"{here}: expected the strand + or -, got {shortened(strand)}; remove exons of unknown strand."
             )
         found = _TRANSCRIPT.search(attributes)
         if found is None:
             hint = "; this looks like GFF3: convert it, for example with `gffread -T`" if "=" in attributes else ""
-            raise ValueError(f'{path}, line {number}: expected transcript_id "...", got {attributes[:60]!r}{hint}.')
-        exons.setdefault((record, found[1], strand), []).append((int(start) - 1, int(end)))
+            raise InputError(f'{here}: expected transcript_id "...", got {attributes[:60]!r}{hint}.')
+        exons.setdefault((record, found[1], strand), []).append((start - 1, end))
     if not exons:
-        raise ValueError(f"{path}: expected lines of the feature 'exon', got none.")
+        raise InputError(f"{source}: expected lines of the feature 'exon', got none.")
     return [Transcript(record, name, strand, _joined(parts)) for (record, name, strand), parts in exons.items()]
 
 
@@ -109,9 +114,9 @@ def base_labels(transcripts: Iterable[Transcript], strand: str, length: int, kin
     transcripts = [transcript for transcript in transcripts if transcript.strand == strand]
     for transcript in transcripts:
         if transcript.exons[-1][1] > length:
-            raise ValueError(
-                f"transcript {transcript.name} ends at base {transcript.exons[-1][1]}, but {transcript.record} has "
-                f"{length}; are FASTA and GTF of the same assembly?"
+            raise InputError(
+                f"transcript {printable(transcript.name)} ends at base {transcript.exons[-1][1]}, but "
+                f"{printable(transcript.record)} has {length}; are FASTA and GTF of the same assembly?"
             )
     if kind == "exon":
         for transcript in transcripts:

@@ -1,5 +1,6 @@
-"""Lines of text files, plain or compressed."""
+"""Lines of text files, plain or compressed, and the numbers in them."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,3 +35,8 @@ def read_lines(path: str | Path, kind: str) -> Iterator[str]:
                     f"{here}: expected line ends of \\n or \\r\\n, got \\r alone; convert it with `tr '\\r' '\\n'`."
                 )
             yield text
+
+
+def whole_number(cell: str) -> int | None:
+    """A number of at most 18 digits 0 to 9; None for anything else, as signs, blanks, `1_000`, or other scripts."""
+    return int(cell) if re.fullmatch(r"[0-9]{1,18}", cell) else None

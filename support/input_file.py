@@ -46,7 +46,7 @@ _NOT_TEXT = (
 )
 
 
-def open_input(path: str | Path, kind: str, digest: Any = None) -> BinaryIO:
+def open_input(path: str | Path, kind: str, digest: Any = None) -> io.BufferedReader:
     """The bytes of a text file as a stream, decompressed (gzip, bgzip, bzip2, xz) and without a byte-order mark.
 
     The file is opened once and read from start to end, so pipes, `<(command)` and, by the name `-`, standard input

@@ -25,5 +25,5 @@ def printable_lines(text: str) -> str:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether `name` can be a part of a file's name anywhere: letters, digits, `_`, `-` and dots inside; at most 100."""
+    """Whether `name` can name a file on every system: ASCII letters, digits, `_`, `-`, dots inside; at most 100."""
     return len(name) <= 100 and _PLAIN_NAME.fullmatch(name) is not None and ".." not in name

@@ -80,7 +80,12 @@ def test_attributes_in_any_order_and_without_quotes(read):
         ("r\tme\texon\t1\t5\n", "9 tab-separated columns"),
         (line(1, 5).replace('transcript_id "T1"', "Parent=T1"), "GFF3.*gffread"),
         (line(1, 5, feature="gene"), "feature 'exon', got none"),
-        ("", "feature 'exon', got none"),
+        ("# a comment\n", "feature 'exon', got none"),
+        ("", "is empty, expected a GTF file"),
+        (line("\u0663", 5), "expected 1 <= start <= end"),
+        (line("9" * 5000, 5), r"line 1: expected 1 <= start <= end"),
+        (line("1_0", 50), "expected 1 <= start <= end"),
+        (line(1, 5) + "\0", r"not text \(NUL\)"),
     ],
 )
 def test_what_cannot_be_read_is_named(read, text, message):

@@ -16,7 +16,7 @@ def test_what_is_shown_is_printable_and_ordinary_names_stay_as_they_are(name):
     "name, shown",
     [
         ("chr1", "chr1"),
-        ("é α", "é α"),
+        ("é ж", "é ж"),
         ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
         ("a\nerror: all is well", r"a\nerror: all is well"),
         ("\x9b2J", r"\x9b2J"),
