@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ..sequences.windows import window_bounds
 from ..tokenization.tokenization_gengram import GengramTokenizer
 from .documents import Document
 from .window_options import WindowOptions
-from ..sequences.windows import window_bounds
 
 
 @dataclass

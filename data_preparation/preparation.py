@@ -155,7 +155,7 @@ def _unique(pieces: Iterable[SequencePiece], file: str, seen: set[tuple[str, str
         if piece.start == 0:
             if (file, piece.name) in seen:
                 raise InputError(
-                    f"two files named {printable(file)} hold a record '{printable(piece.name)}'; rename one of the files."
+                    f"two files named {printable(file)} hold a record '{printable(piece.name)}'; rename one of them."
                 )
             seen.add((file, piece.name))
         yield piece
@@ -164,9 +164,10 @@ def _unique(pieces: Iterable[SequencePiece], file: str, seen: set[tuple[str, str
 def _check_foreign_share(path: str | Path, letters: LetterCounts, options: WindowOptions) -> None:
     if options.foreign == "limit" and letters.foreign_share > options.most_foreign:
         raise InputError(
-            f"{shown_name(path)}: {letters.foreign_share:.2%} of its {letters.total:,} letters are not IUPAC codes of DNA "
-            f"({letters.foreign_in_words()}), at most {options.most_foreign:.2%} may be{_guess(letters.foreign)}. Clean "
-            "the file, or choose with foreign= (--foreign): 'cut' ends a piece at each of them, 'keep' makes them [UNK]."
+            f"{shown_name(path)}: {letters.foreign_share:.2%} of its {letters.total:,} letters are not IUPAC codes of "
+            f"DNA ({letters.foreign_in_words()}), at most {options.most_foreign:.2%} may be{_guess(letters.foreign)}. "
+            "Clean the file, or choose with foreign= (--foreign): 'cut' ends a piece at each of them, 'keep' makes "
+            "them [UNK]."
         )
 
 

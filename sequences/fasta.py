@@ -41,8 +41,8 @@ def stream_fasta(path: str | Path, digest: Any = None, repeated_names: str = "fa
 
     Raises:
         InputError: if the file is damaged or not FASTA text: something stands in front of the first header, a record
-            has no name or one that was there before (`fail`), a line holds `>` in its middle, starts with `;`, or has bytes
-            that are not printable ASCII. The message names the line.
+            has no name or one that was there before (`fail`), a line holds `>` in its middle, starts with `;`, or
+            has bytes that are not printable ASCII. The message names the line.
         OSError: if it cannot be read.
     """
     with open_input(path, "FASTA", digest) as file:
@@ -148,8 +148,8 @@ class _Parser:
         while self.lines_of_names.setdefault(name, self.line) != self.line:
             if self.repeated_names == "fail":
                 raise self._error(
-                    f"the name '{printable(name)}' (the first word) was used in line {self.lines_of_names[name]} already; "
-                    "rename one of the two, or choose repeated_names='number' (--repeated-names) to have them numbered"
+                    f"the name '{printable(name)}' (the first word) was used in line {self.lines_of_names[name]} "
+                    "already; rename one of the two, or choose repeated_names='number' (--repeated-names)"
                 )
             self.numbers_of_names[original] = self.numbers_of_names.get(original, 1) + 1
             name = f"{original}#{self.numbers_of_names[original]}"

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from ..support.printable import printable
 from .alphabet import BASES, IUPAC
 
-FOREIGN = re.compile("[^{0}{1}]".format("".join(IUPAC), "".join(IUPAC).lower()))  # a character that is no IUPAC code
-
+_LETTERS = "".join(IUPAC) + "".join(IUPAC).lower()
+_CODES = _LETTERS.encode()
 _BASES = (BASES + "U" + BASES.lower() + "u").encode()
-_CODES = "".join(IUPAC).encode() + "".join(IUPAC).lower().encode()
+
+FOREIGN = re.compile(f"[^{_LETTERS}]")  # a character that is no IUPAC code
 
 
 @dataclass

@@ -1,13 +1,12 @@
 """Outputs that appear whole or not at all."""
 
 import contextlib
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import plain_words
+from .errors import DISK_IS_FULL, plain_words
 from .printable import printable
 from .work_folder import work_folder
 
@@ -55,7 +54,7 @@ def _full_disk_named(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_IS_FULL:
             raise
         words = plain_words(OSError(error.errno, ""))
         raise OSError(f"{printable(output)} was not written: {words}. Nothing of it is kept.") from error

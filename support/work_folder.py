@@ -94,8 +94,8 @@ def _locked(work: Path, output: Path) -> Iterator[None]:
             if not _lock(lock.fileno()):
                 owner = lock.read(20).decode("ascii", "replace")
                 raise InputError(
-                    f"{printable(output)} is being written by process {printable(owner) or 'unknown'}; wait for it, or "
-                    "choose another output."
+                    f"{printable(output)} is being written by process {printable(owner) or 'unknown'}; wait for it, "
+                    "or choose another output."
                 )
             try:
                 is_current = os.path.samestat(os.fstat(lock.fileno()), os.lstat(work / _LOCK))
