@@ -64,9 +64,7 @@ def work_folder(output: Path, restart: bool | None) -> Iterator[Path]:
 
 def _left_behind(work: Path, restart: bool | None) -> str:
     sizes = [path.lstat().st_size for path in work.rglob("*") if path.is_file() and not path.is_symlink()]
-    remedy = (
-        f"delete it (`rm -r {printable(work)}`)" if restart is None else "give --restart to delete it and start anew"
-    )
+    remedy = "delete that folder" if restart is None else "give --restart to delete it and start anew"
     return (
         f"{printable(work)} holds {size_text(sum(sizes))} that an earlier run left when it was killed; it cannot be "
         f"continued: {remedy}."
