@@ -121,11 +121,11 @@ def _check_ours(work: Path, contents: Mapping[str, Callable[[int], bool]]) -> No
     """Refuses what we would not have made: links, other kinds of file, other owners, other content."""
     shown = printable(work)
     try:
-        found = {work: os.lstat(work)} | {child: os.lstat(child) for child in work.iterdir()}
+        found = {work: os.lstat(work)}
+        if stat.S_ISDIR(found[work].st_mode):
+            found |= {child: os.lstat(child) for child in work.iterdir()}
     except FileNotFoundError:  # removed by its owner just now
         return
-    except NotADirectoryError:
-        raise InputError(f"{shown} is in the way, it is not a folder; move it away.") from None
     kinds = {work: stat.S_ISDIR, work / _LOCK: stat.S_ISREG}
     kinds |= {work / name: is_of_kind for name, is_of_kind in contents.items()}
     for path, status in found.items():
