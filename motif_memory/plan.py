@@ -65,8 +65,9 @@ def plan_ngrams(
         exists = exists.to(device=codes.device, dtype=torch.bool)
         codes = codes.masked_fill(~exists, 0)
     if state is not None and config.context:
-        context = config.context
-        codes = torch.cat([state.letters(codes), codes], dim=1)
+        letters_before = state.letters(codes)
+        context = letters_before.shape[1]
+        codes = torch.cat([letters_before, codes], dim=1)
     behind = ahead = None
     if positions is not None:
         behind = positions.expand(codes.shape[0], -1)
