@@ -29,9 +29,14 @@ _WITHOUT_EFFECT = {
     "router_z_loss_coef",
     "router_jitter_noise",
 }
-_OF_THE_TASK = ("num_labels", "id2label", "label2id", "problem_type")
+_NAMES = ("id2label", "label2id", "problem_type")  # the loss finds out the last one by itself
+_OF_THE_TASK = ("num_labels", *_NAMES)
 # Fields that are read in each pass, so that a model can take them over.
-_TAKEN_OVER = ("classifier_pooling", "is_causal", "pad_token_id", "id2label", "label2id", "problem_type")
+_TAKEN_OVER = ("classifier_pooling", "is_causal", "pad_token_id")
+
+
+class _Noted(dict[str, Any]):
+    """Settings noted by this process; those that a file brought are a plain dictionary until they are compared."""
 
 
 def settings_of(config: GengramConfig) -> dict[str, Any]:
@@ -50,7 +55,9 @@ def record_settings(model: Any, prefix: str) -> None:
     """
     adapters = getattr(model, "peft_config", None) or {}
     for adapter in adapters.values():
-        adapter.auto_mapping = {**(adapter.auto_mapping or {}), _KEY: settings_of(model.config)}
+        facts = adapter.auto_mapping or {}
+        if isinstance(facts.get(_KEY, _Noted()), _Noted):
+            adapter.auto_mapping = {**facts, _KEY: _Noted(settings_of(model.config))}
     is_prompt = prefix == "base_model." and not adapters  # PEFT keeps prompts outside of the model
     if is_prompt or any(adapter.task_type is None for adapter in adapters.values()):
         _warn_of_what_is_lost(model)
@@ -83,22 +90,23 @@ def check_adapters(model: Any) -> None:
     for name, adapter in adapters.items():
         facts = dict(adapter.auto_mapping or {})
         trained = facts.pop(_KEY, None)
-        if trained is None:
+        if trained is None or isinstance(trained, _Noted):
             continue
         here = settings_of(model.config)
         changed = {field: trained[field] for field in here if field in trained and trained[field] != here[field]}
-        if changed and (len(adapters) > 1 or not changed.keys() <= set(_TAKEN_OVER)):
-            instead = {field: here[field] for field in changed}
+        said = {field: value for field, value in changed.items() if field not in _NAMES}
+        instead = {field: here[field] for field in said}
+        if said and (len(adapters) > 1 or not said.keys() <= set(_TAKEN_OVER)):
             raise ValueError(
-                f"the adapter {name!r} was trained with {_listed(changed)}, but this model has {_listed(instead)}. "
-                f"Load the base model anew with the adapter's settings: from_pretrained(..., {_listed(changed)})."
+                f"the adapter {name!r} was trained with {_listed(said)}, but this model has {_listed(instead)}. "
+                f"Load the base model anew with the adapter's settings: from_pretrained(..., {_listed(said)})."
             )
         for field, value in changed.items():
             setattr(model.config, field, _as_labels(value) if field == "id2label" else value)
-        if changed:
+        if said:
             logger.warning(
-                f"the adapter {name!r} was trained with {_listed(changed)}; this model, whose folder says otherwise, "
-                "does so too from now on."
+                f"the adapter {name!r} was trained with {_listed(said)}. The model was loaded with "
+                f"{_listed(instead)}, and now has the adapter's."
             )
         adapter.auto_mapping = facts or None  # noted again when it is saved
 

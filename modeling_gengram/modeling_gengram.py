@@ -407,6 +407,7 @@ class GengramModel(GengramPreTrainedModel):
                 the memory looks across, and no cache is made. Without them a row is one sequence.
             past_key_values: a cache; build it with `DynamicCache(config=model.config)`. `cache`, the name that
                 Transformers gives it since 5.24, means the same.
+            use_cache: return a cache, the given one or a new one (defaults to `config.use_cache`).
             inputs_embeds: (batch, length, hidden) instead of ids. The memory reads the letters whose embedding rows
                 occur exactly, any other vector is "not a letter"; `memory_input_ids` overrides this.
             memory_input_ids: (batch, length), the ids that the memory reads if they differ from `input_ids`.
@@ -500,7 +501,7 @@ class GengramModel(GengramPreTrainedModel):
         if memory_state is not None:
             memory_state.advance_letters(codes)
         hidden_states = self.norm(hidden_states)
-        return GengramModelOutput(last_hidden_state=hidden_states, **{_CACHE: cache})
+        return GengramModelOutput(last_hidden_state=hidden_states, **{_CACHE: cache if use_cache else None})
 
     def _sequences(
         self, position_ids: torch.Tensor | None, attention_mask: Any, shape: tuple[int, int], is_causal: bool

@@ -296,7 +296,7 @@ def test_a_generation_reads_the_weights_that_it_began_with_and_the_next_one_the_
     cache = kind(config=model.config, **extra)
 
     def generation(cache):
-        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split([20, 1, 1, 8], dim=1)], 1)
+        return torch.cat([model(part, cache=cache).logits for part in ids.split([20, 1, 1, 8], dim=1)], 1)
 
     generation(cache)
     assert set(ways) == {"folded"}
@@ -316,7 +316,7 @@ def test_a_short_prompt_is_not_checked_and_its_continuation_once(monkeypatch, wa
     model, ids = tiny_model(GengramForCausalLM).fold_memory(), random_ids(1, 30, non_letters=0)
     cache = DynamicCache(config=model.config)
     for part in ids[:, :13].split([10, 1, 1, 1], dim=1):
-        model(part, past_key_values=cache)
+        model(part, cache=cache)
     assert ways == ["token_major"] * 2 + ["folded"] * 6
     assert len(checks) == 2  # one for each memory layer
 
