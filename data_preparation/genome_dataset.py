@@ -125,7 +125,7 @@ class _Stream:
     def __init__(self, options: WindowOptions, keep: float, count: SplitCount, generator: np.random.Generator):
         self.options, self.keep, self.count, self.generator = options, keep, count, generator
         self.waiting: list[tuple[np.ndarray, str | None]] = []  # of a packed block that is not full yet
-        self.end_of_document = np.array([GengramTokenizer().eos_token_id], dtype=np.uint8)
+        self.end_of_document = np.array([GengramTokenizer().convert_tokens_to_ids("<EOD>")], dtype=np.uint8)
 
     def examples(self, document: _Document) -> Iterator[dict[str, Any]]:
         make = self._packed if self.options.packed else self._windows
