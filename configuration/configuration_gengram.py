@@ -55,7 +55,7 @@ _OF_THE_CLASS = ("attribute_map", "base_config_key", "sub_configs_defaults", "ke
 
 def _plain_errors(cls: type) -> type:
     """Let a wrong type be a `ValueError` in one line, as all other mistakes in a configuration are."""
-    init = cls.__init__  # type: ignore[misc]
+    init = cls.__init__
 
     @functools.wraps(init)
     def plain_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ def _plain_errors(cls: type) -> type:
             words = " ".join(str(error).split()).replace("TypeError: ", "").replace("ValueError: ", "")
             raise ValueError(words if len(words) <= 400 else f"{words[:400]}...") from error
 
-    cls.__init__ = plain_init  # type: ignore[misc]
+    cls.__init__ = plain_init
     return cls
 
 
@@ -264,7 +264,7 @@ class GengramConfig(PreTrainedConfig):
         except (TypeError, ValueError):
             numbers = [-1]
         if numbers != list(range(len(numbers))):
-            raise ValueError(f"id2label must name the classes 0, 1, 2, ..., got {shown(list(self.id2label))}.")
+            raise ValueError(f"id2label must name the classes 0, 1, 2, ..., got {shown(self.id2label)}.")
         for name, value in (("dtype", self.dtype), ("torch_dtype", others.get("torch_dtype"))):
             if value is not None and not _is_dtype(value):
                 raise ValueError(f'{name} must be a dtype of PyTorch, such as "bfloat16", got {shown(value)}.')
@@ -286,7 +286,7 @@ class GengramConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in Transformers; fields among the arguments are there from the start, so that all is derived from them."""
+        """As in Transformers, but fields among the arguments are there before anything is derived from them."""
         names = {*cls.__annotations__, *cls.attribute_map}
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         for alias, name in cls.attribute_map.items():
@@ -370,7 +370,7 @@ class GengramConfig(PreTrainedConfig):
             )
 
     def validate_rotary_embedding(self):
-        rope = self.rope_parameters
+        rope: dict[str, Any] = dict(self.rope_parameters or {})
         kind = rope.get("rope_type", "default")
         if kind not in _ROPE_TYPES:
             raise ValueError(f"rope_type must be one of {', '.join(_ROPE_TYPES)}, got {shown(kind)}.")
@@ -408,7 +408,8 @@ class GengramConfig(PreTrainedConfig):
         )
         ids = checked_list("memory_token_ids", self.memory_token_ids)
         if len(ids) != 5 or len(set(ids)) != 5:
-            raise ValueError(f"memory_token_ids must be five different ids, those of A, C, G, T, N, got {shown(ids)}.")
+            letters = "those of A, C, G, T, N"
+            raise ValueError(f"memory_token_ids must be five different ids, {letters}, got {shown(ids)}.")
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise ValueError(f"memory_token_ids must lie in 0..{self.vocab_size - 1} (vocab_size), got {shown(ids)}.")
         if self.memory_pooling == "as_trained" and not self.is_causal:

@@ -46,7 +46,7 @@ from ..motif_memory.state import MemoryState
 from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
 from .adapters import check_adapters, record_settings
 from .inputs import check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
-from .losses import load_balancing_loss, mean_over_step, router_z_loss, share_of_step
+from .losses import IGNORED, load_balancing_loss, mean_over_step, router_z_loss, share_of_step
 
 logger = logging.get_logger(__name__)
 
@@ -457,7 +457,8 @@ class GengramModel(GengramPreTrainedModel):
             segments = places - torch.searchsorted(sequences, sequences)  # type: ignore[assignment]
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_seen_tokens).unsqueeze(0)
+            places = torch.arange(length, device=inputs_embeds.device) + past_seen_tokens
+            position_ids = places.unsqueeze(0)  # type: ignore[assignment]
 
         if isinstance(attention_mask, dict):  # `generate` prepares one when it compiles
             masks = attention_mask
@@ -680,7 +681,7 @@ class GengramForCausalLM(_Head, GengramPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states[:, keep, :])
         loss = share = None
         if labels is not None:
-            labels = _integer_labels(labels)
+            labels = _integer_labels(labels)  # type: ignore[assignment]
             shifted = kwargs.get("shift_labels")
             counted = labels[..., 1:] if shifted is None else shifted
             share = share_of_step(counted, num_items_in_batch)
@@ -776,10 +777,24 @@ class GengramForMaskedLM(_Head, GengramPreTrainedModel):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = share = None
         if labels is not None:
-            labels = _integer_labels(labels)
+            labels = _integer_labels(labels)  # type: ignore[assignment]
+            if self.training and input_ids is not None and not torch.compiler.is_compiling():
+                self._look_for_foreign_tokens(input_ids, labels)
             share = share_of_step(labels, num_items_in_batch)
             loss = mean_over_step(self.loss_function(logits, labels, self.vocab_size, **kwargs), labels, share)
         return GengramMaskedLMOutput(logits=logits, **self._with_router_losses(outputs, attention_mask, loss, share))
+
+    def _look_for_foreign_tokens(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+        """Say so if bases are hidden behind tokens that no sequence holds, which makes training worse, not wrong."""
+        letters = torch.tensor(self.config.memory_token_ids, device=input_ids.device)
+        hidden = input_ids[labels.to(input_ids.device) != IGNORED]
+        others = hidden[~torch.isin(hidden, letters)]  # the mask alone, if all is well
+        if others.numel() and bool((others != others[0]).any()):
+            logger.warning_once(
+                "Bases are hidden behind several tokens that are no bases, as by DataCollatorForLanguageModeling, "
+                "which draws from the whole vocabulary. Use gengram.data_preparation.DataCollatorForGenomeModeling "
+                "with a mask_probability, or give random_replace_prob=0."
+            )
 
 
 class GengramForSequenceClassification(_Head, GengramPreTrainedModel):
@@ -875,7 +890,7 @@ class GengramForTokenClassification(_Head, GengramPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> GengramTokenClassifierOutput:
-        """Logits of each base's classes, and the loss if labels (batch, length) are given, -100 where there is none."""
+        """Logits of each base's classes, and the loss if labels (batch, length; -100: no loss) are given."""
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         cache = _one_cache(past_key_values, cache)
         outputs: GengramModelOutput = self.model(

@@ -173,15 +173,15 @@ def _make_room(cache: Any, layers: Sequence[int], states: int) -> None:
         )
     cache.layers += [DynamicLayer() for _ in range(len(cache.layers), max(without) + 1)]
     for layer in without:
-        plain_layer, roomy = cache.layers[layer], LinearAttentionAndFullAttentionLayer(number_of_states=states)
-        if plain_layer.is_initialized:
-            roomy.update(plain_layer.keys, plain_layer.values)
-        cache.layers[layer] = roomy
+        old: Any = cache.layers[layer]
+        cache.layers[layer] = new = LinearAttentionAndFullAttentionLayer(number_of_states=states)
+        if old.is_initialized:
+            new.update(old.keys, old.values)
     if cache.get_seq_length() > 0:
         _say_once(
-            f"a cache of {cache.get_seq_length()} positions came without the letters at these positions, as prompts of "
-            "prefix tuning do: the memory begins behind them. If this model filled the cache, keep the cache itself, "
-            "or build the new one with DynamicCache(config=model.config)."
+            f"a cache of {cache.get_seq_length()} positions came without the letters at these positions, as prompts "
+            "of prefix tuning do: the memory begins behind them. If this model filled the cache, keep the cache "
+            "itself, or build the new one with DynamicCache(config=model.config)."
         )
 
 

@@ -144,6 +144,9 @@ class GengramTokenizer(TokenizersBackend):
         )
         self.backend_tokenizer.model.unk_token = str(unk_token)  # a saved one may lack it, see `_NO_UNKNOWN_TOKEN`
 
+    bos_token: str | None
+    eos_token: str | None
+
     def update_post_processor(self):
         # What is to be added has to have a name first; the parent would silently add nothing.
         if self.add_bos_token and self.bos_token is None:
