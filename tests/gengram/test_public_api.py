@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_public_names():
     assert gengram.__all__ == [
         "DEFAULT_MODEL",
+        "DEMO_DATA",
         "GengramConfig",
         "GengramForCausalLM",
         "GengramForMaskedLM",
@@ -36,8 +37,13 @@ def test_public_names():
         "MotifMemoryConfig",
         "OneHotModel",
         "__version__",
+        "attach_memory",
+        "attached_memories",
+        "detach_memory",
+        "load_memory",
         "memory_path",
         "register",
+        "save_memory",
     ]
     assert all(hasattr(gengram, name) for name in gengram.__all__)
 
