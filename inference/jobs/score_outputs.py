@@ -1,7 +1,6 @@
 """What `gengram score` writes: a table with a row per alternative allele, or VCF with INFO fields."""
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,20 +15,20 @@ from ...sequences.variants import SCORED
 from ...sequences.vcf import VariantRecord
 from ...sequences.vcf_output import header_with, line_with, write_vcf
 from ...support.errors import InputError, shortened
+from ..effects import NUMBERS
 from ..variant_effects import VariantEffect
 from .record import record_json
 from .tables import write_table
 
 OUTPUTS = (".vcf", ".vcf.gz", ".tsv", ".parquet")
 
-_NUMBERS = ("llr", "llr_forward", "llr_reverse", "jsd", "embedding_distance", "memory_change")
 SCHEMA = pa.schema(
     [
         ("chrom", pa.string()),
         ("pos", pa.int64()),
         ("ref", pa.string()),
         ("alt", pa.string()),
-        *((name, pa.float64()) for name in _NUMBERS),
+        *((name, pa.float64()) for name in NUMBERS),
         ("status", pa.string()),
     ]
 )
@@ -62,21 +61,11 @@ def results_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
             "alt": variant.alternative,
             "status": status,
             "record": record,
-            **({} if found is None else _numbers(found)),
+            **({} if found is None else found.numbers()),
         }
         for record, (variant, status, found) in effects
     ]
     return pa.Table.from_pylist(rows, schema=RESULTS)
-
-
-def _numbers(found: Any) -> dict[str, float | None]:
-    numbers = {
-        "llr": found.mean("llr"),
-        "llr_forward": None if found.forward is None else found.forward.llr,
-        "llr_reverse": None if found.reverse is None else found.reverse.llr,
-        **{name: found.mean(name) for name in ("jsd", "embedding_distance", "memory_change")},
-    }
-    return {name: None if number is None or math.isnan(number) else number for name, number in numbers.items()}
 
 
 def write_scores(
