@@ -23,7 +23,7 @@ CAUSAL = {
     "gpt2": foreign_models.gpt2,
 }
 MASKED = {"gengram": lambda: (tiny_model(GengramForMaskedLM), GengramTokenizer()), "bert": foreign_models.bert}
-TEXTS = ["ACGTTGCNAATTGACCAGTRTC", "NCGTTGCAnATTGACCAG?TC", "ACGTTGCAA[MASK]", "N", "GATNACA[MASK]TTGACC"]
+TEXTS = ["ACGTTGCNAATTGACCAGTRTC", "NCGTTGCAnATTGACCAGTC", "N?GnA", "ACGTTGCAA[MASK]", "N"]
 
 
 def log_likelihood(model, tokenizer, text: str) -> float:
