@@ -13,7 +13,7 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .errors import InputError, size_text
 from .printable import printable
 
 _LOCK, _FOLDER = "lock", "folder"
+_CONTENTS = {_FOLDER: stat.S_ISDIR}
 
 
 def work_path(output: Path) -> Path:
@@ -44,7 +45,7 @@ def work_folder(output: Path, restart: bool | None) -> Iterator[Path]:
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     work = work_path(output)
-    with terminate_as_exit(), _locked(work, output):
+    with terminate_as_exit(), locked(work, output, _CONTENTS):
         try:
             if os.path.lexists(work / _FOLDER):
                 if not restart:
@@ -78,12 +79,21 @@ def _remove_empty(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(work: Path, output: Path) -> Iterator[None]:
-    """Holds the lock inside `work`, which is made if need be."""
+def locked(work: Path, output: Path, contents: Mapping[str, Callable[[int], bool]]) -> Iterator[None]:
+    """Holds the lock inside `work`, which is made if need be.
+
+    Args:
+        work: the hidden folder.
+        output: what is written in it.
+        contents: what may be in it beside the lock: names, and of which kind each must be (`stat.S_ISREG`).
+
+    Raises:
+        InputError: if it is not what a run of ours leaves, or another process holds the lock.
+    """
     while True:
         with contextlib.suppress(FileExistsError):
             work.mkdir(mode=0o700)
-        _check_ours(work)
+        _check_ours(work, contents)
         try:
             handle = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         except FileNotFoundError:  # its owner has just removed the folder
@@ -107,16 +117,17 @@ def _locked(work: Path, output: Path) -> Iterator[None]:
             return
 
 
-def _check_ours(work: Path) -> None:
+def _check_ours(work: Path, contents: Mapping[str, Callable[[int], bool]]) -> None:
     """Refuses what we would not have made: links, other kinds of file, other owners, other content."""
     shown = printable(work)
     try:
-        found = {work: os.lstat(work)} | {child: os.lstat(child) for child in work.iterdir()}
+        found = {work: os.lstat(work)}
+        if stat.S_ISDIR(found[work].st_mode):
+            found |= {child: os.lstat(child) for child in work.iterdir()}
     except FileNotFoundError:  # removed by its owner just now
         return
-    except NotADirectoryError:
-        raise InputError(f"{shown} is in the way, it is not a folder; move it away.") from None
-    kinds = {work: stat.S_ISDIR, work / _LOCK: stat.S_ISREG, work / _FOLDER: stat.S_ISDIR}
+    kinds = {work: stat.S_ISDIR, work / _LOCK: stat.S_ISREG}
+    kinds |= {work / name: is_of_kind for name, is_of_kind in contents.items()}
     for path, status in found.items():
         is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
         if path not in kinds or not kinds[path](status.st_mode) or not is_own:
