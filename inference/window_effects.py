@@ -48,7 +48,7 @@ class WindowEffects:
     >>> from gengram.inference.effects import Change
     >>> model = AutoModelForCausalLM.from_pretrained(gengram.DEFAULT_MODEL, dtype=torch.float32)
     >>> effects = WindowEffects(model, AutoTokenizer.from_pretrained(gengram.DEFAULT_MODEL))
-    >>> (found,) = effects.of([Change("ACGTTGCAGG", "ACGTTACAGG", index=5)])
+    >>> (found,) = effects.of([Change("ACGTTGCAGG", "ACGTTACAGG", start=5)])
     >>> found.mean("llr") == (found.forward.llr + found.reverse.llr) / 2
     True
 
@@ -124,10 +124,10 @@ class WindowEffects:
 
 def _forward(change: Change) -> tuple[str, str, int, int]:
     """Both windows as they are read, and the places of the alleles' last bases."""
-    last = [change.index + length - 1 for length in (change.reference_length, change.alternative_length)]
+    last = [change.start + length - 1 for length in (change.reference_length, change.alternative_length)]
     return change.reference, change.alternative, last[0], last[1]
 
 
 def _reverse(change: Change) -> tuple[str, str, int, int]:
-    last = len(change.reference) - 1 - change.index
+    last = len(change.reference) - 1 - change.start
     return reverse_complement(change.reference), reverse_complement(change.alternative), last, last

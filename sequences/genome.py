@@ -165,7 +165,7 @@ def open_genome(path: str | Path) -> Genome:
 def _readable_in_parts(path: str | Path, name: str, new_folder: Callable[[], Path]) -> Path:
     """The file itself if it is plain or bgzip FASTA, or a decompressed copy of it in a new folder."""
     with open_input(path, "FASTA") as content:
-        start = content.peek(_COPY_BLOCK)  # type: ignore[attr-defined]
+        start = content.peek(_COPY_BLOCK)
         if not start.lstrip().startswith(b">"):
             raise InputError(
                 f"{name}: expected FASTA ('>' and a name), got {shortened(start[:40].decode(errors='replace'))}."

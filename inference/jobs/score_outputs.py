@@ -52,7 +52,7 @@ _LETTERS = f"[{''.join(IUPAC)}]"
 _ALLELE_OF_VCF = re.compile(rf"{_LETTERS}+|\*|<[^<>,;\s]+>|{_LETTERS}*[][][^][,;\s]+[][]{_LETTERS}*", re.IGNORECASE)
 
 
-def results_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
+def score_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
     """Rows of `RESULTS`, one for each variant; empty where a number was not asked for or is not defined."""
     rows = [
         {
