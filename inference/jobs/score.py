@@ -1,5 +1,6 @@
 """The job of `gengram score`: variants in, the effect of each out."""
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ from ...sequences.variant_files import read_variants
 from ...sequences.variants import ReferenceCheck, Variant
 from ..effects import SCORES
 from ..loaded_model import head_of
-from ..memory_use import memories_of
+from ..memory_use import fast_memory, memories_of
 from ..variant_effects import VariantEffect, effects_of_checked
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
@@ -140,6 +141,8 @@ class ScoreWorker:
         except ValueError as error:
             raise ValueError(f"--context: {error}") from None
         self._genome, self._context = job.genome, job.context
+        self._fast = contextlib.ExitStack()  # as long as this object
+        self._fast.enter_context(fast_memory(loaded.model))
         self.advance: Callable[[int], Any] | None = None  # called with the number of variants that are done
 
     def __call__(self, content: list[_Checked]) -> pa.Table:
