@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .motif_memory import MotifMemory, MotifMemoryConfig, memory_path
     from .tokenization import GengramTokenizer
 
+DEMO_DATA = Path(__file__).parent / "demo_data"  # a piece of human genome with genes and variants: its README
+
 # Public names that are loaded when first used, and their modules; type checkers read the imports above.
 _LOADED_FROM = {
     "GengramConfig": "configuration",
@@ -45,6 +47,7 @@ _LOADED_FROM = {
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DEMO_DATA",
     "GengramConfig",
     "GengramForCausalLM",
     "GengramForMaskedLM",

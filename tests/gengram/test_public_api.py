@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_public_names():
     assert gengram.__all__ == [
         "DEFAULT_MODEL",
+        "DEMO_DATA",
         "GengramConfig",
         "GengramForCausalLM",
         "GengramForMaskedLM",
