@@ -19,7 +19,7 @@ class Change(NamedTuple):
 
     reference: str
     alternative: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
     reference_length: int = 1
     alternative_length: int = 1
 

@@ -13,8 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 def memories_of(model: Any) -> list[MotifMemory]:
-    """The memories of a model, Gengram's own or grafted, in the order of its layers."""
-    return [module for module in model.modules() if isinstance(module, MotifMemory)]
+    """The memories of a model, Gengram's own or grafted, in the order of its layers.
+
+    Those of a saved folder's own source code are of another class of the same name.
+    """
+    return [module for module in model.modules() if type(module).__name__ == MotifMemory.__name__]
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class VariantWindows(NamedTuple):
 
     reference: str
     alternative: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
 
 
 def allele_status(reference: str, alternative: str) -> str:

@@ -138,7 +138,10 @@ class ScoreWorker:
             is_masked=head == "masked",
             tokens_per_pass=job.model.batch_tokens,
         )
-        self._effects.check_length(job.context)
+        try:
+            self._effects.check_length(job.context)
+        except ValueError as error:
+            raise ValueError(f"--context: {error}") from None
         self._genome, self._context = job.genome, job.context
         self.advance: Callable[[int], Any] | None = None  # called with the number of variants that are done
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...sequences.alphabet import IUPAC
 from ...sequences.genome import Genome
 from ...sequences.variant_files import VariantFile
 from ...sequences.variants import SCORED
@@ -47,7 +48,8 @@ _INFO = {
     ),
     "memory_change": ("GENGRAM_MEMORY_CHANGE", "Norm of the change of what the memory adds, mean of its layers"),
 }
-_ALLELE_OF_VCF = re.compile(r"[ACGTNacgtn]+|\*|<[^<>,;\s]+>|[ACGTNacgtn.]*[][][^][,;\s]+[][][ACGTNacgtn.]*")
+_LETTERS = f"[{''.join(IUPAC)}]"
+_ALLELE_OF_VCF = re.compile(rf"{_LETTERS}+|\*|<[^<>,;\s]+>|{_LETTERS}*[][][^][,;\s]+[][]{_LETTERS}*", re.IGNORECASE)
 
 
 def results_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:

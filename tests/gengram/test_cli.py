@@ -114,11 +114,11 @@ def test_demo_on_a_given_fasta(tmp_path, capsys):
     ("content", "message"),
     [
         (b"ACGT\n", r"expected FASTA \('>' and a name\), got 'ACGT'"),
-        (b"", "at least one FASTA record, got none"),
+        (b"", "is empty, expected a FASTA file"),
         (b">\nACGT\n", "expected a name after '>'"),
-        (b"\xff\xfe\x00", "not text"),
+        (b"\xff\xfe\x00", "text in UTF-16"),
         (b">only a name\n", "at least one record with a sequence"),
-        (None, "No such file"),
+        (None, "no such file"),
     ],
 )
 def test_demo_with_a_bad_fasta_is_one_clear_message(content, message, tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_read_fasta_keeps_case_and_order(tmp_path):
         (
             FileNotFoundError(2, "No such file or directory", "x"),
             1,
-            "error: [Errno 2] No such file or directory: 'x'\n",
+            "error: x: no such file or folder\n",
         ),
         (FetchError("no network"), 1, "error: no network\n"),
         (MissingExtraError("needs peft"), 1, "error: needs peft\n"),
@@ -190,3 +190,12 @@ sys.exit(cli.main(["doctor"]))
         assert command.stderr.read() == b""
         assert command.wait() == 1
         command.stderr.close()
+
+
+def test_names_reach_the_terminal_as_text_and_not_as_escapes(tmp_path, capsys):
+    name = "no\x1b[31m\udc80.fa"
+    assert main(["prepare", str(tmp_path / name), "--output", str(tmp_path / "out"), "--json"]) == 1
+    shown = r"no\x1b[31m\udc80.fa"
+    assert capsys.readouterr().err == f"error: {tmp_path}/{shown}: no such file or folder\n"
+    assert main(["info", str(tmp_path / name)]) == 1
+    assert "\x1b" not in capsys.readouterr().err

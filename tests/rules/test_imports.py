@@ -50,7 +50,7 @@ EXCEPTIONS = {
 LIBRARIES = {
     "motif_memory": {"torch"},
     "motif_memory.state": {"torch", "transformers"},  # adapters to caches
-    "motif_memory.attach": {"torch", "transformers"},  # grafting into a model
+    "motif_memory.grafts": {"torch", "transformers", "safetensors", "huggingface_hub"},  # on models of Transformers
     "tokenization.byte_table": {"numpy"},  # text to bytes, without Hugging Face
     "tokenization.soft_mask": {"numpy"},
     "sequences": {"numpy"},

@@ -62,7 +62,11 @@ def test_compressed_data_may_be_followed_by_zeros_only(kind, tmp_path):
 @pytest.mark.parametrize("kind", COMPRESSIONS)
 def test_truncated_data_is_never_read_as_if_it_were_whole(kind, tmp_path):
     path, whole = tmp_path / "file", COMPRESSIONS[kind](TEXT)
-    for length in [*range(7, 40), *range(41, len(whole), 7919), *range(len(whole) - 30, len(whole))]:
+    for length in [
+        *range(2 if kind == "gzip" else 7, 40),
+        *range(41, len(whole), 7919),
+        *range(len(whole) - 30, len(whole)),
+    ]:
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match=rf"file: its {kind} data ends in the middle; copy or download"):
             content(path)
