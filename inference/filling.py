@@ -79,8 +79,8 @@ class GapFiller:
 
     A causal model gives the posterior of the bases: each filling of all gaps of a window is weighted with the
     likelihood of the whole window, the product of P(base | bases before it) without the first, and a base at a gap
-    gets the sum over the fillings that have it. Of both strands the log-likelihoods are averaged. A masked model gives its
-    probabilities of A, C, G and T at each gap, all gaps masked at once; of both strands the geometric mean.
+    gets the sum over the fillings that have it. Of both strands the log-likelihoods are averaged. A masked model
+    gives its probabilities of A, C, G and T at each gap, all gaps masked at once; of both strands the geometric mean.
 
     Args:
         model: causal or masked language model with single bases as tokens; it is put in `eval()` mode.
