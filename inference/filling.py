@@ -187,4 +187,5 @@ def _change(window: GapWindow, bases: Sequence[str], other_bases: Sequence[str])
         for gap, base in zip(window.gaps, filling, strict=True):
             letters[gap.place] = base
         texts.append("".join(letters))
-    return Change(*texts, first, last - first + 1, last - first + 1)
+    length = last - first + 1
+    return Change(texts[0], texts[1], first, length, length)
