@@ -27,7 +27,7 @@ def _ignored(_tokens: int) -> None:
     pass
 
 
-class EmbeddedText(NamedTuple):
+class Excerpt(NamedTuple):
     """Tokens of a sequence in the order in which they are read, and which of them are wanted.
 
     Args:
@@ -44,7 +44,7 @@ class EmbeddedText(NamedTuple):
     length: int
 
     @classmethod
-    def whole(cls, ids: np.ndarray) -> "EmbeddedText":
+    def whole(cls, ids: np.ndarray) -> "Excerpt":
         """All of a sequence."""
         return cls(ids, 0, 0, len(ids), len(ids))
 
@@ -157,7 +157,7 @@ class SequenceEncoder:
             ValueError: if a layer or pooling does not exist.
         """
         texts = list(sequences) + ([reverse_complement(text) for text in sequences] if both_strands else [])
-        readings = [EmbeddedText.whole(self.tokens.encode(text)) for text in texts]
+        readings = [Excerpt.whole(self.tokens.encode(text)) for text in texts]
         wanted = {(layer, pooling): (self.layer(layer), pooling) for layer, pooling in choices}
         with progress_bar(progress, "bp", total=sum(reading.length for reading in readings)) as bar:
             found = self.pooled(readings, list(wanted.values()), bar.update)
@@ -174,12 +174,12 @@ class SequenceEncoder:
         """
         return self._states.layer(number)
 
-    def reading(self, sequence: str, strand: str = "+") -> EmbeddedText:
+    def reading(self, sequence: str, strand: str = "+") -> Excerpt:
         """All of a sequence, on either strand."""
-        return EmbeddedText.whole(self.tokens.encode(sequence if strand == "+" else reverse_complement(sequence)))
+        return Excerpt.whole(self.tokens.encode(sequence if strand == "+" else reverse_complement(sequence)))
 
     def pooled(
-        self, readings: Sequence[EmbeddedText], choices: Sequence[Choice], advance: Advance = _ignored
+        self, readings: Sequence[Excerpt], choices: Sequence[Choice], advance: Advance = _ignored
     ) -> dict[Choice, np.ndarray]:
         """For each (layer, pooling) a vector of each reading's wanted tokens: (readings, hidden) float64.
 
@@ -211,9 +211,7 @@ class SequenceEncoder:
                     sums[layer, pooling].add(owners, counts, pooled)
         return {choice: vectors.result() for choice, vectors in sums.items()}
 
-    def base_vectors(
-        self, readings: Sequence[EmbeddedText], layer: int, advance: Advance = _ignored
-    ) -> list[np.ndarray]:
+    def base_vectors(self, readings: Sequence[Excerpt], layer: int, advance: Advance = _ignored) -> list[np.ndarray]:
         """A vector of each wanted token of each reading: (tokens, hidden) float32; `advance` as in `pooled`."""
         windows = self._windows(readings, {"none"})
         found: dict[int, np.ndarray] = {}
@@ -227,7 +225,7 @@ class SequenceEncoder:
                 found[number][window.keep_start - start : window.keep_end - start] = vectors[place, window.kept()]
         return [found[number] for number in range(len(readings))]
 
-    def _windows(self, readings: Sequence[EmbeddedText], poolings: set[str]) -> list["_OwnWindow"]:
+    def _windows(self, readings: Sequence[Excerpt], poolings: set[str]) -> list["_OwnWindow"]:
         """The windows that hold what the poolings read."""
         found = []
         for number, reading in enumerate(readings):
@@ -245,7 +243,7 @@ class SequenceEncoder:
 
     def _of(
         self,
-        readings: Sequence[EmbeddedText],
+        readings: Sequence[Excerpt],
         windows: Sequence["_OwnWindow"],
         layers: Sequence[int],
         advance: Advance,
@@ -278,21 +276,19 @@ def embed_sequences(
     yield from encoder.vectors(waiting, layer, pooling, strands) if waiting else ()
 
 
-def reading_of(
-    tokens: BaseTokens, text: str, strand: str, offset: int, start: int, end: int, length: int
-) -> EmbeddedText:
+def reading_of(tokens: BaseTokens, text: str, strand: str, offset: int, start: int, end: int, length: int) -> Excerpt:
     """A part of a sequence on either strand, by places on the forward strand.
 
     Args:
         tokens: of the model.
         text: letters of the forward strand.
         strand: `+`, or `-` for the reverse complement.
-        offset, start, end, length: as `EmbeddedText` has them, of the forward strand.
+        offset, start, end, length: as `Excerpt` has them, of the forward strand.
     """
     if strand == "+":
-        return EmbeddedText(tokens.encode(text), offset, start, end, length)
+        return Excerpt(tokens.encode(text), offset, start, end, length)
     ids = tokens.encode(reverse_complement(text))
-    return EmbeddedText(ids, length - offset - len(text), length - end, length - start, length)
+    return Excerpt(ids, length - offset - len(text), length - end, length - start, length)
 
 
 def mean_of_strands(vectors: Sequence[np.ndarray], strands: str) -> np.ndarray:
@@ -349,7 +345,7 @@ class _OwnWindow(NamedTuple):
     window: Window
 
 
-def _kept(own: _OwnWindow, reading: EmbeddedText, pooling: str) -> tuple[int, int]:
+def _kept(own: _OwnWindow, reading: Excerpt, pooling: str) -> tuple[int, int]:
     """Which tokens of a window are pooled, as places in it; none if the end is not behind the start."""
     start, end = reading.pooled(pooling)
     window = own.window
