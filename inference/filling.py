@@ -25,6 +25,7 @@ STATUSES = {
     TOO_MANY: "left, too many gaps being in their windows; --nearest fills them, too",
 }
 
+_DIGITS = 7  # that mean something: the model computes in float32 at best
 MOST_JOINT = 6  # gaps: 4,096 fillings
 DEFAULT_JOINT = 4
 DEFAULT_CONTEXT = 1024  # bases, if the model reads so many
@@ -102,9 +103,12 @@ class FilledGap(NamedTuple):
     chances: tuple[float, ...] | None = None
 
     def row(self) -> dict[str, Any]:
-        """As columns: start, base, p_A, p_C, p_G, p_T and status."""
+        """As columns: start, base, p_A, p_C, p_G, p_T (to 7 digits) and status."""
         chances = self.chances or (None,) * len(BASES)
-        numbers = {f"p_{base}": chance for base, chance in zip(BASES, chances, strict=True)}
+        numbers = {
+            f"p_{base}": None if chance is None else round(chance, _DIGITS)
+            for base, chance in zip(BASES, chances, strict=True)
+        }
         return {"start": self.place, "base": self.base, **numbers, "status": self.status}
 
 
@@ -263,4 +267,5 @@ def _change(window: GapWindow, bases: Sequence[str], other_bases: Sequence[str])
         for gap, base in zip(window.gaps, filling, strict=True):
             letters[gap.place] = base
         texts.append("".join(letters))
-    return Change(*texts, first, last - first + 1, last - first + 1)
+    length = last - first + 1
+    return Change(texts[0], texts[1], first, length, length)

@@ -72,8 +72,8 @@ Gap(place=5, bases='AG')], long_runs=0, long_run_bases=0)
     letters = "".join([*pieces, text[done:]])
     if foreign := _FOREIGN.search(letters):
         raise InputError(
-            f"expected letters of DNA, N, ? and [MASK], got {shortened(foreign[0])} at base {foreign.start():,} (from "
-            "0)"
+            f"expected letters of DNA, N, ? and [MASK], got {shortened(foreign[0])} at base "
+            f"{foreign.start():,} (from 0)"
         )
     if with_codes:
         gaps += [Gap(code.start(), IUPAC[code[0].upper()]) for code in _CODE.finditer(letters)]

@@ -64,7 +64,8 @@ def _write_weights(
     done = len(there) + sum(len(start.tensors) for start in started.values())
     with WeightProgress(job.nbytes, there_bytes, len(job.specs), done, progress) as bar:
         with SourceReader(job, uses) as reader:
-            for entry in (*kept.values(), *parts):
+            entries: list[FinishedFile | FinishedPart] = [*kept.values(), *parts]
+            for entry in entries:
                 reader.source_digests.update(entry.sources)
                 reader.unchecked.update(entry.unchecked)
 

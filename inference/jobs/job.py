@@ -32,9 +32,17 @@ Worker = Callable[[Any], pa.Table]  # from a chunk's content to its result
 class Job(Protocol):
     """A job. It goes through pickle to other processes, so it holds paths and options, no open files and no model."""
 
-    name: str  # of the command: "score"
-    unit: str  # what progress counts: "variant", "bp"
-    model: "ModelOptions"
+    @property
+    def name(self) -> str:
+        """Of the command: "score"."""
+
+    @property
+    def unit(self) -> str:
+        """What progress counts: "variant", "bp"."""
+
+    @property
+    def model(self) -> "ModelOptions":
+        """Which model, and how it is used."""
 
     @property
     def inputs(self) -> Mapping[str, Path]:

@@ -15,13 +15,14 @@ from ...sequences.variants import SCORED
 from ...sequences.vcf import VariantRecord
 from ...sequences.vcf_output import header_with, line_with, write_vcf
 from ...support.errors import InputError, shortened
-from ..effects import NUMBERS
+from ..effects import NUMBERS, StrandEffects
 from ..variant_effects import VariantEffect
 from .record import record_json
 from .tables import write_table
 
 OUTPUTS = (".vcf", ".vcf.gz", ".tsv", ".parquet")
 
+_DIGITS = 7  # that mean something: the model computes in float32 at best
 SCHEMA = pa.schema(
     [
         ("chrom", pa.string()),
@@ -51,7 +52,7 @@ _LETTERS = f"[{''.join(IUPAC)}]"
 _ALLELE_OF_VCF = re.compile(rf"{_LETTERS}+|\*|<[^<>,;\s]+>|{_LETTERS}*[][][^][,;\s]+[][]{_LETTERS}*", re.IGNORECASE)
 
 
-def results_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
+def score_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
     """Rows of `RESULTS`, one for each variant; empty where a number was not asked for or is not defined."""
     rows = [
         {
@@ -61,11 +62,16 @@ def results_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
             "alt": variant.alternative,
             "status": status,
             "record": record,
-            **({} if found is None else found.numbers()),
+            **({} if found is None else _numbers(found)),
         }
         for record, (variant, status, found) in effects
     ]
     return pa.Table.from_pylist(rows, schema=RESULTS)
+
+
+def _numbers(found: StrandEffects) -> dict[str, float | None]:
+    numbers = found.numbers()
+    return {name: None if number is None else float(f"{number:.{_DIGITS}g}") for name, number in numbers.items()}
 
 
 def write_scores(
