@@ -57,8 +57,12 @@ def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: if a value cannot be used.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from .inference.jobs import Share
 
+    if arguments.quiet:
+        disable_progress_bar()  # of loading weights
     return {
         "engine": arguments.engine,
         "shard": None if arguments.shard is None else Share.parse(arguments.shard),

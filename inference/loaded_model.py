@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+UNKNOWN_CONTEXT = 10**9  # tokens, if nothing says how many a model can read
 HEADS: dict[str | None, Any] = {None: AutoModel, "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 
@@ -71,5 +72,6 @@ def head_of(config: Any) -> str | None:
 
 
 def context_length(config: Any, tokenizer: Any) -> int:
-    """How many tokens a model can read at once, by its configuration and its tokenizer; 10**9 if neither says."""
-    return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
+    """How many tokens a model can read at once, by its configuration and tokenizer; or `UNKNOWN_CONTEXT`."""
+    said = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+    return int(min(said, tokenizer.model_max_length, UNKNOWN_CONTEXT))

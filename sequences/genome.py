@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..support.errors import InputError, quoted, shortened
 from ..support.input_file import is_read_once, open_input, shown_name
+from .contig_names import other_names
 from .fasta_index import index_of_fasta, is_bgzip
 from .htslib import load_pysam, quiet_pysam
 
@@ -16,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 16  # bases that are read and kept at once
 _COPY_BLOCK = 1 << 20
-_MITOCHONDRIA = {"M": "MT", "MT": "M"}
 
 
 class Genome:
@@ -63,7 +63,7 @@ class Genome:
         if name in self.contigs:
             return name
         if name not in self._names:
-            found = [other for other in _other_names(name) if other in self.contigs]
+            found = [other for other in other_names(name) if other in self.contigs]
             if not found:
                 raise InputError(
                     f"{self.name} has no contig {quoted([name], list(self.contigs))}; its contigs are "
@@ -75,6 +75,11 @@ class Genome:
                 )
             self._names[name] = found[0]
         return self._names[name]
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """Bases of each contig, also by the other names that `contig` understands."""
+        return _Lengths(self)
 
     def fetch(self, contig: str, start: int, end: int) -> str:
         """Letters of a contig, 0-based and half-open, in upper case; N and other IUPAC codes are kept.
@@ -109,10 +114,23 @@ class Genome:
         return letters.upper()
 
 
-def _other_names(name: str) -> list[str]:
-    """Names that mean the same contig in other assemblies' files."""
-    bare = name[3:] if name[:3].lower() == "chr" else name
-    return [prefix + word for word in (bare, _MITOCHONDRIA.get(bare, bare)) for prefix in ("", "chr")]
+class _Lengths(Mapping[str, int]):
+    def __init__(self, genome: Genome):
+        self._genome = genome
+
+    def __getitem__(self, name: str) -> int:
+        return self._genome.contigs[self._genome.contig(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (
+            name in self._genome.contigs or any(other in self._genome.contigs for other in other_names(name))
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._genome.contigs)
+
+    def __len__(self) -> int:
+        return len(self._genome.contigs)
 
 
 def genome_of(sequences: Mapping[str, str], name: str = "the genome") -> Genome:
@@ -165,7 +183,7 @@ def open_genome(path: str | Path) -> Genome:
 def _readable_in_parts(path: str | Path, name: str, new_folder: Callable[[], Path]) -> Path:
     """The file itself if it is plain or bgzip FASTA, or a decompressed copy of it in a new folder."""
     with open_input(path, "FASTA") as content:
-        start = content.peek(_COPY_BLOCK)  # type: ignore[attr-defined]
+        start = content.peek(_COPY_BLOCK)
         if not start.lstrip().startswith(b">"):
             raise InputError(
                 f"{name}: expected FASTA ('>' and a name), got {shortened(start[:40].decode(errors='replace'))}."

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..support.errors import InputError, quoted
 from ..support.input_file import is_read_once, shown_name
-from .text_lines import read_lines
+from .text_lines import MOST_BYTES_OF_A_LINE, read_lines
 
 _ROWS_AT_ONCE = 1 << 14
 _PARQUET = b"PAR1"
@@ -37,11 +37,19 @@ def table_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, 
     return text_rows(read_lines(path, f"a table with the columns {', '.join(columns)}"), shown_name(path), columns)
 
 
+def column_names(path: str | Path) -> list[str]:
+    """The names of a table's columns, in lower case and without a `#` in front; otherwise as `table_rows`."""
+    if is_parquet(path):
+        from pyarrow import parquet
+
+        return _plain(parquet.read_schema(path).names)
+    return _plain(_names_in(next(read_lines(path, "a table"), "")))
+
+
 def text_rows(lines: Iterator[str], name: str, columns: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The same of the lines of a text, which messages call `name`."""
     first = next(lines, "")
-    is_tabular = "\t" in first
-    names = first.split("\t") if is_tabular else next(csv.reader([first]), [])
+    is_tabular, names = "\t" in first, _names_in(first)
     places = _places(names, columns, f"{name}, line 1")
     for number, cells in _split_tabs(lines) if is_tabular else _split_commas(lines, name):
         where = f"{name}, line {number}"
@@ -51,12 +59,21 @@ def text_rows(lines: Iterator[str], name: str, columns: Sequence[str]) -> Iterat
         yield where, tuple(cells[place] for place in places)
 
 
+def _names_in(line: str) -> list[str]:
+    return line.split("\t") if "\t" in line else next(csv.reader([line]), [])
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    return [name.strip().lstrip("#").lower() for name in names]
+
+
 def _split_tabs(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(lines, start=2):
         yield number, line.split("\t")
 
 
 def _split_commas(lines: Iterator[str], name: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES_OF_A_LINE))  # a cell may be a whole line
     rows = csv.reader(lines, strict=True)
     try:
         for cells in rows:
@@ -94,7 +111,7 @@ def _text(cell: Any) -> str:
 
 def _places(names: Sequence[str], columns: Sequence[str], where: str) -> list[int]:
     """Where the wanted columns are among the names."""
-    found = [name.strip().lstrip("#").lower() for name in names]
+    found = _plain(names)
     for column in columns:
         if found.count(column) != 1:
             raise InputError(

@@ -114,23 +114,24 @@ class FinishedChunks:
             writer.write_table(result)
         write_whole(self._path(index), sink.getvalue().to_pybytes())
 
-    def results(self, indices: Iterable[int]) -> Iterator[pa.Table]:
-        """The results of these chunks, one after the other.
+    def result(self, index: int) -> pa.Table:
+        """The result of a finished chunk.
 
         Raises:
-            ValueError: if one is damaged.
+            ValueError: if it is damaged.
         """
-        for index in indices:
-            path = self._path(index)
-            _check_own(path, stat.S_ISREG)
-            try:
-                with pa.OSFile(str(path)) as file:
-                    yield pa.ipc.open_file(file).read_all()
-            except pa.ArrowInvalid as error:
-                path.unlink()
-                raise ValueError(
-                    f"{path} is damaged and was removed; repeat the command to compute it again."
-                ) from error
+        path = self._path(index)
+        _check_own(path, stat.S_ISREG)
+        try:
+            with pa.OSFile(str(path)) as file:
+                return pa.ipc.open_file(file).read_all()
+        except pa.ArrowInvalid as error:
+            path.unlink()
+            raise ValueError(f"{path} is damaged and was removed; repeat the command to compute it again.") from error
+
+    def results(self, indices: Iterable[int]) -> "Results":
+        """The results of these chunks, one after the other, each time that they are asked for."""
+        return Results(self, indices)
 
     def fail(self, error: BaseException) -> None:
         """Tell process 0 that this one ended."""
@@ -160,6 +161,16 @@ class FinishedChunks:
         """Remove the folder: the output is there."""
         _check_own(self.folder, stat.S_ISDIR)
         shutil.rmtree(self.folder)
+
+
+class Results:
+    """Results of finished chunks, read from the disk one by one in each loop over them."""
+
+    def __init__(self, finished: FinishedChunks, indices: Iterable[int]):
+        self._finished, self._indices = finished, list(indices)
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return map(self._finished.result, self._indices)
 
 
 def _check_own(path: Path, is_kind: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,15 @@ class Share:
             raise ValueError(f"--shard: expected a part such as 2/8 (the second of eight), got {text!r}.")
         return cls(int(match[1]) - 1, int(match[2]))
 
-    def consecutive(self, items: int) -> range:
-        """Neighbours: the outputs of all parts, one behind the other, are the whole output."""
-        return range(items * self.index // self.count, items * (self.index + 1) // self.count)
+    def consecutive(self, items: int, starts: Sequence[int]) -> range:
+        """Neighbours: the outputs of all parts, one behind the other, are the whole output.
+
+        Args:
+            items: how many there are.
+            starts: where a part may start.
+        """
+        ends = [*starts, items]
+        return range(*(ends[len(starts) * index // self.count] for index in (self.index, self.index + 1)))
 
     def spread(self, items: range) -> range:
         """Every `count`-th one, so that processes that run at the same time end at the same time."""

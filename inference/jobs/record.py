@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from ...support.progress import progress_bar
 from ...support.versions import installed_version
 from .job import Job, ModelOptions
 
 _VERSIONS = ("gengram", "torch", "transformers")
 _PIECE = 2**22
+_LONG = 2**28  # bytes from which on reading a file shows progress
 _WITHOUT_EFFECT = {"command", "path"}  # the same file may be named in another way
 
 
@@ -38,10 +37,7 @@ def _model_record(options: ModelOptions, progress: str | None) -> dict[str, Any]
     """The model's options, and its commit on the Hub or the SHA-256 of the files in its folder."""
     folder = Path(options.model)
     if not folder.is_dir():
-        config = AutoConfig.from_pretrained(
-            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
-        return {**options.settings(), "commit": getattr(config, "_commit_hash", None)}
+        return {**options.settings(), "commit": getattr(options.load_config(), "_commit_hash", None)}
     names = ("*.safetensors", "config.json", "tokenizer*.json", "*.py")
     files = sorted({path for name in names for path in folder.glob(name)})
     return {**options.settings(), "files": {path.name: _file_record(path, progress)["sha256"] for path in files}}
@@ -52,7 +48,8 @@ def _file_record(path: Path, progress: str | None) -> dict[str, Any]:
         what = "is a folder" if path.is_dir() else "is a pipe or device" if path.exists() else "does not exist"
         raise OSError(f"{path} {what}; expected a file, since it is read more than once.")
     digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file, progress_bar(progress and f"reading {path.name}", "B", total=size) as bar:
+    name = f"reading {path.name}" if progress and size >= _LONG else None
+    with path.open("rb") as file, progress_bar(name, "B", total=size) as bar:
         while piece := file.read(_PIECE):
             digest.update(piece)
             bar.update(len(piece))

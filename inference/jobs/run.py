@@ -58,8 +58,8 @@ def run_job(
     if output.exists() or output.is_symlink():
         raise FileExistsError(f"{output} exists already; choose another output or remove it first.")
     record = record_of(job, job.name if progress else None)
-    sizes = [chunk.size for chunk in job.chunks()]  # finds what is wrong with the input
-    wanted = (shard or Share()).consecutive(len(sizes))
+    sizes, starts = _sizes_and_starts(job)  # finds what is wrong with the input
+    wanted = (shard or Share()).consecutive(len(sizes), starts)
     if shard is not None:
         record["shard"] = f"{shard.index + 1}/{shard.count}"
     process = launched_process()
@@ -90,6 +90,16 @@ def run_job(
     return JobSummary(output, items, computed, is_writer, record)
 
 
+def _sizes_and_starts(job: Job) -> tuple[list[int], list[int]]:
+    """The size of each chunk, and which chunks continue none before them."""
+    sizes, starts = [], []
+    for index, chunk in enumerate(job.chunks()):
+        sizes.append(chunk.size)
+        if not chunk.continues:
+            starts.append(index)
+    return sizes, starts
+
+
 def _chosen(job: Job, indices: list[int]) -> Iterator[tuple[int, JobChunk]]:
     if not indices:
         return
@@ -110,8 +120,26 @@ def _compute_here(
     worker = None
     for index, chunk in chunks:
         worker = worker or job.worker(device_of_process(job.model.device))
+        progress = _ChunkProgress(chunk.size, advance)
+        if hasattr(worker, "advance"):
+            worker.advance = progress
         finished.save(index, worker(chunk.content))
-        advance(chunk.size)
+        progress.finish()
+
+
+class _ChunkProgress:
+    """Progress within a chunk, which adds up to its size whatever is said."""
+
+    def __init__(self, size: int, advance: Callable[[int], Any]):
+        self._left, self._advance = size, advance
+
+    def __call__(self, units: int) -> None:
+        units = max(0, min(units, self._left))
+        self._left -= units
+        self._advance(units)
+
+    def finish(self) -> None:
+        self(self._left)
 
 
 def _compute_on_ray(

@@ -5,18 +5,15 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from source_tree import ROOT
+from squares_job import Squares
 
 from gengram.inference.jobs import ModelOptions, Share, run_job
 from gengram.inference.jobs.tables import write_table
-
-sys.path.insert(0, str(Path(__file__).parent))
-from squares import Squares
 
 NUMBERS = list(range(20))  # seven chunks
 
@@ -39,7 +36,7 @@ def squares(output):
 
 def in_process(*arguments, **environment):
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "squares.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "tests/support/squares_job.py"), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stderr=subprocess.PIPE,
         text=True,
@@ -126,6 +123,13 @@ def test_parts_joined_are_the_whole(job, tmp_path):
             Share.parse(wrong)
 
 
+def test_chunks_that_belong_together_stay_in_one_part(job, tmp_path):
+    together = replace(job, joined=3)  # chunks 0 to 2, 3 to 5, and 6
+    parts = [run_job(together, tmp_path / f"{part}.parquet", shard=Share(part, 5)).output for part in range(5)]
+    assert [len(squares(part)) for part in parts] == [0, 9, 0, 9, 2]
+    assert [square for part in parts for square in squares(part)] == [number**2 for number in NUMBERS]
+
+
 def test_launched_processes_make_one_output(job, tmp_path):
     processes = [
         in_process(job.numbers, tmp_path / "out.parquet", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
@@ -205,7 +209,7 @@ def test_wrong_options_are_refused():
 @pytest.mark.slow
 def test_ray_gives_the_same_though_a_worker_is_killed(job, tmp_path):
     ray = pytest.importorskip("ray")
-    import squares as module
+    import squares_job as module
 
     ray.cloudpickle.register_pickle_by_value(module)
     ray.init(

@@ -18,6 +18,7 @@ class Squares:
     numbers: Path
     model: ModelOptions
     per_chunk: int = 3
+    joined: int = 1  # chunks that belong together
     kill_at: int | None = None  # the number at which the process dies, once
     fail_at: int | None = None
     name: str = "squares"
@@ -34,7 +35,7 @@ class Squares:
         numbers = [int(line) for line in self.numbers.read_text().split()]
         for start in range(0, len(numbers), self.per_chunk):
             part = numbers[start : start + self.per_chunk]
-            yield JobChunk(len(part), part)
+            yield JobChunk(len(part), part, continues=start // self.per_chunk % self.joined > 0)
 
     def worker(self, device):
         def compute(numbers):
@@ -52,11 +53,12 @@ class Squares:
         return compute
 
     def write(self, results, output, record):
+        assert [table.num_rows for table in results] == [table.num_rows for table in results]  # read again each time
         write_table(results, output, record, SCHEMA)
 
 
 def main():
-    """`python squares.py NUMBERS OUTPUT [KILL_AT]`: a process of its own."""
+    """`python squares_job.py NUMBERS OUTPUT [KILL_AT]`: a process of its own."""
     import sys
 
     from gengram.inference.jobs import run_job
