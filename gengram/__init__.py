@@ -17,6 +17,7 @@ from .support.default_model import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from .configuration import GengramConfig
+    from .inference.one_hot import OneHotModel
     from .modeling_gengram import (
         GengramForCausalLM,
         GengramForMaskedLM,
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
         GengramModel,
         GengramPreTrainedModel,
     )
-    from .motif_memory import MotifMemory, MotifMemoryConfig, memory_path
+    from .motif_memory import (
+        MotifMemory,
+        MotifMemoryConfig,
+        attach_memory,
+        attached_memories,
+        detach_memory,
+        load_memory,
+        memory_path,
+        save_memory,
+    )
     from .tokenization import GengramTokenizer
 
 DEMO_DATA = Path(__file__).parent / "demo_data"  # a piece of human genome with genes and variants: its README
@@ -42,7 +52,13 @@ _LOADED_FROM = {
     "GengramTokenizer": "tokenization",
     "MotifMemory": "motif_memory",
     "MotifMemoryConfig": "motif_memory",
+    "attach_memory": "motif_memory",
+    "attached_memories": "motif_memory",
+    "detach_memory": "motif_memory",
+    "load_memory": "motif_memory",
+    "OneHotModel": "inference.one_hot",
     "memory_path": "motif_memory",
+    "save_memory": "motif_memory",
 }
 
 __all__ = [
@@ -58,9 +74,15 @@ __all__ = [
     "GengramTokenizer",
     "MotifMemory",
     "MotifMemoryConfig",
+    "OneHotModel",
     "__version__",
+    "attach_memory",
+    "attached_memories",
+    "detach_memory",
+    "load_memory",
     "memory_path",
     "register",
+    "save_memory",
 ]
 
 

@@ -155,7 +155,10 @@ class _Ends(NamedTuple):
 
 def _ends_of(readings: Sequence[Reading], units: Sequence[_Unit], split: int, device: torch.device) -> _Ends:
     rows: list[np.ndarray] = []
-    owners, members, references, alternatives = [], [], [], []
+    owners: list[int] = []
+    members: list[int] = []
+    references: list[int] = []
+    alternatives: list[int] = []
     for owner, unit in enumerate(units):
         members += unit.members
         references += [len(rows)] * len(unit.members)

@@ -13,19 +13,23 @@ logger = logging.getLogger(__name__)
 
 
 def memories_of(model: Any) -> list[MotifMemory]:
-    """The memories of a model, Gengram's own or grafted, in the order of its layers."""
-    return [module for module in model.modules() if isinstance(module, MotifMemory)]
+    """The memories of a model, Gengram's own or grafted, in the order of its layers.
+
+    Those of a saved folder's own source code are of another class of the same name.
+    """
+    return [module for module in model.modules() if type(module).__name__ == MotifMemory.__name__]
 
 
 @contextlib.contextmanager
 def fast_memory(model: Any) -> Iterator[None]:
     """A block of inference whose memories are folded, unless their tables would be too large or cannot be folded.
 
-    Nothing may change the model's weights before its end.
+    Nothing may change the model's weights before its end. A block inside another one uses its tables.
     """
     with contextlib.ExitStack() as stack:
         memories = memories_of(model)
-        if memories and all(map(_stays_small, memories)):
+        is_outermost = not all(memory.kept_fold.owners for memory in memories)
+        if is_outermost and all(map(_stays_small, memories)):
             try:
                 stack.enter_context(folded_inference(model))
             except ValueError as error:

@@ -10,6 +10,7 @@ from ..support.printable import printable
 from .pieces import LONGEST_PIECE, SequencePiece, whole_records
 
 LONGEST_HEADER = 1 << 20  # bytes
+REPEATED_NAMES = ("fail", "number", "keep")
 
 _LETTERS = bytes(range(0x21, 0x7F)) + b" \t\n"  # what the lines of a sequence may hold
 _MOST_BLANKS = 1 << 16  # at the end of a line
@@ -26,36 +27,38 @@ _OTHER_FORMATS = (
 )
 
 
-def stream_fasta(path: str | Path, digest: Any = None, unique_names: bool = True) -> Iterator[SequencePiece]:
+def stream_fasta(path: str | Path, digest: Any = None, repeated_names: str = "fail") -> Iterator[SequencePiece]:
     r"""The records of a FASTA file, in its order, as pieces of at most 1 Mi bases; case is kept.
 
     A record's name is the first word of its header. Blank lines, blanks at the end of a line, `\r\n` and `\r` are no
     part of a sequence; every other character is. Memory does not grow with records' lengths; their names are kept, at
-    about 150 bytes each, unless `unique_names` is false.
+    about 150 bytes each, unless `repeated_names` is `keep`.
 
     Args:
         path: the file, plain or compressed; `-` is standard input, and pipes can be read.
         digest: a hash of `hashlib`, updated with the file's bytes as they are on the disk.
-        unique_names: whether a name that occurs twice is an error.
+        repeated_names: what to do about a name that was there before: `fail`, `number` (`chr1#2`), or `keep`.
 
     Raises:
         InputError: if the file is damaged or not FASTA text: something stands in front of the first header, a record
-            has no name or one that was there before, a line holds `>` in its middle, starts with `;`, or has bytes
-            that are not printable ASCII. The message names the line.
+            has no name or one that was there before (`fail`), a line holds `>` in its middle, starts with `;`, or
+            has bytes that are not printable ASCII. The message names the line.
         OSError: if it cannot be read.
     """
     with open_input(path, "FASTA", digest) as file:
-        yield from fasta_pieces(file, shown_name(path), unique_names)
+        yield from fasta_pieces(file, shown_name(path), repeated_names)
 
 
-def read_fasta(path: str | Path, unique_names: bool = True) -> Iterator[tuple[str, str]]:
+def read_fasta(path: str | Path, repeated_names: str = "fail") -> Iterator[tuple[str, str]]:
     """Name and sequence of each record, in the order of the file; otherwise as `stream_fasta`."""
-    return whole_records(stream_fasta(path, unique_names=unique_names))
+    return whole_records(stream_fasta(path, repeated_names=repeated_names))
 
 
-def fasta_pieces(file: BinaryIO, source: str, unique_names: bool = True) -> Iterator[SequencePiece]:
+def fasta_pieces(file: BinaryIO, source: str, repeated_names: str = "fail") -> Iterator[SequencePiece]:
     """`stream_fasta` of an open file that errors call `source`."""
-    parser = _Parser(source, unique_names)
+    if repeated_names not in REPEATED_NAMES:
+        raise InputError(f"expected repeated_names as one of {', '.join(REPEATED_NAMES)}, got {repeated_names!r}.")
+    parser = _Parser(source, repeated_names)
     for block in _blocks_of_lines(file):
         yield from parser.feed(block)
     yield from parser.end()
@@ -76,13 +79,15 @@ def _blocks_of_lines(file: BinaryIO) -> Iterator[bytes]:
 class _Parser:
     """Makes pieces of blocks of bytes; what may not have ended yet waits in it."""
 
-    def __init__(self, source: str, unique_names: bool):
-        self.source, self.unique_names = source, unique_names
+    def __init__(self, source: str, repeated_names: str):
+        self.source, self.repeated_names = source, repeated_names
         self.lines_of_names: dict[str, int] = {}
+        self.numbers_of_names: dict[str, int] = {}
         self.line = 1  # that the next byte is in
         self.is_line_start = True
         self.header: bytes | None = None
         self.name: str | None = None
+        self.description = ""
         self.start = 0  # of `waiting` in the record
         self.waiting = ""  # the last piece of the record so far
         self.blanks = b""  # at the end of a line so far
@@ -135,12 +140,22 @@ class _Parser:
             raise self._error("expected a name in UTF-8, got bytes that are not text") from None
         if not name.isprintable() or b"\0" in header:
             raise self._error(f"expected a name of characters that can be shown, got '{printable(name)}'")
-        if self.unique_names and self.lines_of_names.setdefault(name, self.line) != self.line:
-            raise self._error(
-                f"the name '{printable(name)}' was used in line {self.lines_of_names[name]} already; rename or remove "
-                "one of the two records"
-            )
+        if self.repeated_names != "keep":
+            name = self._unique(name)
         self.name, self.start, self.header, self.is_line_start = name, 0, None, True
+        self.description = b"".join(words[1:]).rstrip().decode("utf-8", "surrogateescape")
+
+    def _unique(self, name: str) -> str:
+        original = name
+        while self.lines_of_names.setdefault(name, self.line) != self.line:
+            if self.repeated_names == "fail":
+                raise self._error(
+                    f"the name '{printable(name)}' (the first word) was used in line {self.lines_of_names[name]} "
+                    "already; rename one of the two, or choose repeated_names='number' (--repeated-names)"
+                )
+            self.numbers_of_names[original] = self.numbers_of_names.get(original, 1) + 1
+            name = f"{original}#{self.numbers_of_names[original]}"
+        return name
 
     def _read_lines(self, segment: bytes) -> Iterator[SequencePiece]:
         if self.name is None:
@@ -155,7 +170,7 @@ class _Parser:
         self.is_line_start = segment.endswith(b"\n")
         text = self._without_blanks(segment).translate(None, b"\n").decode("ascii")
         if text and self.waiting and self.name is not None:
-            yield SequencePiece(self.name, self.start, self.waiting, False)
+            yield SequencePiece(self.name, self.start, self.waiting, False, self.description)
             self.start += len(self.waiting)
         self.waiting = text or self.waiting
 
@@ -183,7 +198,7 @@ class _Parser:
         return b"\n".join(kept)
 
     def _last_piece(self, name: str) -> SequencePiece:
-        piece = SequencePiece(name, self.start, self.waiting, True)
+        piece = SequencePiece(name, self.start, self.waiting, True, self.description)
         self.waiting, self.blanks = "", b""
         return piece
 

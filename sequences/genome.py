@@ -9,6 +9,7 @@ from typing import Any
 
 from ..support.errors import InputError, quoted, shortened
 from ..support.input_file import is_read_once, open_input, shown_name
+from .contig_names import other_names
 from .fasta_index import index_of_fasta, is_bgzip
 from .htslib import load_pysam, quiet_pysam
 
@@ -16,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 16  # bases that are read and kept at once
 _COPY_BLOCK = 1 << 20
-_MITOCHONDRIA = {"M": "MT", "MT": "M"}
 
 
 class Genome:
@@ -63,7 +63,7 @@ class Genome:
         if name in self.contigs:
             return name
         if name not in self._names:
-            found = [other for other in _other_names(name) if other in self.contigs]
+            found = [other for other in other_names(name) if other in self.contigs]
             if not found:
                 raise InputError(
                     f"{self.name} has no contig {quoted([name], list(self.contigs))}; its contigs are "
@@ -123,7 +123,7 @@ class _Lengths(Mapping[str, int]):
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (
-            name in self._genome.contigs or any(other in self._genome.contigs for other in _other_names(name))
+            name in self._genome.contigs or any(other in self._genome.contigs for other in other_names(name))
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -131,12 +131,6 @@ class _Lengths(Mapping[str, int]):
 
     def __len__(self) -> int:
         return len(self._genome.contigs)
-
-
-def _other_names(name: str) -> list[str]:
-    """Names that mean the same contig in other assemblies' files."""
-    bare = name[3:] if name[:3].lower() == "chr" else name
-    return [prefix + word for word in (bare, _MITOCHONDRIA.get(bare, bare)) for prefix in ("", "chr")]
 
 
 def genome_of(sequences: Mapping[str, str], name: str = "the genome") -> Genome:

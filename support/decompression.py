@@ -84,7 +84,7 @@ def decompressed(blocks: Iterator[bytes], compression: Compression, name: str) -
         if not data.startswith(compression.start):
             _refuse_unless_zeros(data, blocks, compression, name)
             return
-        is_bgzip = compression.name == "gzip" and data[3] & 4 != 0 and data[12:14] == b"BC"
+        is_bgzip = compression.name == "gzip" and len(data) >= _GZIP_HEAD and data[3] & 4 != 0 and data[12:14] == b"BC"
         stream, is_empty = compression.new_stream(), True
         while not stream.eof:
             if not data and stream.needs_input:

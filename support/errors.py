@@ -28,6 +28,7 @@ class MissingExtraError(ImportError):
     """An optional library is not installed; the message names the extra that brings it."""
 
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PLAIN_WORDS = {
     errno.ENOENT: "no such file or folder",
     errno.EACCES: "permission denied",
@@ -53,10 +54,13 @@ def plain_words(error: OSError) -> str:
     """What the system refused, in words and with the file's name; an error with a text of its own is that text."""
     if error.errno is None:
         return str(error)
-    words = _PLAIN_WORDS.get(error.errno) or (error.strerror if error.filename else str(error)) or str(error)
     names = [
         printable(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)
     ]
+    has_own_text = not names and error.strerror not in (None, "", os.strerror(error.errno))
+    if has_own_text and error.errno not in DISK_IS_FULL:
+        return str(error.strerror)
+    words = _PLAIN_WORDS.get(error.errno) or error.strerror or str(error)
     return f"{' and '.join(names)}: {words}" if names else words
 
 

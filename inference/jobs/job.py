@@ -7,10 +7,12 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from ...support.default_model import DEFAULT_MODEL
-from ..loaded_model import LoadedModel, load_model
+from ..base_tokens import BaseTokens
+from ..embeddings import context_of
+from ..loaded_model import UNKNOWN_CONTEXT, LoadedModel, context_length, load_model
 
 STRANDS = ("both", "forward", "reverse")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,9 +32,17 @@ Worker = Callable[[Any], pa.Table]  # from a chunk's content to its result
 class Job(Protocol):
     """A job. It goes through pickle to other processes, so it holds paths and options, no open files and no model."""
 
-    name: str  # of the command: "score"
-    unit: str  # what progress counts: "variant", "bp"
-    model: "ModelOptions"
+    @property
+    def name(self) -> str:
+        """Of the command: "score"."""
+
+    @property
+    def unit(self) -> str:
+        """What progress counts: "variant", "bp"."""
+
+    @property
+    def model(self) -> "ModelOptions":
+        """Which model, and how it is used."""
 
     @property
     def inputs(self) -> Mapping[str, Path]:
@@ -113,6 +123,27 @@ class ModelOptions:
     def load_config(self) -> Any:
         """The model's configuration alone, to check options by."""
         return AutoConfig.from_pretrained(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer alone."""
+        return AutoTokenizer.from_pretrained(
+            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+    def bases_at_once(self, context: int | None = None) -> int:
+        """`context`, or as many bases as the model can read at once.
+
+        Raises:
+            ValueError: if it is more than that, or nothing says how many that are.
+        """
+        tokenizer = self.load_tokenizer()
+        most_tokens = context_length(self.load_config(), tokenizer)
+        if context is None and most_tokens >= UNKNOWN_CONTEXT:
+            raise ValueError(
+                f"neither configuration nor tokenizer of {self.model} says how many bases it reads at once; give the "
+                "length that it was trained with as --context."
+            )
+        return context_of(most_tokens, BaseTokens.of(tokenizer), context)
 
     def settings(self) -> dict[str, Any]:
         """What decides the numbers: all but the device."""

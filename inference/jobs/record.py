@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from ...support.progress import progress_bar
 from ...support.versions import installed_version
 from .job import Job, ModelOptions
@@ -39,10 +37,7 @@ def _model_record(options: ModelOptions, progress: str | None) -> dict[str, Any]
     """The model's options, and its commit on the Hub or the SHA-256 of the files in its folder."""
     folder = Path(options.model)
     if not folder.is_dir():
-        config = AutoConfig.from_pretrained(
-            options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
-        return {**options.settings(), "commit": getattr(config, "_commit_hash", None)}
+        return {**options.settings(), "commit": getattr(options.load_config(), "_commit_hash", None)}
     names = ("*.safetensors", "config.json", "tokenizer*.json", "*.py")
     files = sorted({path for name in names for path in folder.glob(name)})
     return {**options.settings(), "files": {path.name: _file_record(path, progress)["sha256"] for path in files}}

@@ -64,7 +64,7 @@ def test_what_belongs_to_a_sequence(content, records):
         (b">a\nAC\nA\0C\n", "line 3: expected letters, got the byte 0x00"),
         (b">a\nAC\xc2\xa0\n", "line 2: expected letters, got the byte 0xc2"),
         (b">a\nAC\x0b\n", "line 2: expected letters, got the byte 0x0b"),
-        (b">a\nA\n>b\nC\n>a x\nG\n", "line 5: the name 'a' was used in line 1 already"),
+        (b">a\nA\n>b\nC\n>a x\nG\n", "line 5: the name 'a' .the first word. was used in line 1 already"),
         (b">\xff\nAC\n", "line 1: expected a name in UTF-8"),
         (b">a\x1b[31m\nAC\n", r"line 1: expected a name of characters that can be shown, got 'a\\x1b\[31m'"),
         ("> a\u202eb\nAC\n".encode(), r"line 1: .*got 'a\\u202eb'"),
@@ -79,7 +79,11 @@ def test_what_is_not_fasta_is_named_with_its_line(content, message):
 
 
 def test_names_may_repeat_where_that_is_asked_for():
-    assert parsed(b">a\nA\n>a\nC\n", unique_names=False) == [("a", "A"), ("a", "C")]
+    content = b">a\nA\n>a#2\nC\n>a\nG\n>a\nT\n>b\n"
+    assert [name for name, _ in parsed(content, repeated_names="keep")] == ["a", "a#2", "a", "a", "b"]
+    assert [name for name, _ in parsed(content, repeated_names="number")] == ["a", "a#2", "a#3", "a#4", "b"]
+    with pytest.raises(InputError, match="repeated_names as one of fail, number, keep, got 'x'"):
+        parsed(content, repeated_names="x")
 
 
 LINE = st.text("ACGTNacgtn-X ", max_size=9).map(lambda line: line.rstrip(" "))
@@ -92,7 +96,7 @@ def test_places_where_blocks_end_make_no_difference(records, end, size):
     expected = [(name, "".join(lines)) for name, lines in records]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fasta, "LONGEST_PIECE", size)
-        found = list(fasta_pieces(io.BytesIO(text.encode()), "x.fa", unique_names=False))
+        found = list(fasta_pieces(io.BytesIO(text.encode()), "x.fa", repeated_names="keep"))
     assert list(whole_records(found)) == expected
     place = 0
     for piece in found:

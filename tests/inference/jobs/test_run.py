@@ -5,18 +5,15 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from source_tree import ROOT
+from squares_job import Squares
 
 from gengram.inference.jobs import ModelOptions, Share, run_job
 from gengram.inference.jobs.tables import write_table
-
-sys.path.insert(0, str(Path(__file__).parent))
-from squares import Squares
 
 NUMBERS = list(range(20))  # seven chunks
 
@@ -39,7 +36,7 @@ def squares(output):
 
 def in_process(*arguments, **environment):
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "squares.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "tests/support/squares_job.py"), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stderr=subprocess.PIPE,
         text=True,
@@ -212,7 +209,7 @@ def test_wrong_options_are_refused():
 @pytest.mark.slow
 def test_ray_gives_the_same_though_a_worker_is_killed(job, tmp_path):
     ray = pytest.importorskip("ray")
-    import squares as module
+    import squares_job as module
 
     ray.cloudpickle.register_pickle_by_value(module)
     ray.init(

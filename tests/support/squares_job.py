@@ -58,7 +58,7 @@ class Squares:
 
 
 def main():
-    """`python squares.py NUMBERS OUTPUT [KILL_AT]`: a process of its own."""
+    """`python squares_job.py NUMBERS OUTPUT [KILL_AT]`: a process of its own."""
     import sys
 
     from gengram.inference.jobs import run_job
