@@ -135,7 +135,7 @@ class SequenceEncoder:
                 mean_of_strands(found[start : start + len(read)], read) for start in range(0, len(found), len(read))
             ]
         (pooled,) = self.pooled(readings, [(self.layer(layer), pooling)]).values()
-        return pooled.reshape(len(sequences), len(read), -1).mean(axis=1).astype(np.float32)
+        return pooled.reshape(len(sequences), len(read), pooled.shape[1]).mean(axis=1).astype(np.float32)
 
     def embed(
         self,
@@ -197,7 +197,7 @@ class SequenceEncoder:
             if pooling not in POOLINGS:
                 raise ValueError(f"expected a pooling of {', '.join(POOLINGS)}, got {pooling!r}.")
         windows = self._windows(readings, {pooling for _, pooling in choices})
-        sums = {choice: _Vectors(len(readings), choice[1]) for choice in choices}
+        sums = {choice: _Vectors(len(readings), self._states.width, choice[1]) for choice in choices}
         layers = sorted({layer for layer, _ in choices})
         for rows, states in self._of(readings, windows, layers, advance):
             for layer, pooling in choices:
@@ -358,10 +358,10 @@ def _pool_ranges(states: torch.Tensor, ranges: torch.Tensor, pooling: str) -> to
 class _Vectors:
     """Pooled vectors of readings, put together from those of their windows in float64."""
 
-    def __init__(self, readings: int, pooling: str):
+    def __init__(self, readings: int, width: int, pooling: str):
         self._pooling = pooling
         self._counts = np.zeros(readings, dtype=np.int64)
-        self._totals: np.ndarray | None = None
+        self._totals = np.full((readings, width), -np.inf if pooling == "max" else 0.0)
         self._waiting: list[tuple[list[int], list[int], torch.Tensor]] = []
 
     def add(self, readings: list[int], counts: list[int], pooled: torch.Tensor) -> None:
@@ -373,9 +373,6 @@ class _Vectors:
     def _collect(self) -> None:
         for readings, counts, pooled in self._waiting:
             vectors = pooled.cpu().numpy().astype(np.float64)
-            if self._totals is None:
-                start = -np.inf if self._pooling == "max" else 0.0
-                self._totals = np.full((len(self._counts), vectors.shape[1]), start)
             if self._pooling == "max":
                 np.maximum.at(self._totals, readings, vectors)
             else:
@@ -386,11 +383,8 @@ class _Vectors:
     def result(self) -> np.ndarray:
         """(readings, hidden), NaN for readings without tokens."""
         self._collect()
-        totals = np.zeros((len(self._counts), 0)) if self._totals is None else self._totals
-        if self._pooling != "max":
-            totals = totals / np.maximum(self._counts, 1)[:, None]
-        totals[self._counts == 0] = np.nan
-        return totals
+        divisors = np.maximum(self._counts, 1)[:, None] if self._pooling != "max" else 1
+        return np.where(self._counts[:, None] > 0, self._totals / divisors, np.nan)
 
 
 class _AnyTokens:

@@ -120,7 +120,14 @@ class TrackModel:
         return self.of_part(lambda start, end: sequence[start:end], len(sequence), 0, len(sequence))
 
     @torch.inference_mode()
-    def of_part(self, read: Callable[[int, int], str], length: int, start: int, end: int) -> dict[str, np.ndarray]:
+    def of_part(
+        self,
+        read: Callable[[int, int], str],
+        length: int,
+        start: int,
+        end: int,
+        advance: Callable[[int], Any] | None = None,
+    ) -> dict[str, np.ndarray]:
         """Values of the bases `start` to `end` of a sequence, equal to those that `of_sequence` gives them.
 
         Args:
@@ -128,13 +135,19 @@ class TrackModel:
                 side.
             length: of the whole sequence.
             start, end: of the bases that are wanted, 0-based and half-open.
+            advance: is told of progress, in bases; a base on one of two strands is half a base.
         """
         found = {track.name: np.full(end - start, np.nan, dtype=np.float32) for track in self.tracks}
         tokens = max(1, min(self.context, length)) + len(self.tokens.before) + len(self.tokens.after)
         readings = self._readings(read, length, start, end)
+        done, told, strands = 0, 0, len(_STRANDS[self.strands])  # bases of either strand, bases, strands
         with fast_memory(self.model), _seen(self.model) as seen:
             while batch := list(itertools.islice(readings, max(1, self.batch_tokens // tokens))):
                 self._fill(found, batch, start, seen)
+                if advance is not None:
+                    done += sum(reading.window.keep_end - reading.window.keep_start for reading in batch)
+                    advance(done // strands - told)
+                    told = done // strands
         return found
 
     def _readings(self, read: Callable[[int, int], str], length: int, start: int, end: int) -> Iterator[_Reading]:

@@ -72,9 +72,14 @@ class WindowEffects:
         self.tokens, self.context = BaseTokens.of(tokenizer), context_length(model.config, tokenizer)
         self.is_masked = type(model).__name__.endswith("MaskedLM") if is_masked is None else is_masked
         device = next(model.parameters()).device.type
-        self._tokens_per_pass = tokens_per_pass or _TOKENS_PER_PASS.get(device, _TOKENS_PER_PASS_ELSEWHERE)
+        self.tokens_per_pass = tokens_per_pass or _TOKENS_PER_PASS.get(device, _TOKENS_PER_PASS_ELSEWHERE)
         kind = MaskedEffects if self.is_masked else CausalEffects
-        self._effects = kind(self.model, self.tokens, scores, self._tokens_per_pass)
+        self._effects = kind(self.model, self.tokens, scores, self.tokens_per_pass)
+
+    @property
+    def longest(self) -> int:
+        """Most bases of a window."""
+        return self.context - len(self.tokens.before) - (len(self.tokens.after) if self.is_masked else 0)
 
     def check_length(self, length: int) -> None:
         """Refuse windows that are longer than what the model can read.
@@ -82,11 +87,8 @@ class WindowEffects:
         Raises:
             ValueError: if they are.
         """
-        around = len(self.tokens.before) + (len(self.tokens.after) if self.is_masked else 0)
-        if length + around > self.context:
-            raise ValueError(
-                f"expected at most {self.context - around} bases, which the model can read, got {length}."
-            )
+        if length > self.longest:
+            raise ValueError(f"expected at most {self.longest} bases, which the model can read, got {length}.")
 
     def of(self, changes: Iterable[Change | None]) -> Iterator[StrandEffects | None]:
         """The effects of each change, in their order, None where there is None; some hundreds are in memory.
@@ -106,7 +108,7 @@ class WindowEffects:
         for change in changes:
             portion.append(change)
             letters += 0 if change is None else 3 * len(change.reference)  # two strands, of which half is shared
-            if letters >= _PASSES_AHEAD * self._tokens_per_pass or len(portion) == _CHANGES_AHEAD:
+            if letters >= _PASSES_AHEAD * self.tokens_per_pass or len(portion) == _CHANGES_AHEAD:
                 yield portion
                 portion, letters = [], 0
         if portion:

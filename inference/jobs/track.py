@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ...support.default_model import model_name
 from ...support.errors import InputError
 from ...support.whole_output import write_whole
 from ..base_tokens import BaseTokens
-from ..loaded_model import context_length, head_of
+from ..loaded_model import head_of
 from ..long_sequences import checked_overlap
 from ..tracks import OF_MEMORY, PREDICTED, UNITS, VALUES, Track, TrackModel, tracks_of
 from .job import JobChunk, ModelOptions, Worker
@@ -25,10 +25,9 @@ from .track_files import FORMATS, TrackWriter
 
 LONGEST_CHUNK = 1 << 18  # bases
 WINDOWS_PER_CHUNK = 64  # of each strand; where chunks meet, one of them is read twice
-LONGEST_CONTEXT = 8192  # bases; by default, where a model would read more
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrackJob:
     """Tracks of regions of a genome; make it with `track_job`.
 
@@ -81,28 +80,10 @@ class TrackJob:
     def worker(self, device: str | None) -> Worker:
         loaded = self.model.load(head_of(self.model.load_config()), device)
         loaded.model.config.use_cache = False
-        model = TrackModel(
-            loaded.model,
-            BaseTokens.of(loaded.tokenizer),
-            self.is_masked,
-            tuple(dict.fromkeys(track.value for track in self.tracks)),
-            self.model.strands,
-            self.context,
-            self.overlap,
-            self.model.batch_tokens,
-        )
-        genome = open_genome(self.fasta)
-
-        def compute(content: tuple[str, int, int]) -> pa.Table:
-            record, start, end = content
-            length = genome.contigs[record]
-            first = max(0, start - self.context)
-            letters = genome.fetch(record, first, min(length, end + self.context))
-            values = model.of_part(lambda a, b: letters[a - first : b - first], length, start, end)
-            place = {"record": record, "start": start}
-            return pa.table(values).replace_schema_metadata({"place": json.dumps(place)})
-
-        return compute
+        values = tuple(dict.fromkeys(track.value for track in self.tracks))
+        tokens = BaseTokens.of(loaded.tokenizer)
+        options = (self.model.strands, self.context, self.overlap, self.model.batch_tokens)
+        return _Worker(TrackModel(loaded.model, tokens, self.is_masked, values, *options), open_genome(self.fasta))
 
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         with open_genome(self.fasta) as genome:
@@ -123,6 +104,23 @@ class TrackJob:
         write_whole(output / "record.json", json.dumps({**record, "tracks": described}, indent=2) + "\n")
 
 
+class _Worker:
+    """A model and a genome, as a function of regions."""
+
+    def __init__(self, model: TrackModel, genome: Genome):
+        self.model, self.genome = model, genome
+        self.advance: Callable[[int], Any] = lambda bases: None
+
+    def __call__(self, content: tuple[str, int, int]) -> pa.Table:
+        record, start, end = content
+        length = self.genome.contigs[record]
+        first = max(0, start - self.model.context)
+        letters = self.genome.fetch(record, first, min(length, end + self.model.context))
+        values = self.model.of_part(lambda a, b: letters[a - first : b - first], length, start, end, self.advance)
+        place = json.dumps({"record": record, "start": start})
+        return pa.table(values).replace_schema_metadata({"place": place})
+
+
 def track_job(
     fasta: str | Path,
     model: ModelOptions,
@@ -141,7 +139,7 @@ def track_job(
         regions: BED files, and texts such as `chr1:1,000-2,000`.
         whole_genome: all of it, instead of regions.
         values: of `VALUES`; by default all that the model has.
-        context: bases that the model reads at once; by default all that it can, but at most `LONGEST_CONTEXT`.
+        context: bases that the model reads at once; by default as many as it can.
         overlap: bases that two windows share; half the context by default.
         format: bigwig or bedgraph.
 
@@ -156,16 +154,13 @@ def track_job(
             "expected regions or --whole-genome, and not both: a BED file, or regions such as chr9:10,000-20,000."
         )
     beds = [region for region in regions if _is_file(region)]
-    config, tokenizer = model.load_config(), model.load_tokenizer()
-    tokens, head = BaseTokens.of(tokenizer), head_of(config)
+    config = model.load_config()
+    tokens, head = BaseTokens.of(model.load_tokenizer()), head_of(config)
     name, memory_layers = model_name(model.model), getattr(config, "memory_layers", None) or []
     values = _checked_values(values, name, head, memory_layers)
     if head == "masked" and tokens.mask is None and set(values) & set(PREDICTED):
         raise InputError(f"{name}: expected a tokenizer with a mask token, which its masked model needs.")
-    longest = context_length(config, tokenizer) - len(tokens.before) - len(tokens.after)
-    context = min(longest, LONGEST_CONTEXT) if context is None else context
-    if not 2 <= context <= longest:
-        raise InputError(f"--context: expected 2 to {longest:,} bases, which is what {name} reads, got {context:,}.")
+    context = model.bases_at_once(context)
     overlap = checked_overlap(context, overlap)
     return TrackJob(
         Path(fasta),

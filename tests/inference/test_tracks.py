@@ -148,6 +148,13 @@ def test_without_overlap_a_base_may_have_nothing_before_it():
     assert np.flatnonzero(np.isnan(values)).tolist() == [0, CONTEXT, 2 * CONTEXT]
 
 
+def test_progress_adds_up_to_the_bases():
+    told = []
+    model = track_model("causal", batch_tokens=2 * CONTEXT)
+    model.of_part(lambda a, b: LONG[a:b], len(LONG), 20, 150, told.append)
+    assert sum(told) == 130 and len(told) > 5 and min(told) > 0
+
+
 def test_windows_of_nothing_but_n_are_not_read():
     model = track_model("causal")
     read = []

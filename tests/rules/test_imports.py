@@ -64,7 +64,6 @@ CYCLES_IN_FUNCTIONS = {
         {
             "gengram.cli",
             "gengram.commands.convert",
-            "gengram.commands.demo",
             "conversion_scripts.convert_megatron_to_hf",
             "conversion_scripts.convert_hf_to_megatron",
         }

@@ -85,6 +85,9 @@ LOG_PROBABILITY_FP32 = 1e-6
 # Sums of log-probabilities over a sequence, from logits that are apart by SAME_FP32.
 LOG_LIKELIHOOD_FP32 = 1e-4
 
+# Probabilities of bases at a gap in float32 beside the brute force in float64.
+POSTERIOR = 1e-5
+
 # Bits per base of a data set, by `Trainer` and by `gengram bench`, each in its own batches.
 BITS_PER_BASE_FP32 = 1e-4
 
