@@ -10,7 +10,7 @@ batches of the mean length that are on the device already.
 
 On a processor that others use too, seconds of the processor are what can be compared; `ratios` are made of them
 there, and of seconds on a clock where a GPU computes. Peak memory is that of processes that embed with a tiny model.
-Writes `benchmarks/results/embedding.json`.
+Writes its results as JSON beside those of the other benchmarks.
 """
 
 import argparse

@@ -116,3 +116,9 @@ UNTRAINED_LOSS = 0.3
 # Far above SAME_FP32, so that rounding is no change.
 CHANGED = 1e-4
 CHANGED_LOGITS = 1e-3
+
+# Relative: probabilities in float64 that were divided by their sum.
+PROBABILITIES_SUM_TO_ONE = 1e-12
+
+# The mean of 1,000 even draws from 0..1 has a standard deviation of 0.009.
+MEAN_OF_EVEN_DRAWS = 0.05

@@ -430,7 +430,7 @@ def test_a_model_that_does_not_say_its_context_needs_one(fasta, tmp_path, tiny_f
         (folder / path.name).write_bytes(path.read_bytes())
     for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
         known = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**known, key: 10**12}))
+        (folder / name).write_text(json.dumps({**known, key: 2**31 - 1}))
     options["model"] = ModelOptions(str(folder), device="cpu")
     with pytest.raises(ValueError, match=r"says how many bases it reads at once; give .* as --context"):
         embed_job(fasta, tmp_path / "out.parquet", **options)
