@@ -22,7 +22,7 @@ _ROWS_FOR_CHOICE = 2000
 
 
 @dataclass(frozen=True)
-class Split:
+class TrainAndTest:
     """Rows to fit on and rows to test on."""
 
     train: LabelledSequences
@@ -112,7 +112,7 @@ CLASSIFICATION: dict[str, Callable[..., Predictions]] = {
 FINE_TUNING = ("fine-tuned", "lora")
 
 
-def read_classification(task: ClassificationTask, data: Path, protocols: Sequence[str]) -> list[Split]:
+def read_classification(task: ClassificationTask, data: Path, protocols: Sequence[str]) -> list[TrainAndTest]:
     """The rows of a task: one split, or one for each fold.
 
     Raises:
@@ -125,7 +125,7 @@ def read_classification(task: ClassificationTask, data: Path, protocols: Sequenc
     train = read_labelled(task.train, data, group_column=task.fold, **columns)
     check_classes(train, where)
     if task.fold is None:
-        splits = [Split(train, read_labelled(task.test, data, classes=train.classes, **columns))]
+        splits = [TrainAndTest(train, read_labelled(task.test, data, classes=train.classes, **columns))]
     else:
         splits = _folds(train, f"{where}, column {task.fold!r}")
     if "baseline-positional" in protocols:
@@ -136,7 +136,7 @@ def read_classification(task: ClassificationTask, data: Path, protocols: Sequenc
     return splits
 
 
-def _folds(rows: LabelledSequences, where: str) -> list[Split]:
+def _folds(rows: LabelledSequences, where: str) -> list[TrainAndTest]:
     """Each fold once as the test rows of all others; one of the others has to be held out to choose by."""
     assert rows.groups is not None
     for index, name in enumerate(rows.classes):
@@ -146,14 +146,16 @@ def _folds(rows: LabelledSequences, where: str) -> list[Split]:
                 f"{where}: expected each class in three folds or more (one to test, one to choose by, one to fit on), "
                 f"got {shortened(name)} in {quoted(folds.tolist())} only."
             )
-    return [Split(rows.take(rows.groups != fold), rows.take(rows.groups == fold)) for fold in np.unique(rows.groups)]
+    return [
+        TrainAndTest(rows.take(rows.groups != fold), rows.take(rows.groups == fold)) for fold in np.unique(rows.groups)
+    ]
 
 
 def run_classification(
     protocol: str,
     model: EvaluatedModel | None,
     task: ClassificationTask,
-    splits: Sequence[Split],
+    splits: Sequence[TrainAndTest],
     seed: int,
     progress: bool,
 ) -> dict[str, Any]:

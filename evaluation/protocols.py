@@ -7,7 +7,7 @@ from typing import Any
 from .classification import CLASSIFICATION, read_classification, run_classification
 from .likelihood import LIKELIHOOD, read_splits, run_likelihood
 from .suite import ClassificationTask, LikelihoodTask, VariantTask
-from .variants import VARIANTS, read_variants, run_variants
+from .variants import VARIANTS, read_labelled_variants, run_variants
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TaskKind:
 
 KINDS: dict[type, TaskKind] = {
     ClassificationTask: TaskKind(CLASSIFICATION, read_classification, run_classification),
-    VariantTask: TaskKind(VARIANTS, read_variants, run_variants),
+    VariantTask: TaskKind(VARIANTS, read_labelled_variants, run_variants),
     LikelihoodTask: TaskKind(LIKELIHOOD, read_splits, run_likelihood),
 }
 

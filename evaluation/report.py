@@ -17,7 +17,7 @@ from .run_files import json_text
 from .suite import Suite
 
 
-def results_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def metrics_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row per run and metric; what has parts is JSON."""
     rows = []
     for result in results:
@@ -178,6 +178,6 @@ def write_report(suite: Suite, results: Sequence[dict[str, Any]], output: Path) 
     """Write `results.parquet`, `results.json`, `report.md` and `report.svg`."""
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "results.json", json_text(list(results)))
-    write_whole(output / "results.parquet", results_table(results).to_parquet())
+    write_whole(output / "results.parquet", metrics_table(results).to_parquet())
     write_whole(output / "report.md", markdown(suite, results))
     plot(suite, results, output / "report.svg")

@@ -46,7 +46,7 @@ class LabelledVariants:
     left_out: dict[str, int]
 
 
-def read_variants(task: VariantTask, data: Path, protocols: Sequence[str] = ()) -> LabelledVariants:
+def read_labelled_variants(task: VariantTask, data: Path, protocols: Sequence[str] = ()) -> LabelledVariants:
     """The rows of a task that have a label and can be scored; the others are counted, by the reason.
 
     Raises:

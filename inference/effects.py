@@ -13,13 +13,13 @@ class Change(NamedTuple):
 
     Args:
         reference, alternative: the windows, letters of one strand.
-        index: where the alleles begin, in both.
+        start: where the alleles begin, in both.
         reference_length, alternative_length: letters of the alleles, which may reach beyond the windows.
     """
 
     reference: str
     alternative: str
-    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
+    start: int
     reference_length: int = 1
     alternative_length: int = 1
 

@@ -27,7 +27,7 @@ def _ignored(_tokens: int) -> None:
     pass
 
 
-class Reading(NamedTuple):
+class Excerpt(NamedTuple):
     """Tokens of a sequence in the order in which they are read, and which of them are wanted.
 
     Args:
@@ -44,7 +44,7 @@ class Reading(NamedTuple):
     length: int
 
     @classmethod
-    def whole(cls, ids: np.ndarray) -> "Reading":
+    def whole(cls, ids: np.ndarray) -> "Excerpt":
         """All of a sequence."""
         return cls(ids, 0, 0, len(ids), len(ids))
 
@@ -135,7 +135,7 @@ class SequenceEncoder:
                 mean_of_strands(found[start : start + len(read)], read) for start in range(0, len(found), len(read))
             ]
         (pooled,) = self.pooled(readings, [(self.layer(layer), pooling)]).values()
-        return pooled.reshape(len(sequences), len(read), -1).mean(axis=1).astype(np.float32)
+        return pooled.reshape(len(sequences), len(read), pooled.shape[1]).mean(axis=1).astype(np.float32)
 
     def embed(
         self,
@@ -157,7 +157,7 @@ class SequenceEncoder:
             ValueError: if a layer or pooling does not exist.
         """
         texts = list(sequences) + ([reverse_complement(text) for text in sequences] if both_strands else [])
-        readings = [Reading.whole(self.tokens.encode(text)) for text in texts]
+        readings = [Excerpt.whole(self.tokens.encode(text)) for text in texts]
         wanted = {(layer, pooling): (self.layer(layer), pooling) for layer, pooling in choices}
         with progress_bar(progress, "bp", total=sum(reading.length for reading in readings)) as bar:
             found = self.pooled(readings, list(wanted.values()), bar.update)
@@ -174,12 +174,12 @@ class SequenceEncoder:
         """
         return self._states.layer(number)
 
-    def reading(self, sequence: str, strand: str = "+") -> Reading:
+    def reading(self, sequence: str, strand: str = "+") -> Excerpt:
         """All of a sequence, on either strand."""
-        return Reading.whole(self.tokens.encode(sequence if strand == "+" else reverse_complement(sequence)))
+        return Excerpt.whole(self.tokens.encode(sequence if strand == "+" else reverse_complement(sequence)))
 
     def pooled(
-        self, readings: Sequence[Reading], choices: Sequence[Choice], advance: Advance = _ignored
+        self, readings: Sequence[Excerpt], choices: Sequence[Choice], advance: Advance = _ignored
     ) -> dict[Choice, np.ndarray]:
         """For each (layer, pooling) a vector of each reading's wanted tokens: (readings, hidden) float64.
 
@@ -197,7 +197,7 @@ class SequenceEncoder:
             if pooling not in POOLINGS:
                 raise ValueError(f"expected a pooling of {', '.join(POOLINGS)}, got {pooling!r}.")
         windows = self._windows(readings, {pooling for _, pooling in choices})
-        sums = {choice: _Vectors(len(readings), choice[1]) for choice in choices}
+        sums = {choice: _Vectors(len(readings), self._states.width, choice[1]) for choice in choices}
         layers = sorted({layer for layer, _ in choices})
         for rows, states in self._of(readings, windows, layers, advance):
             for layer, pooling in choices:
@@ -211,7 +211,7 @@ class SequenceEncoder:
                     sums[layer, pooling].add(owners, counts, pooled)
         return {choice: vectors.result() for choice, vectors in sums.items()}
 
-    def base_vectors(self, readings: Sequence[Reading], layer: int, advance: Advance = _ignored) -> list[np.ndarray]:
+    def base_vectors(self, readings: Sequence[Excerpt], layer: int, advance: Advance = _ignored) -> list[np.ndarray]:
         """A vector of each wanted token of each reading: (tokens, hidden) float32; `advance` as in `pooled`."""
         windows = self._windows(readings, {"none"})
         found: dict[int, np.ndarray] = {}
@@ -225,7 +225,7 @@ class SequenceEncoder:
                 found[number][window.keep_start - start : window.keep_end - start] = vectors[place, window.kept()]
         return [found[number] for number in range(len(readings))]
 
-    def _windows(self, readings: Sequence[Reading], poolings: set[str]) -> list["_OwnWindow"]:
+    def _windows(self, readings: Sequence[Excerpt], poolings: set[str]) -> list["_OwnWindow"]:
         """The windows that hold what the poolings read."""
         found = []
         for number, reading in enumerate(readings):
@@ -242,7 +242,11 @@ class SequenceEncoder:
         return found
 
     def _of(
-        self, readings: Sequence[Reading], windows: Sequence["_OwnWindow"], layers: Sequence[int], advance: Advance
+        self,
+        readings: Sequence[Excerpt],
+        windows: Sequence["_OwnWindow"],
+        layers: Sequence[int],
+        advance: Advance,
     ) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
         ids = []
         for number, window in windows:
@@ -272,19 +276,19 @@ def embed_sequences(
     yield from encoder.vectors(waiting, layer, pooling, strands) if waiting else ()
 
 
-def reading_of(tokens: BaseTokens, text: str, strand: str, offset: int, start: int, end: int, length: int) -> Reading:
+def reading_of(tokens: BaseTokens, text: str, strand: str, offset: int, start: int, end: int, length: int) -> Excerpt:
     """A part of a sequence on either strand, by places on the forward strand.
 
     Args:
         tokens: of the model.
         text: letters of the forward strand.
         strand: `+`, or `-` for the reverse complement.
-        offset, start, end, length: as `Reading` has them, of the forward strand.
+        offset, start, end, length: as `Excerpt` has them, of the forward strand.
     """
     if strand == "+":
-        return Reading(tokens.encode(text), offset, start, end, length)
+        return Excerpt(tokens.encode(text), offset, start, end, length)
     ids = tokens.encode(reverse_complement(text))
-    return Reading(ids, length - offset - len(text), length - end, length - start, length)
+    return Excerpt(ids, length - offset - len(text), length - end, length - start, length)
 
 
 def mean_of_strands(vectors: Sequence[np.ndarray], strands: str) -> np.ndarray:
@@ -341,7 +345,7 @@ class _OwnWindow(NamedTuple):
     window: Window
 
 
-def _kept(own: _OwnWindow, reading: Reading, pooling: str) -> tuple[int, int]:
+def _kept(own: _OwnWindow, reading: Excerpt, pooling: str) -> tuple[int, int]:
     """Which tokens of a window are pooled, as places in it; none if the end is not behind the start."""
     start, end = reading.pooled(pooling)
     window = own.window
@@ -358,10 +362,10 @@ def _pool_ranges(states: torch.Tensor, ranges: torch.Tensor, pooling: str) -> to
 class _Vectors:
     """Pooled vectors of readings, put together from those of their windows in float64."""
 
-    def __init__(self, readings: int, pooling: str):
+    def __init__(self, readings: int, width: int, pooling: str):
         self._pooling = pooling
         self._counts = np.zeros(readings, dtype=np.int64)
-        self._totals: np.ndarray | None = None
+        self._totals = np.full((readings, width), -np.inf if pooling == "max" else 0.0)
         self._waiting: list[tuple[list[int], list[int], torch.Tensor]] = []
 
     def add(self, readings: list[int], counts: list[int], pooled: torch.Tensor) -> None:
@@ -373,9 +377,6 @@ class _Vectors:
     def _collect(self) -> None:
         for readings, counts, pooled in self._waiting:
             vectors = pooled.cpu().numpy().astype(np.float64)
-            if self._totals is None:
-                start = -np.inf if self._pooling == "max" else 0.0
-                self._totals = np.full((len(self._counts), vectors.shape[1]), start)
             if self._pooling == "max":
                 np.maximum.at(self._totals, readings, vectors)
             else:
@@ -386,11 +387,8 @@ class _Vectors:
     def result(self) -> np.ndarray:
         """(readings, hidden), NaN for readings without tokens."""
         self._collect()
-        totals = np.zeros((len(self._counts), 0)) if self._totals is None else self._totals
-        if self._pooling != "max":
-            totals = totals / np.maximum(self._counts, 1)[:, None]
-        totals[self._counts == 0] = np.nan
-        return totals
+        divisors = np.maximum(self._counts, 1)[:, None] if self._pooling != "max" else 1
+        return np.where(self._counts[:, None] > 0, self._totals / divisors, np.nan)
 
 
 class _AnyTokens:

@@ -58,7 +58,7 @@ class HiddenStates:
         self._takes_mask = "attention_mask" in parameters
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         probe = tokens.encode(_PROBE)[: max(2, (loaded.context - len(tokens.before) - len(tokens.after)) // 2)]
-        self.layers = self._count(probe)
+        self.layers, self.width = self._layers_and_width(probe)
         self.sees_both_sides = self._looks_ahead(probe)
         self.padding = self._harmless_padding(probe)
 
@@ -132,14 +132,14 @@ class HiddenStates:
     # ---- what is found by trial
 
     @torch.inference_mode()
-    def _count(self, probe: np.ndarray) -> int:
+    def _layers_and_width(self, probe: np.ndarray) -> tuple[int, int]:
         outputs = self._outputs(self._batch([probe]), False, output_hidden_states=True)
         states = getattr(outputs, "hidden_states", None)
         if not states and getattr(outputs, "last_hidden_state", None) is None:
             raise ValueError(
                 f"expected a model that gives hidden states, got {type(self._model).__name__}, which gives none."
             )
-        return len(states or (None,))
+        return len(states or (None,)), _last_hidden_state(outputs).shape[-1]
 
     def _looks_ahead(self, probe: np.ndarray) -> bool:
         changed = probe.copy()

@@ -50,24 +50,30 @@ class MaskedEffects:
         reference = torch.from_numpy(np.stack([reading.reference for reading in readings]))
         alternative = torch.from_numpy(np.stack([reading.alternative for reading in readings]))
         changed = reference != alternative  # (readings, length)
-        logits = self._logits(reference.masked_fill(changed, self.tokens.mask or 0))
+        logits = letter_logits(self.model, self.tokens, reference.masked_fill(changed, self.tokens.mask or 0))
         chances = logits.to(widest(device)).log_softmax(-1)
         of_each = [chances.gather(-1, ids.to(device).unsqueeze(-1)).squeeze(-1) for ids in (alternative, reference)]
         found = {"llr": (of_each[0] - of_each[1]).masked_fill(~changed.to(device), 0).sum(1)}
         with seen(self.model, "embedding" in self.scores, "memory" in self.scores) as parts:
             if {"embedding", "memory"} & set(self.scores):
-                self._logits(torch.cat([reference, alternative]))
+                letter_logits(self.model, self.tokens, torch.cat([reference, alternative]))
                 count = len(readings)
                 pairs = row_pairs(readings, range(count), range(count, 2 * count), 0, device)
                 found |= distances_of_parts(parts, pairs, len(self.tokens.before), reference.shape[1])
         for row in torch.stack(list(found.values()), dim=1).tolist():
             yield Effect(**dict(zip(found, row, strict=True)))
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, length, vocabulary) of the letters, read within what the tokenizer puts around them."""
-        around = [torch.tensor(list(part), dtype=ids.dtype) for part in (self.tokens.before, self.tokens.after)]
-        before, after = (part.expand(len(ids), -1) for part in around)
-        whole = torch.cat([before, ids, after], dim=1).to(next(self.model.parameters()).device)
-        outputs = self.model(input_ids=whole)
-        logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-        return logits[:, before.shape[1] : before.shape[1] + ids.shape[1]]
+
+def letter_logits(model: Any, tokens: BaseTokens, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, length, vocabulary) of letters, read within what the tokenizer puts around them.
+
+    Args:
+        model: masked language model.
+        tokens: of its tokenizer.
+        ids: (batch, length), of the letters alone.
+    """
+    around = [torch.tensor(list(part), dtype=ids.dtype) for part in (tokens.before, tokens.after)]
+    before, after = (part.expand(len(ids), -1) for part in around)
+    outputs = model(input_ids=torch.cat([before, ids, after], dim=1).to(next(model.parameters()).device))
+    logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+    return logits[:, before.shape[1] : before.shape[1] + ids.shape[1]]

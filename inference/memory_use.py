@@ -24,11 +24,12 @@ def memories_of(model: Any) -> list[MotifMemory]:
 def fast_memory(model: Any) -> Iterator[None]:
     """A block of inference whose memories are folded, unless their tables would be too large or cannot be folded.
 
-    Nothing may change the model's weights before its end.
+    Nothing may change the model's weights before its end. A block inside another one uses its tables.
     """
     with contextlib.ExitStack() as stack:
         memories = memories_of(model)
-        if memories and all(map(_stays_small, memories)):
+        is_outermost = not all(memory.kept_fold.owners for memory in memories)
+        if is_outermost and all(map(_stays_small, memories)):
             try:
                 stack.enter_context(folded_inference(model))
             except ValueError as error:

@@ -21,7 +21,7 @@ class VariantEffect(NamedTuple):
 def variant_effects(
     model: WindowEffects, genome: Genome, variants: Iterable[Variant], context: int
 ) -> Iterator[VariantEffect]:
-    """The effect of each variant, in their order; about a thousand at a time are in memory.
+    """The effect of each variant, in their order; some hundreds at a time are in memory.
 
     Windows are those of `variant_windows`. Variants that cannot be scored come back with the reason.
 

@@ -1,6 +1,5 @@
 """What changes in windows do to a model's predictions, for any number of windows."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from .memory_use import fast_memory, memories_of
 
 STRANDS = ("both", "forward", "reverse")
 
-_CHANGES_AHEAD = 1024  # that are collected before they are computed
+_PASSES_AHEAD, _CHANGES_AHEAD = 16, 1024  # as much is collected before it is computed
 _TOKENS_PER_PASS = {"cpu": 8192}
 _TOKENS_PER_PASS_ELSEWHERE = 65536
 
@@ -48,7 +47,7 @@ class WindowEffects:
     >>> from gengram.inference.effects import Change
     >>> model = AutoModelForCausalLM.from_pretrained(gengram.DEFAULT_MODEL, dtype=torch.float32)
     >>> effects = WindowEffects(model, AutoTokenizer.from_pretrained(gengram.DEFAULT_MODEL))
-    >>> (found,) = effects.of([Change("ACGTTGCAGG", "ACGTTACAGG", index=5)])
+    >>> (found,) = effects.of([Change("ACGTTGCAGG", "ACGTTACAGG", start=5)])
     >>> found.mean("llr") == (found.forward.llr + found.reverse.llr) / 2
     True
 
@@ -73,9 +72,14 @@ class WindowEffects:
         self.tokens, self.context = BaseTokens.of(tokenizer), context_length(model.config, tokenizer)
         self.is_masked = type(model).__name__.endswith("MaskedLM") if is_masked is None else is_masked
         device = next(model.parameters()).device.type
-        tokens_per_pass = tokens_per_pass or _TOKENS_PER_PASS.get(device, _TOKENS_PER_PASS_ELSEWHERE)
+        self.tokens_per_pass = tokens_per_pass or _TOKENS_PER_PASS.get(device, _TOKENS_PER_PASS_ELSEWHERE)
         kind = MaskedEffects if self.is_masked else CausalEffects
-        self._effects = kind(self.model, self.tokens, scores, tokens_per_pass)
+        self._effects = kind(self.model, self.tokens, scores, self.tokens_per_pass)
+
+    @property
+    def longest(self) -> int:
+        """Most bases of a window."""
+        return self.context - len(self.tokens.before) - (len(self.tokens.after) if self.is_masked else 0)
 
     def check_length(self, length: int) -> None:
         """Refuse windows that are longer than what the model can read.
@@ -83,23 +87,32 @@ class WindowEffects:
         Raises:
             ValueError: if they are.
         """
-        around = len(self.tokens.before) + (len(self.tokens.after) if self.is_masked else 0)
-        if length + around > self.context:
-            raise ValueError(
-                f"expected at most {self.context - around} bases, which the model can read, got {length}."
-            )
+        if length > self.longest:
+            raise ValueError(f"expected at most {self.longest} bases, which the model can read, got {length}.")
 
     def of(self, changes: Iterable[Change | None]) -> Iterator[StrandEffects | None]:
-        """The effects of each change, in their order, None where there is None; about a thousand are in memory.
+        """The effects of each change, in their order, None where there is None; some hundreds are in memory.
 
         Raises:
             ValueError: if the two windows of a change differ in length.
         """
-        changes = iter(changes)
         with fast_memory(self.model):
-            while ahead := list(itertools.islice(changes, _CHANGES_AHEAD)):
+            for ahead in self._portions(changes):
                 found = iter(self._measure([change for change in ahead if change is not None]))
                 yield from (None if change is None else next(found) for change in ahead)
+
+    def _portions(self, changes: Iterable[Change | None]) -> Iterator[list[Change | None]]:
+        """Runs of changes that fill some passes."""
+        portion: list[Change | None] = []
+        letters = 0
+        for change in changes:
+            portion.append(change)
+            letters += 0 if change is None else 3 * len(change.reference)  # two strands, of which half is shared
+            if letters >= _PASSES_AHEAD * self.tokens_per_pass or len(portion) == _CHANGES_AHEAD:
+                yield portion
+                portion, letters = [], 0
+        if portion:
+            yield portion
 
     @torch.inference_mode()
     def _measure(self, changes: Sequence[Change]) -> list[StrandEffects]:
@@ -124,10 +137,10 @@ class WindowEffects:
 
 def _forward(change: Change) -> tuple[str, str, int, int]:
     """Both windows as they are read, and the places of the alleles' last bases."""
-    last = [change.index + length - 1 for length in (change.reference_length, change.alternative_length)]
+    last = [change.start + length - 1 for length in (change.reference_length, change.alternative_length)]
     return change.reference, change.alternative, last[0], last[1]
 
 
 def _reverse(change: Change) -> tuple[str, str, int, int]:
-    last = len(change.reference) - 1 - change.index
+    last = len(change.reference) - 1 - change.start
     return reverse_complement(change.reference), reverse_complement(change.alternative), last, last

@@ -31,7 +31,7 @@ def integer_ids(name: str, ids: Any, rows: int | None = None) -> torch.Tensor:
     if ids.dtype not in (torch.int32, torch.int64):
         ids = ids.long()
     if rows is not None and ids.numel() and _can_be_read(ids) and ids.device.type == "cpu":
-        least, most = int(ids.min()), int(ids.max())
+        least, most = (int(bound) for bound in ids.aminmax())
         if least < 0 or most >= rows:
             raise ValueError(f"{name} must lie in 0..{rows - 1} (the rows of the embedding), got {least}..{most}.")
     return ids

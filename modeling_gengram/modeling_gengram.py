@@ -507,12 +507,17 @@ class GengramModel(GengramPreTrainedModel):
     def _sequences(
         self, position_ids: torch.Tensor | None, attention_mask: Any, shape: tuple[int, int], is_causal: bool
     ) -> torch.Tensor | None:
-        """Number of the sequence that each token belongs to, (batch or 1, length); None if a row holds one."""
+        """Number of the sequence that each token belongs to, (batch or 1, length); None if a row holds one.
+
+        Masks with more than two dimensions are the caller's own: then it is up to them.
+        """
         is_compiling = torch.compiler.is_compiling()  # then the causal mask alone looks at positions
         batch, length = shape
-        if position_ids is None or length == 1 or (is_compiling and (is_causal or attention_mask is not None)):
+        mask = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
+        if position_ids is None or length == 1 or (is_compiling and (is_causal or mask is not None)):
             return None
-        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else None
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            return None
         starts = sequence_starts(position_ids, None if mask is None else mask[:, -length:])
         if not is_compiling and not bool(starts.any()):
             return None

@@ -47,12 +47,12 @@ class Variant(NamedTuple):
 class VariantWindows(NamedTuple):
     """The letters around a variant with its reference and with its alternative allele, of one length.
 
-    `index` is the place of the alleles' first bases, in both.
+    `start` is the place of the alleles' first bases, in both.
     """
 
     reference: str
     alternative: str
-    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
+    start: int
 
 
 def allele_status(reference: str, alternative: str) -> str:
@@ -177,7 +177,7 @@ def variant_windows(
     Example:
 
     >>> variant_windows("AACCGGTTAA", "", 4, "GG", "T", 4)
-    VariantWindows(reference='CCGG', alternative='CCTT', index=2)
+    VariantWindows(reference='CCGG', alternative='CCTT', start=2)
     """
     if length < 1:
         raise ValueError(f"expected a window of at least 1 base, got {length}.")

@@ -1,6 +1,7 @@
 """`gengram bench`: evaluates models on a suite of tasks, beside baselines."""
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _suites() -> list[str]:
     """Names of the suites of the package."""
-    from .. import evaluation
-
-    return sorted(path.stem for path in Path(evaluation.__file__).with_name("suites").glob("*.yaml"))
+    room = importlib.util.find_spec("..evaluation", __package__)  # not imported
+    assert room is not None and room.origin is not None
+    return sorted(path.stem for path in Path(room.origin).with_name("suites").glob("*.yaml"))
 
 
 def _values(words: Sequence[str]) -> dict[str, Any]:

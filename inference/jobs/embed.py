@@ -1,5 +1,6 @@
 """`gengram embed`: a file of sequences in, a file of their embeddings out."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ...sequences.alphabet import uncertain_letters
 from ...support.errors import InputError
@@ -16,6 +17,7 @@ from ..base_tokens import BaseTokens
 from ..embeddings import BATCHES_TOGETHER, STRANDS, SequenceEncoder, context_of, mean_of_strands, reading_of
 from ..loaded_model import UNKNOWN_CONTEXT, context_length
 from ..long_sequences import checked_overlap
+from ..memory_use import fast_memory
 from ..pooling import POOLINGS
 from .embedding_inputs import Passage, SequenceInput
 from .embedding_outputs import (
@@ -180,9 +182,10 @@ def embed_job(
         raise ValueError(f"pooling: expected {', '.join((*POOLINGS, EACH_BASE))}, got {pooling!r}.")
     check_embedding_output(output)
     source = SequenceInput(Path(sequences), None if fasta is None else Path(fasta), sequence_column)
-    loading = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(model.model, **loading)
-    tokenizer = AutoTokenizer.from_pretrained(model.model, **loading)
+    config = model.load_config()
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
     most_tokens = context_length(config, tokenizer)
     if context is None and most_tokens >= UNKNOWN_CONTEXT:
         raise ValueError(
@@ -234,6 +237,8 @@ class _Embedder:
         self.advance: Callable[[int], Any] = lambda bases: None
         self._job, self._encoder = job, encoder
         self._layer = encoder.layer(job.layer)
+        self._opened = contextlib.ExitStack()  # for as long as this lives
+        self._opened.enter_context(fast_memory(encoder.model))
 
     def __call__(self, passages: Sequence[Passage]) -> pa.Table:
         """Rows of these passages, or of a part of a sequence what there is to be joined."""

@@ -1,5 +1,6 @@
 """The job of `gengram score`: variants in, the effect of each out."""
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,11 +15,11 @@ from ...sequences.variant_files import read_variants
 from ...sequences.variants import ReferenceCheck, Variant
 from ..effects import SCORES
 from ..loaded_model import head_of
-from ..memory_use import memories_of
+from ..memory_use import fast_memory, memories_of
 from ..variant_effects import VariantEffect, effects_of_checked
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
-from .score_outputs import OUTPUTS, check_fits_vcf, results_table, write_scores
+from .score_outputs import OUTPUTS, check_fits_vcf, score_table, write_scores
 from .tables import check_table_output
 
 DEFAULT_CONTEXT = 512
@@ -52,20 +53,17 @@ class ScoreJob:
     scores: tuple[str, ...] | None = None
     name: str = field(default="score", init=False)
     unit: str = field(default="variant", init=False)
+    inputs: Mapping[str, Path] = field(init=False)  # the files that decide the result
     counts: Counter[str] = field(default_factory=Counter, init=False)  # of what was written, by status
 
     def __post_init__(self) -> None:
         check_table_output(self.output, OUTPUTS)
+        self.inputs = {"variants": self.variants, "fasta": self.fasta}
         if self.context < 2:
             raise ValueError(f"--context: expected 2 bases or more, got {self.context}.")
         unknown = [name for name in self.scores or () if name not in SCORES]
         if unknown or self.scores == ():
             raise ValueError(f"--scores: expected some of {', '.join(SCORES)}, got {', '.join(self.scores or ())!r}.")
-
-    @property
-    def inputs(self) -> Mapping[str, Path]:
-        """The files that decide the result."""
-        return {"variants": self.variants, "fasta": self.fasta}
 
     def settings(self) -> dict[str, Any]:
         """The job's own options that decide the result."""
@@ -143,11 +141,13 @@ class ScoreWorker:
         except ValueError as error:
             raise ValueError(f"--context: {error}") from None
         self._genome, self._context = job.genome, job.context
+        self._fast = contextlib.ExitStack()  # as long as this object
+        self._fast.enter_context(fast_memory(loaded.model))
         self.advance: Callable[[int], Any] | None = None  # called with the number of variants that are done
 
     def __call__(self, content: list[_Checked]) -> pa.Table:
         """The scores of a chunk: rows of `RESULTS`."""
-        return results_table(zip((number for number, *_ in content), self._found(content), strict=True))
+        return score_table(zip((number for number, *_ in content), self._found(content), strict=True))
 
     def _found(self, content: list[_Checked]) -> Iterator[VariantEffect]:
         checked = ((variant, status) for _, variant, status in content)

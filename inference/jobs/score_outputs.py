@@ -22,6 +22,7 @@ from .tables import write_table
 
 OUTPUTS = (".vcf", ".vcf.gz", ".tsv", ".parquet")
 
+_DIGITS = 7  # that mean something: the model computes in float32 at best
 _NUMBERS = ("llr", "llr_forward", "llr_reverse", "jsd", "embedding_distance", "memory_change")
 SCHEMA = pa.schema(
     [
@@ -52,7 +53,7 @@ _LETTERS = f"[{''.join(IUPAC)}]"
 _ALLELE_OF_VCF = re.compile(rf"{_LETTERS}+|\*|<[^<>,;\s]+>|{_LETTERS}*[][][^][,;\s]+[][]{_LETTERS}*", re.IGNORECASE)
 
 
-def results_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
+def score_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
     """Rows of `RESULTS`, one for each variant; empty where a number was not asked for or is not defined."""
     rows = [
         {
@@ -76,7 +77,10 @@ def _numbers(found: Any) -> dict[str, float | None]:
         "llr_reverse": None if found.reverse is None else found.reverse.llr,
         **{name: found.mean(name) for name in ("jsd", "embedding_distance", "memory_change")},
     }
-    return {name: None if number is None or math.isnan(number) else number for name, number in numbers.items()}
+    return {
+        name: None if number is None or math.isnan(number) else float(f"{number:.{_DIGITS}g}")
+        for name, number in numbers.items()
+    }
 
 
 def write_scores(

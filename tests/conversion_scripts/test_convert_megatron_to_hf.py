@@ -252,7 +252,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(small_torch, tmp_path, monke
 
     monkeypatch.setattr(writer, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     assert main([str(small_torch.root), str(tmp_path / "out"), "--quiet"]) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert "no space is left on the disk" in capsys.readouterr().err
     assert nothing_left(tmp_path)
 
 

@@ -145,7 +145,9 @@ def test_names_of_models_that_no_report_can_hold_are_refused(data, tmp_path):
 def test_libraries_are_looked_for_before_the_work(data, tmp_path, monkeypatch, capsys):
     found = bench_module.importlib.util.find_spec
     monkeypatch.setattr(
-        bench_module.importlib.util, "find_spec", lambda name: None if name == "xgboost" else found(name)
+        bench_module.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "xgboost" else found(name, *rest),
     )
     words = ["bench", "--suite", str(data / "suite.yaml"), "--data", str(data), "--quiet", "--tasks", "motif"]
     words += ["--output", str(tmp_path), "--protocols", "baseline-positional,baseline-kmer-xgboost"]

@@ -1,28 +1,13 @@
 import random
 
 import pytest
+from embedding_oracle import best_windows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gengram.inference.long_sequences import Window, stretches, windows_of
 from gengram.sequences.alphabet import reverse_complement
 from gengram.sequences.pieces import SequencePiece, whole_records
-
-
-def by_brute_force(length, context, overlap, both_sides):
-    """For every base the window (start, end) that shows the model most, by looking at all windows."""
-    starts = []
-    while not starts or starts[-1] + context < length:
-        starts.append(min(len(starts) * (context - overlap), max(0, length - context)))
-    windows = [(start, min(start + context, length)) for start in starts]
-    found = []
-    for base in range(length):
-        holding = [window for window in windows if window[0] <= base < window[1]]
-        if both_sides:
-            found.append(min(holding, key=lambda window: abs((window[0] + window[1] - 1) / 2 - base)))
-        else:
-            found.append(max(holding, key=lambda window: base - window[0]))
-    return found
 
 
 def taken_from(windows):
@@ -35,7 +20,7 @@ sizes = st.integers(1, 30).flatmap(lambda context: st.tuples(st.just(context), s
 @given(st.integers(0, 120), sizes, st.booleans(), st.data())
 def test_each_base_is_taken_once_from_where_the_model_sees_most(length, size, both_sides, data):
     context, overlap = size
-    expected = list(enumerate(by_brute_force(length, context, overlap, both_sides)))
+    expected = list(enumerate(best_windows(length, context, overlap, both_sides)))
     assert taken_from(windows_of(length, context, overlap, both_sides=both_sides)) == expected
     start = data.draw(st.integers(0, length))
     end = data.draw(st.integers(start, length))

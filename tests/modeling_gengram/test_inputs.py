@@ -214,6 +214,29 @@ def test_several_sequences_have_no_cache():
         model(ids, position_ids=positions, cache=DynamicCache(config=model.config))
 
 
+@torch.no_grad()
+def test_masks_of_the_callers_own_may_go_with_any_positions():
+    """A tree of drafts: two tokens that both follow the eighth, and do not see each other."""
+    model, ids = tiny_model(GengramForCausalLM, memory_layers=[]), IDS[:1, :10]
+    expected = [model(torch.cat([ids[:, :8], ids[:, last : last + 1]], dim=1)).logits[:, -1] for last in (8, 9)]
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], cache=cache)
+    mask = torch.ones(1, 1, 2, 10, dtype=torch.bool)
+    mask[..., 0, 9] = mask[..., 1, 8] = False
+    found = model(ids[:, 8:], cache=cache, position_ids=torch.tensor([[8, 8]]), attention_mask=mask).logits
+    torch.testing.assert_close(found, torch.stack(expected, dim=1), **FP32)
+
+
+def test_left_padding_is_not_taken_for_several_sequences():
+    model = tiny_model(GengramForCausalLM)
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    options = dict(attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0, disable_compile=True)
+    expected = model.generate(IDS, use_cache=False, **options)
+    for how in ({}, {"cache_implementation": "static"}, {"num_beams": 1, "prefill_chunk_size": 4}):
+        assert torch.equal(model.generate(IDS, **how, **options), expected)
+
+
 def test_as_trained_pooling_says_that_it_reads_across_sequences(caplog):
     model = tiny_model(GengramForCausalLM, memory_pooling="as_trained")
     _, ids, positions = packed((13, 4, 22))

@@ -247,7 +247,8 @@ def test_a_configuration_is_checked_and_goes_through_json():
     for wrong, message in [
         (dict(ngram_sizes=[]), "ngram_sizes must name at least one size"),
         (dict(ngram_sizes=[9], window=8), "window must be at least the largest of ngram_sizes"),
-        (dict(norm_eps=float("nan")), "norm_eps must be positive"),
+        (dict(norm_eps=float("nan")), "norm_eps must be a finite number"),
+        (dict(norm_eps=-1.0), "norm_eps must be"),
         (dict(pooling="mean"), "pooling must be one of"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -162,13 +162,13 @@ def test_windows_are_those_of_the_contract(sequence, data):
     used = min(length, len(sequence) - deleted)  # a contig that is too short is taken as far as both windows reach
     assert found[:2] == windows_by_the_contract(sequence, start, reference, alternative, used)
     assert len(found.reference) == len(found.alternative) == used
-    seen = min(len(reference), used - found.index)
-    assert found.reference[found.index : found.index + seen] == reference[:seen]
-    seen = min(len(alternative), used - found.index)
-    assert found.alternative[found.index : found.index + seen] == alternative[:seen]
-    assert found.reference[: found.index] == found.alternative[: found.index]
+    seen = min(len(reference), used - found.start)
+    assert found.reference[found.start : found.start + seen] == reference[:seen]
+    seen = min(len(alternative), used - found.start)
+    assert found.alternative[found.start : found.start + seen] == alternative[:seen]
+    assert found.reference[: found.start] == found.alternative[: found.start]
     if length <= len(sequence) - deleted and length // 2 <= start <= len(sequence) - length - deleted + length // 2:
-        assert found.index == length // 2
+        assert found.start == length // 2
 
 
 def test_a_substitution_leaves_the_rest_of_both_windows_as_it_is():

@@ -21,7 +21,9 @@ def random_sequence(length: int, seed: int) -> str:
 def random_variant(sequence: str, generator: random.Random, longest: int = 6) -> tuple[int, str, str]:
     """A substitution, insertion, deletion or both, often at an end of the sequence: start, reference, alternative."""
     while True:
-        start = generator.choice([generator.randrange(len(sequence)), generator.randrange(4), len(sequence) - 1])
+        start = generator.choice(
+            [generator.randrange(len(sequence)), min(generator.randrange(4), len(sequence) - 1), len(sequence) - 1]
+        )
         kind = generator.choice(["snv", "snv", "mnv", "insertion", "deletion", "anchored", "both"])
         length = {"snv": 1, "insertion": 1}.get(kind, generator.randint(1, longest))
         reference = sequence[start : start + length]
@@ -34,7 +36,8 @@ def random_variant(sequence: str, generator: random.Random, longest: int = 6) ->
             alternative = other[:1]
         else:
             alternative = reference[0] if kind == "anchored" else other
-        if "N" not in reference and reference.upper() != alternative.upper():
+        is_cell = alternative.upper() in ("NA", "NAN")  # which stand for an empty cell of a table
+        if "N" not in reference and not is_cell and reference.upper() != alternative.upper():
             return start, reference, alternative
 
 

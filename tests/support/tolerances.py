@@ -85,6 +85,9 @@ LOG_PROBABILITY_FP32 = 1e-6
 # Sums of log-probabilities over a sequence, from logits that are apart by SAME_FP32.
 LOG_LIKELIHOOD_FP32 = 1e-4
 
+# Probabilities of bases at a gap in float32 beside the brute force in float64.
+POSTERIOR = 1e-5
+
 # Bits per base of a data set, by `Trainer` and by `gengram bench`, each in its own batches.
 BITS_PER_BASE_FP32 = 1e-4
 
@@ -113,3 +116,9 @@ UNTRAINED_LOSS = 0.3
 # Far above SAME_FP32, so that rounding is no change.
 CHANGED = 1e-4
 CHANGED_LOGITS = 1e-3
+
+# Relative: probabilities in float64 that were divided by their sum.
+PROBABILITIES_SUM_TO_ONE = 1e-12
+
+# The mean of 1,000 even draws from 0..1 has a standard deviation of 0.009.
+MEAN_OF_EVEN_DRAWS = 0.05
