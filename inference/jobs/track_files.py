@@ -80,13 +80,13 @@ class BedGraphWriter:
 FORMATS: dict[str, type[TrackWriter]] = {"bigwig": BigWigWriter, "bedgraph": BedGraphWriter}
 
 
-def read_track(path: Path, contig: str, start: int, end: int) -> np.ndarray:
+def read_track(path: str | Path, contig: str, start: int, end: int) -> np.ndarray:
     """Values of the bases `start` to `end` of a contig, (length,) float32, nan for those that have none.
 
     Args:
         path: a file that was written here.
     """
-    found = np.full(end - start, np.nan, dtype=np.float32)
+    path, found = Path(path), np.full(end - start, np.nan, dtype=np.float32)
     if path.suffix == f".{BigWigWriter.suffix}":
         with _pybigwig().open(str(path)) as file:
             values = file.values(contig, start, end)  # none of a contig without any

@@ -217,6 +217,14 @@ def test_parts_hold_the_whole_together(fasta, options, expected, tmp_path):
         np.testing.assert_allclose(together, expected[contig]["gate.layer2.forward"], atol=SAME_FP32)
 
 
+def test_bedgraphs_of_parts_put_together_are_the_whole_file(fasta, options, tmp_path):
+    job = replace(track_job(fasta, options, whole_genome=True, values=["gate"], format="bedgraph"), chunk=100)
+    parts = [run_job(job, tmp_path / str(part), shard=Share(part, 3)).output for part in range(3)]
+    whole = run_job(job, tmp_path / "whole").output
+    for path in whole.glob("*.bedgraph"):
+        assert b"".join((part / path.name).read_bytes() for part in parts) == path.read_bytes()
+
+
 def test_a_region_of_nothing_but_n_gives_files_without_values(fasta, options, tmp_path):
     for format in ("bigwig", "bedgraph"):
         run_job(track_job(fasta, options, ["gap"], values=["entropy"], format=format), tmp_path / format)
