@@ -84,7 +84,7 @@ def read_splits(task: LikelihoodTask, data: Path, protocols: Sequence[str] = ())
         )
     try:
         loaded = load_dataset(str(folder))
-    except DatasetsError as error:
+    except (DatasetsError, ValueError) as error:  # Arrow's errors are among the latter
         raise InputError(
             f"{shown_name(folder)}: expected what `gengram prepare` wrote: {' '.join(str(error).split())}"
         ) from error
