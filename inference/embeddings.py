@@ -128,13 +128,13 @@ class SequenceEncoder:
         for number, sequence in enumerate(sequences):
             check_dna(sequence, f"sequence {number}")
         read = STRANDS[strands]
-        readings = [self.reading(sequence, strand) for sequence in sequences for strand in read]
+        excerpts = [self.excerpt(sequence, strand) for sequence in sequences for strand in read]
         if pooling == "none":
-            found = list(self.base_vectors(readings, self.layer(layer)))
+            found = list(self.base_vectors(excerpts, self.layer(layer)))
             return [
                 mean_of_strands(found[start : start + len(read)], read) for start in range(0, len(found), len(read))
             ]
-        (pooled,) = self.pooled(readings, [(self.layer(layer), pooling)]).values()
+        (pooled,) = self.pooled(excerpts, [(self.layer(layer), pooling)]).values()
         return pooled.reshape(len(sequences), len(read), pooled.shape[1]).mean(axis=1).astype(np.float32)
 
     def embed(
@@ -157,10 +157,10 @@ class SequenceEncoder:
             ValueError: if a layer or pooling does not exist.
         """
         texts = list(sequences) + ([reverse_complement(text) for text in sequences] if both_strands else [])
-        readings = [Excerpt.whole(self.tokens.encode(text)) for text in texts]
+        excerpts = [Excerpt.whole(self.tokens.encode(text)) for text in texts]
         wanted = {(layer, pooling): (self.layer(layer), pooling) for layer, pooling in choices}
-        with progress_bar(progress, "bp", total=sum(reading.length for reading in readings)) as bar:
-            found = self.pooled(readings, list(wanted.values()), bar.update)
+        with progress_bar(progress, "bp", total=sum(excerpt.length for excerpt in excerpts)) as bar:
+            found = self.pooled(excerpts, list(wanted.values()), bar.update)
         vectors = {choice: found[own].astype(np.float32) for choice, own in wanted.items()}
         if not both_strands:
             return vectors
@@ -174,19 +174,19 @@ class SequenceEncoder:
         """
         return self._states.layer(number)
 
-    def reading(self, sequence: str, strand: str = "+") -> Excerpt:
+    def excerpt(self, sequence: str, strand: str = "+") -> Excerpt:
         """All of a sequence, on either strand."""
         return Excerpt.whole(self.tokens.encode(sequence if strand == "+" else reverse_complement(sequence)))
 
     def pooled(
-        self, readings: Sequence[Excerpt], choices: Sequence[Choice], advance: Advance = _ignored
+        self, excerpts: Sequence[Excerpt], choices: Sequence[Choice], advance: Advance = _ignored
     ) -> dict[Choice, np.ndarray]:
-        """For each (layer, pooling) a vector of each reading's wanted tokens: (readings, hidden) float64.
+        """For each (layer, pooling) a vector of each excerpt's wanted tokens: (excerpts, hidden) float64.
 
         It is NaN where the pooling reads none of them, as `last` where only the first tokens are wanted.
 
         Args:
-            readings: what to read.
+            excerpts: what to read.
             choices: layers from 0 on, and poolings.
             advance: called after every batch with the number of tokens that are done.
 
@@ -196,62 +196,62 @@ class SequenceEncoder:
         for _, pooling in choices:
             if pooling not in POOLINGS:
                 raise ValueError(f"expected a pooling of {', '.join(POOLINGS)}, got {pooling!r}.")
-        windows = self._windows(readings, {pooling for _, pooling in choices})
-        sums = {choice: _Vectors(len(readings), self._states.width, choice[1]) for choice in choices}
+        windows = self._windows(excerpts, {pooling for _, pooling in choices})
+        sums = {choice: _Vectors(len(excerpts), self._states.width, choice[1]) for choice in choices}
         layers = sorted({layer for layer, _ in choices})
-        for rows, states in self._of(readings, windows, layers, advance):
+        for rows, states in self._of(excerpts, windows, layers, advance):
             for layer, pooling in choices:
-                ranges = [_kept(windows[row], readings[windows[row].reading], pooling) for row in rows]
+                ranges = [_kept(windows[row], excerpts[windows[row].excerpt], pooling) for row in rows]
                 places = [place for place, (start, end) in enumerate(ranges) if start < end]
                 if places:
                     bounds = torch.tensor([ranges[place] for place in places], device=self.device)
                     pooled = _pool_ranges(states[layer][places], bounds, pooling)
-                    owners = [windows[rows[place]].reading for place in places]
+                    owners = [windows[rows[place]].excerpt for place in places]
                     counts = [ranges[place][1] - ranges[place][0] for place in places]
                     sums[layer, pooling].add(owners, counts, pooled)
         return {choice: vectors.result() for choice, vectors in sums.items()}
 
-    def base_vectors(self, readings: Sequence[Excerpt], layer: int, advance: Advance = _ignored) -> list[np.ndarray]:
-        """A vector of each wanted token of each reading: (tokens, hidden) float32; `advance` as in `pooled`."""
-        windows = self._windows(readings, {"none"})
+    def base_vectors(self, excerpts: Sequence[Excerpt], layer: int, advance: Advance = _ignored) -> list[np.ndarray]:
+        """A vector of each wanted token of each excerpt: (tokens, hidden) float32; `advance` as in `pooled`."""
+        windows = self._windows(excerpts, {"none"})
         found: dict[int, np.ndarray] = {}
-        for rows, states in self._of(readings, windows, [layer], advance):
+        for rows, states in self._of(excerpts, windows, [layer], advance):
             vectors = states[layer].float().cpu().numpy()
             for place, row in enumerate(rows):
                 number, window = windows[row]
-                start, end = readings[number].start, readings[number].end
+                start, end = excerpts[number].start, excerpts[number].end
                 if number not in found:
                     found[number] = np.empty((end - start, vectors.shape[-1]), dtype=np.float32)
                 found[number][window.keep_start - start : window.keep_end - start] = vectors[place, window.kept()]
-        return [found[number] for number in range(len(readings))]
+        return [found[number] for number in range(len(excerpts))]
 
-    def _windows(self, readings: Sequence[Excerpt], poolings: set[str]) -> list["_OwnWindow"]:
+    def _windows(self, excerpts: Sequence[Excerpt], poolings: set[str]) -> list["_OwnWindow"]:
         """The windows that hold what the poolings read."""
         found = []
-        for number, reading in enumerate(readings):
-            ranges = [reading.pooled(pooling) for pooling in poolings]
+        for number, excerpt in enumerate(excerpts):
+            ranges = [excerpt.pooled(pooling) for pooling in poolings]
             ranges = [(start, end) for start, end in ranges if start < end]
             if not ranges:
                 continue
             start, end = min(start for start, _ in ranges), max(end for _, end in ranges)
             both_sides = self._states.sees_both_sides
             windows = windows_of(
-                reading.length, self.context, self.overlap, both_sides=both_sides, start=start, end=end
+                excerpt.length, self.context, self.overlap, both_sides=both_sides, start=start, end=end
             )
             found += [_OwnWindow(number, window) for window in windows]
         return found
 
     def _of(
         self,
-        readings: Sequence[Excerpt],
+        excerpts: Sequence[Excerpt],
         windows: Sequence["_OwnWindow"],
         layers: Sequence[int],
         advance: Advance,
     ) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
         ids = []
         for number, window in windows:
-            first = readings[number].offset
-            ids.append(readings[number].ids[window.start - first : window.end - first])
+            first = excerpts[number].offset
+            ids.append(excerpts[number].ids[window.start - first : window.end - first])
         for rows, states in self._states.of(ids, layers):
             yield rows, states
             advance(sum(windows[row].window.keep_end - windows[row].window.keep_start for row in rows))
@@ -276,7 +276,7 @@ def embed_sequences(
     yield from encoder.vectors(waiting, layer, pooling, strands) if waiting else ()
 
 
-def reading_of(tokens: BaseTokens, text: str, strand: str, offset: int, start: int, end: int, length: int) -> Excerpt:
+def excerpt_of(tokens: BaseTokens, text: str, strand: str, offset: int, start: int, end: int, length: int) -> Excerpt:
     """A part of a sequence on either strand, by places on the forward strand.
 
     Args:
@@ -339,15 +339,15 @@ def context_of(most_tokens: int, tokens: Any, context: int | None = None) -> int
 
 
 class _OwnWindow(NamedTuple):
-    """A window of a reading."""
+    """A window of an excerpt."""
 
-    reading: int
+    excerpt: int
     window: Window
 
 
-def _kept(own: _OwnWindow, reading: Excerpt, pooling: str) -> tuple[int, int]:
+def _kept(own: _OwnWindow, excerpt: Excerpt, pooling: str) -> tuple[int, int]:
     """Which tokens of a window are pooled, as places in it; none if the end is not behind the start."""
-    start, end = reading.pooled(pooling)
+    start, end = excerpt.pooled(pooling)
     window = own.window
     return max(start, window.keep_start) - window.start, min(end, window.keep_end) - window.start
 
@@ -360,32 +360,32 @@ def _pool_ranges(states: torch.Tensor, ranges: torch.Tensor, pooling: str) -> to
 
 
 class _Vectors:
-    """Pooled vectors of readings, put together from those of their windows in float64."""
+    """Pooled vectors of excerpts, put together from those of their windows in float64."""
 
-    def __init__(self, readings: int, width: int, pooling: str):
+    def __init__(self, excerpts: int, width: int, pooling: str):
         self._pooling = pooling
-        self._counts = np.zeros(readings, dtype=np.int64)
-        self._totals = np.full((readings, width), -np.inf if pooling == "max" else 0.0)
+        self._counts = np.zeros(excerpts, dtype=np.int64)
+        self._totals = np.full((excerpts, width), -np.inf if pooling == "max" else 0.0)
         self._waiting: list[tuple[list[int], list[int], torch.Tensor]] = []
 
-    def add(self, readings: list[int], counts: list[int], pooled: torch.Tensor) -> None:
+    def add(self, excerpts: list[int], counts: list[int], pooled: torch.Tensor) -> None:
         """Vectors of windows, (windows, hidden), of so many tokens each; they may still be on their way to us."""
-        self._waiting.append((readings, counts, pooled))
+        self._waiting.append((excerpts, counts, pooled))
         if len(self._waiting) > _RESULTS_ON_THE_WAY:
             self._collect()
 
     def _collect(self) -> None:
-        for readings, counts, pooled in self._waiting:
+        for excerpts, counts, pooled in self._waiting:
             vectors = pooled.cpu().numpy().astype(np.float64)
             if self._pooling == "max":
-                np.maximum.at(self._totals, readings, vectors)
+                np.maximum.at(self._totals, excerpts, vectors)
             else:
-                np.add.at(self._totals, readings, vectors * np.array(counts)[:, None])
-            np.add.at(self._counts, readings, counts)
+                np.add.at(self._totals, excerpts, vectors * np.array(counts)[:, None])
+            np.add.at(self._counts, excerpts, counts)
         self._waiting = []
 
     def result(self) -> np.ndarray:
-        """(readings, hidden), NaN for readings without tokens."""
+        """(excerpts, hidden), NaN for excerpts without tokens."""
         self._collect()
         divisors = np.maximum(self._counts, 1)[:, None] if self._pooling != "max" else 1
         return np.where(self._counts[:, None] > 0, self._totals / divisors, np.nan)

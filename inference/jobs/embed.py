@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoTokenizer
 
 from ...sequences.alphabet import uncertain_letters
 from ...support.errors import InputError
-from ..base_tokens import BaseTokens
-from ..embeddings import BATCHES_TOGETHER, STRANDS, SequenceEncoder, context_of, mean_of_strands, reading_of
-from ..loaded_model import UNKNOWN_CONTEXT, context_length
+from ..embeddings import BATCHES_TOGETHER, STRANDS, SequenceEncoder, excerpt_of, mean_of_strands
 from ..long_sequences import checked_overlap
 from ..memory_use import fast_memory
 from ..pooling import POOLINGS
@@ -183,16 +180,7 @@ def embed_job(
     check_embedding_output(output)
     source = SequenceInput(Path(sequences), None if fasta is None else Path(fasta), sequence_column)
     config = model.load_config()
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    most_tokens = context_length(config, tokenizer)
-    if context is None and most_tokens >= UNKNOWN_CONTEXT:
-        raise ValueError(
-            f"neither configuration nor tokenizer of {model.model} says how many bases it reads at once; give the "
-            "length that it was trained with as --context."
-        )
-    context = context_of(most_tokens, BaseTokens.of(tokenizer), context)
+    context = model.bases_at_once(context)
     layers = getattr(config, "num_hidden_layers", None)
     if layers is not None and not -layers - 1 <= layer <= layers:
         raise ValueError(f"layer: expected 0 (the embedding) to {layers}, or -1 for the last, got {layer}.")
@@ -243,8 +231,8 @@ class _Embedder:
     def __call__(self, passages: Sequence[Passage]) -> pa.Table:
         """Rows of these passages, or of a part of a sequence what there is to be joined."""
         strands = [_read_strands(passage, self._job.model.strands) for passage in passages]
-        readings = [
-            reading_of(
+        excerpts = [
+            excerpt_of(
                 self._encoder.tokens,
                 passage.text,
                 strand,
@@ -262,11 +250,11 @@ class _Embedder:
             self.advance(bases // len(strands[0]))
 
         if self._job.pooling == EACH_BASE:
-            vectors_of_bases = self._encoder.base_vectors(readings, self._layer, advance)
+            vectors_of_bases = self._encoder.base_vectors(excerpts, self._layer, advance)
             return self._each_base(passages, strands, labels, vectors_of_bases)
-        (vectors,) = self._encoder.pooled(readings, [(self._layer, self._job.pooling)], advance).values()
+        (vectors,) = self._encoder.pooled(excerpts, [(self._layer, self._job.pooling)], advance).values()
         if not passages[0].is_whole:
-            counts = [max(0, end - start) for start, end in (own.pooled(self._job.pooling) for own in readings)]
+            counts = [max(0, end - start) for start, end in (own.pooled(self._job.pooling) for own in excerpts)]
             self._check(vectors[np.array(counts) > 0])
             return _part(passages[0], labels[0], counts, vectors)
         self._check(vectors)
