@@ -397,8 +397,9 @@ class GengramConfig(PreTrainedConfig):
         checked_list("memory_layers", self.memory_layers)
         out_of_range = [layer for layer in self.memory_layers if not 0 <= layer < self.num_hidden_layers]
         if out_of_range:
+            wrong = ", ".join(map(shown, out_of_range[:10]))
             raise ValueError(
-                f"memory_layers must lie in 0..{self.num_hidden_layers - 1}, got {', '.join(map(shown, out_of_range[:10]))} "
+                f"memory_layers must lie in 0..{self.num_hidden_layers - 1}, got {wrong} "
                 "(the original configuration counts layers from 1, this one from 0)."
             )
         if len(set(self.memory_layers)) != len(self.memory_layers):

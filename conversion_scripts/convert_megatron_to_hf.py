@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..support.errors import ConversionError
+from .files.conversion_record import needed_record
 from .files.dtypes import dtype_name
 from .files.partial_folder import PartialFolder, check_output_is_free, partial_path
 from .files.safetensors_writer import shard_size
@@ -67,7 +69,12 @@ def convert_to_hf(
     with PartialFolder(output, identity_of(job, limit), restart, keep_parts=job.repository is not None) as place:
         if not place.published:
             check_output_is_free(output)
-            write_folder(job, place, limit, progress, fetch)
+            try:
+                write_folder(job, place, limit, progress, fetch)
+            except (ConversionError, OSError):
+                job.checkpoint.check_unchanged()  # what is changed under the reader is not damaged
+                raise
+    sources = needed_record(output).sources
     return ConversionReport(
         source=job.checkpoint.path,
         output=output,
@@ -79,6 +86,7 @@ def convert_to_hf(
         nbytes=job.nbytes,
         seconds=time.monotonic() - started,
         fetched=None if job.repository is None else job.repository.fetched_bytes,
+        unchecked={name: tensor.unchecked for name, tensor in sources.items() if tensor.unchecked},
         dropped=job.dropped,
     )
 

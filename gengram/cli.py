@@ -1,14 +1,16 @@
 """The `gengram` command: finds the subcommand, and says errors in one way for all."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, info, prepare, verify
-from .support.errors import FetchError, MissingExtraError
+from .commands import bench, convert, demo, diff, doctor, embed, fill, generate, info, prepare, score, track, verify
+from .support.errors import FetchError, MissingExtraError, plain_words
+from .support.printable import printable_lines
 
 
 class Command(Protocol):
@@ -28,7 +30,12 @@ COMMANDS: dict[str, Command] = {
     "info": info,
     "verify": verify,
     "diff": diff,
+    "score": score,
+    "embed": embed,
+    "track": track,
     "prepare": prepare,
+    "fill": fill,
+    "generate": generate,
     "bench": bench,
     "demo": demo,
     "doctor": doctor,
@@ -55,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     on stderr and exit code 1. Any other exception keeps its traceback.
     """
     arguments = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal's encoding does not have are escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = arguments.run(arguments)
         sys.stdout.flush()
@@ -63,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, FetchError, MissingExtraError) as error:
-        _say(f"error: {error}", error)
+        words = plain_words(error) if isinstance(error, OSError) else str(error)
+        _say(f"error: {words}", error)
         return getattr(error, "exit_code", 1)  # `diff` tells errors from differences
     except KeyboardInterrupt as interrupt:
         _say("interrupted", interrupt)
@@ -72,4 +82,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(message: str, error: BaseException) -> None:
     """Print `message` and the notes of `error`, such as what is kept for the next try, on lines of their own."""
-    print(message, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+    for text in (message, *getattr(error, "__notes__", ())):
+        print(printable_lines(text), file=sys.stderr)

@@ -77,6 +77,19 @@ class NgramPlan(NamedTuple):
         return x if self.exists is None else _where(self.exists, x)
 
 
+class SpelledPlan(NamedTuple):
+    """The plan for tokens of several letters: windows over letters, of which each token reads that of its last."""
+
+    letters: NgramPlan
+    last: torch.Tensor  # (batch, tokens): place of each token's last letter in the letters' plan
+    tokens: NgramPlan  # segments and padding, for what follows key and value
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a window looks back only."""
+        return self.letters.is_causal
+
+
 class MemoryLayer(NamedTuple):
     """What follows key and value, as numbers: the norms and the short convolution of one layer."""
 

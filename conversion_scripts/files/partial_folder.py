@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,11 +27,15 @@ _RESERVE = 16 * 2**20  # configuration, tokenizer, code
 
 @dataclass(frozen=True)
 class FinishedFile:
-    """A weight file that is on disk: SHA-256 of its tensors, and of the source tensors that were read for it."""
+    """A weight file that is on disk: SHA-256 of its tensors, and of the source tensors that were read for it.
+
+    `unchecked` says of which sources the bytes were not compared with a checksum, and why.
+    """
 
     file: str
     tensors: dict[str, str]
     sources: dict[str, str]
+    unchecked: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class FinishedPart:
     index: int | None
     sha256: str
     sources: dict[str, str]
+    unchecked: dict[str, str] = field(default_factory=dict)
 
 
 def partial_path(output: Path) -> Path:

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...support.errors import ConversionError
 from ..files.tensor_memory import drop_from_page_cache
-from .hub_path import PARALLEL_PARTS, PART, HubPath, SourcePath, size_of
+from .hub_path import HubPath, SourcePath, size_of
+from .repository import PARALLEL_PARTS, PART
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,21 @@ class ByteRange(io.RawIOBase):
 
 
 class FileRange(ByteRange):
-    """A range of a file on this machine; what was read leaves the page cache, since checkpoints are larger than it."""
+    """A range of a file on this machine.
+
+    What was read leaves the page cache, since checkpoints are larger than it, unless `is_read_again` is set.
+    """
 
     def __init__(self, path: Path, start: int = 0, length: int | None = None):
+        self.is_read_again = False
         self._file = open(path, "rb", buffering=0)
         super().__init__(path, self._file.seek(0, io.SEEK_END), start, length)
 
     def read_at(self, position: int, buffer: memoryview) -> int:
         self._file.seek(self.start + position)
         count = self._file.readinto(buffer) or 0
-        drop_from_page_cache(self._file.fileno(), self.start + position, count)
+        if not self.is_read_again:
+            drop_from_page_cache(self._file.fileno(), self.start + position, count)
         return count
 
     def close(self) -> None:
@@ -113,7 +119,7 @@ class HubRange(ByteRange):
 
     def read_at(self, position: int, buffer: memoryview) -> int:
         limits = (self.start, self.start + self.length)
-        return self._hub.repository.read_into(self._hub, self.start + position, buffer, limits)
+        return self._hub.repository.read_into(self._hub.key, self.start + position, buffer, limits)
 
 
 def open_range(path: SourcePath, start: int = 0, length: int | None = None) -> ByteRange:

@@ -9,7 +9,9 @@ from huggingface_hub import constants
 
 from ...support.errors import size_text
 from .byte_range import Span, bytes_by_file
-from .hub_path import HubPath, HubRepository, cache_free, relative_name
+from .hub_path import HubPath, relative_name
+from .patience import time_text
+from .repository import HubRepository, cache_free
 
 WHOLE_FROM = 0.9  # share of a file's bytes that are wanted from which "auto" fetches all of it
 ASSUMED_RATE = 20 * 10**6  # bytes per second, where too little is fetched for a measurement
@@ -130,7 +132,7 @@ def plan_fetch(folder: HubPath, files: Sequence[HubPath], spans: Sequence[Span],
     planned = []
     for path in sorted(files, key=str):
         size, part = path.file.size, wanted.get(path, 0)
-        if repository.copy_in_cache(str(path.relative)) is not None:
+        if repository.copy_in_cache(path.key) is not None:
             kind = "cached"
         elif not part:
             kind = "left"
@@ -155,12 +157,5 @@ def _measured_rate(span: Span) -> float:
     assert isinstance(span.path, HubPath)
     length = min(PROBE, span.length)
     started = time.monotonic()
-    span.path.repository.keep(str(span.path.relative), span.start, length)
+    span.path.repository.keep(span.path.key, span.start, length)
     return max(length / max(time.monotonic() - started, 1e-6), 1.0)
-
-
-def time_text(seconds: float) -> str:
-    """A duration in words: `40 s`, `7 min`, `2.5 h`."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...support.errors import ConversionError, shortened, size_text
+from ..files.file_facts import Facts, check_unchanged
 from ..hub.hub_path import SourcePath
 from ..mapping.match import WeightPlan
 from .safe_pickle import ForeignObject, TensorReference
@@ -35,6 +36,7 @@ class MegatronCheckpoint:
             `decoder.layers.3.mlp.experts.linear_fc1.weight0`.
         dropped: What is not weights: optimizer, random states, `_extra_state`.
         files: The files that hold the checkpoint.
+        facts: What the system said of them before they were opened.
         layout: How it was split and written, for `gengram info`.
     """
 
@@ -45,12 +47,21 @@ class MegatronCheckpoint:
     tensors: dict[str, LazyTensor]
     dropped: list[Dropped] = field(default_factory=list)
     files: list[SourcePath] = field(default_factory=list)
+    facts: dict[SourcePath, Facts] = field(default_factory=dict)
     layout: str = ""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors, by name."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def check_unchanged(self) -> None:
+        """Refuses what was read if a file has changed since the checkpoint was opened.
+
+        Raises:
+            ConversionError: if one did, or is gone; the message names it.
+        """
+        check_unchanged(self.path, self.files, self.facts)
 
     def left_out(self, plan: WeightPlan) -> list[Dropped]:
         """What a conversion by this plan leaves out: weights with the table's reasons, and what is not weights."""

@@ -1,8 +1,10 @@
 """Opens a Megatron checkpoint of either format, from its root or the folder of one iteration."""
 
 import re
+from pathlib import PurePosixPath
 
 from ...support.errors import ConversionError, quoted, shortened
+from ..files.file_facts import check_unchanged, facts_in
 from ..hub.hub_path import HubPath, SourcePath, open_source
 from .checkpoint import TRACKER, MegatronCheckpoint
 from .torch_dist_reader import open_torch_dist_checkpoint
@@ -21,9 +23,15 @@ def open_checkpoint(path: str | SourcePath, revision: str | None = None) -> Mega
         FetchError: if the Hub cannot be reached.
     """
     folder = find_iteration(open_source(path, revision))
-    if checkpoint_format(folder) == "torch_dist":
-        return open_torch_dist_checkpoint(folder)
-    return open_torch_checkpoint(folder)
+    facts = facts_in(folder)
+    is_distributed = checkpoint_format(folder) == "torch_dist"
+    try:
+        checkpoint = open_torch_dist_checkpoint(folder) if is_distributed else open_torch_checkpoint(folder)
+    except (ConversionError, OSError):
+        check_unchanged(folder, facts, facts)  # what is changed under the reader is not damaged
+        raise
+    checkpoint.facts = facts
+    return checkpoint
 
 
 def checkpoint_format(folder: SourcePath) -> str | None:
@@ -85,7 +93,7 @@ def _only_checkpoint(folder: HubPath) -> HubPath:
     """The one folder of a repository, at or below `folder`, that is a checkpoint's root; `folder` if there is none."""
     roots = set()
     for name in folder.repository.files:
-        file = folder.repository.root / name
+        file = HubPath(folder.repository, PurePosixPath(name))
         if folder.relative not in file.relative.parents:
             continue
         if file.name == TRACKER:

@@ -5,7 +5,8 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from ...support.errors import ConversionError, shortened
 from ..files.tensor_memory import empty_tensor
-from ..hub.byte_range import ByteRange, Span, open_range
+from ..hub.byte_range import ByteRange, FileRange, HubRange, Span, open_range
 from ..hub.hub_path import SourcePath
 from .safe_pickle import (
     MAX_PICKLE_BYTES,
@@ -26,6 +27,9 @@ from .safe_pickle import (
 )
 
 MAX_DIRECTORY_BYTES = 64 * 2**20
+# Why bytes are not compared with a checksum.
+NO_CHECKSUM = "their file was written without checksums"
+ONLY_PARTS = "they are parts of larger pieces on the Hub, whose checksums are those of the whole pieces"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
 
 
@@ -42,14 +46,16 @@ class _Directory(io.BufferedReader):
 class LazyTensor:
     """A tensor of a checkpoint that is read when it is needed.
 
-    `read()` returns a contiguous tensor on the CPU and raises `ConversionError` if the bytes are not there; `spans`
-    are where they lie, as far as that is known without looking.
+    `read()` returns a contiguous tensor on the CPU and raises `ConversionError` if the bytes are not there or do not
+    have their checksums; `spans` are where they lie, as far as that is known without looking. Where bytes could not
+    be compared with a checksum, `read()` adds the reason to `unchecked`.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
     spans: tuple[Span, ...] = ()
+    unchecked: list[str] = field(default_factory=list, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -76,14 +82,17 @@ class TorchArchive:
         path: The file.
         start: First byte of the archive (`torch_dist` files hold many archives one after another).
         length: Its length in bytes; `None` is the rest of the file.
+        checked: Where storages begin in the file that have their checksums. Several readers of one archive share it,
+            since a storage that is read in parts is looked at as a whole before the first of them.
 
     Raises:
         ConversionError: if the archive is truncated, compressed, encrypted, or not one.
     """
 
-    def __init__(self, path: SourcePath, start: int = 0, length: int | None = None):
+    def __init__(self, path: SourcePath, start: int = 0, length: int | None = None, checked: set[int] | None = None):
         self.path = path
         self.start = start
+        self._checked = set() if checked is None else checked
         with open_range(path, start, length) as file:
             self.length = file.length
             magic = file.read(8) or b""
@@ -133,7 +142,9 @@ class TorchArchive:
 
     def lazy(self, reference: TensorReference) -> LazyTensor:
         """The tensor behind a reference of `load()`."""
-        return LazyTensor(reference.shape, reference.dtype, lambda: self.read(reference), (self._span(reference),))
+        unchecked: list[str] = []
+        read = partial(self.read, reference, unchecked=unchecked)
+        return LazyTensor(reference.shape, reference.dtype, read, (self._span(reference),), unchecked)
 
     def _span(self, reference: TensorReference) -> Span:
         """Where a tensor lies; its place inside an entry that it shares with others is not looked up."""
@@ -146,12 +157,17 @@ class TorchArchive:
         return Span(self.path, self.start + start, length)
 
     def read(
-        self, reference: TensorReference, index: tuple[int, ...] = (), out: torch.Tensor | None = None
+        self,
+        reference: TensorReference,
+        index: tuple[int, ...] = (),
+        out: torch.Tensor | None = None,
+        unchecked: list[str] | None = None,
     ) -> torch.Tensor:
         """The tensor, or its part at `index` along the leading axes; only the bytes needed are read.
 
         Args:
             out: A contiguous tensor of the same shape and dtype to be filled and returned.
+            unchecked: Takes the reason if the bytes cannot be compared with a checksum.
         """
         steps = zip(index, reference.stride[: len(index)], strict=True)
         offset = reference.offset + sum(i * step for i, step in steps)
@@ -160,28 +176,62 @@ class TorchArchive:
             return torch.empty(shape, dtype=reference.dtype)
         extent = _extent(shape, stride)
         storage = reference.storage
-        name, checksum = storage.place
         itemsize = storage.dtype.itemsize
         direct = out is not None and extent == prod(shape) and _is_contiguous(shape, stride)
         flat = out.reshape(-1) if direct and out is not None else empty_tensor((extent,), storage.dtype)
-        buffer = flat.view(torch.uint8).numpy().data
-        found = 0
-        with self._opened(name) as file:
-            file.seek(offset * itemsize, io.SEEK_CUR)
-            filled = 0
-            while filled < len(buffer):
-                count = file.readinto(buffer[filled : filled + file.read_size])
-                if not count:
-                    raise ConversionError(f"{self.path}: the file ended while it was read; it is truncated")
-                if checksum:
-                    found = zlib.crc32(buffer[filled : filled + count], found)
-                filled += count
-        if extent == storage.length:
-            self._compare(found, checksum, f"storage {storage.key!r}")
+        reason = self._read_storage(storage, offset * itemsize, flat.view(torch.uint8).numpy().data)
+        if reason and unchecked is not None:
+            unchecked.append(reason)
         if direct and out is not None:
             return out
         tensor = torch.as_strided(flat, shape, stride).contiguous()
         return tensor if out is None else out.copy_(tensor)
+
+    def _read_storage(self, storage: StorageReference, start: int, buffer: memoryview) -> str:
+        """Fills the buffer from a storage; why the bytes were not compared with its checksum, or nothing."""
+        name, checksum = storage.place
+        is_whole = len(buffer) == storage.length * storage.dtype.itemsize
+        with self._opened(name) as file:
+            is_local = not isinstance(file, HubRange)
+            if checksum and not is_whole and is_local:
+                self._check_storage(storage)
+            file.seek(start, io.SEEK_CUR)
+            found = self._fill(file, buffer, bool(checksum) and is_whole)
+        if is_whole:
+            self._compare(found, checksum, f"storage {storage.key!r}")
+        if not checksum:
+            return NO_CHECKSUM
+        return "" if is_whole or is_local else ONLY_PARTS
+
+    def _check_storage(self, storage: StorageReference) -> None:
+        """Once for a storage that is read in parts: all of it has the checksum of the archive."""
+        name, checksum = storage.place
+        place = self.start + self._entries[name].header_offset
+        if place in self._checked:
+            return
+        buffer, left, found = memoryview(bytearray(2**20)), storage.length * storage.dtype.itemsize, 0
+        with self._opened(name) as file:
+            if isinstance(file, FileRange):
+                file.is_read_again = True
+            while left:
+                block = buffer[: min(left, len(buffer))]
+                self._fill(file, block)
+                found = zlib.crc32(block, found)
+                left -= len(block)
+        self._compare(found, checksum, f"storage {storage.key!r}")
+        self._checked.add(place)
+
+    def _fill(self, file: ByteRange, buffer: memoryview, hashed: bool = False) -> int:
+        """Fills the buffer from where the file stands; the checksum of what was read, if that is asked for."""
+        filled = found = 0
+        while filled < len(buffer):
+            count = file.readinto(buffer[filled : filled + file.read_size])
+            if not count:
+                raise ConversionError(f"{self.path}: the file ended while it was read; it is truncated")
+            if hashed:  # block by block, while it is in the processor's cache
+                found = zlib.crc32(buffer[filled : filled + count], found)
+            filled += count
+        return found
 
     def _storage(self, identifier: Any) -> StorageReference:
         if type(identifier) is not tuple or len(identifier) != 5 or identifier[0] != "storage":

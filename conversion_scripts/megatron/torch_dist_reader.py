@@ -9,7 +9,8 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -49,6 +50,7 @@ class Chunk:
     path: SourcePath
     start: int
     length: int
+    checked: set[int] = field(default_factory=set, compare=False)  # as `TorchArchive` has it
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class ChunkedTensor:
     def part(self, index: tuple[int, ...]) -> LazyTensor:
         """The tensor at `index` along the leading axes."""
         spans = tuple(_span(chunk, inside, self.dtype) for chunk, inside in self._touched(index))
-        return LazyTensor(self.shape[len(index) :], self.dtype, lambda: self.read(index), spans)
+        unchecked: list[str] = []
+        return LazyTensor(self.shape[len(index) :], self.dtype, partial(self.read, index, unchecked), spans, unchecked)
 
-    def read(self, index: tuple[int, ...]) -> torch.Tensor:
+    def read(self, index: tuple[int, ...], unchecked: list[str]) -> torch.Tensor:
         axes = len(index)
         result = empty_tensor(self.shape[axes:], self.dtype)  # every element lies in a chunk
         for chunk, inside in self._touched(index):
@@ -73,7 +76,7 @@ class ChunkedTensor:
                 slice(offset, offset + size)
                 for offset, size in zip(chunk.offsets[axes:], chunk.sizes[axes:], strict=True)
             )
-            self._read_chunk(chunk, inside, result[target] if target else result)
+            self._read_chunk(chunk, inside, result[target] if target else result, unchecked)
         return result
 
     def _touched(self, index: tuple[int, ...]) -> Iterator[tuple[Chunk, tuple[int, ...]]]:
@@ -83,8 +86,8 @@ class ChunkedTensor:
             if all(0 <= i < size for i, size in zip(inside, chunk.sizes, strict=False)):
                 yield chunk, inside
 
-    def _read_chunk(self, chunk: Chunk, index: tuple[int, ...], out: torch.Tensor) -> None:
-        archive = TorchArchive(chunk.path, chunk.start, chunk.length)
+    def _read_chunk(self, chunk: Chunk, index: tuple[int, ...], out: torch.Tensor, unchecked: list[str]) -> None:
+        archive = TorchArchive(chunk.path, chunk.start, chunk.length, chunk.checked)
         reference = archive.load()
         if not isinstance(reference, TensorReference):
             raise ConversionError(f"{chunk.path}: expected a chunk of {self.name}, got {shortened(reference)}")
@@ -94,9 +97,9 @@ class ChunkedTensor:
                 f"{chunk.sizes}, got {reference.dtype} of shape {reference.shape}"
             )
         if out.is_contiguous():
-            archive.read(reference, index, out)
+            archive.read(reference, index, out, unchecked)
         else:
-            out.copy_(archive.read(reference, index))
+            out.copy_(archive.read(reference, index, unchecked=unchecked))
 
 
 def _span(chunk: Chunk, index: tuple[int, ...], dtype: torch.dtype) -> Span:

@@ -302,11 +302,16 @@ def _merged(name: str, split: Split, by_rank: Sequence[Sequence[LazyTensor]], fo
     elif len(first.shape) <= split.axis or (split.halves and first.shape[split.axis] % 2):
         raise ConversionError(f"{folder}: the parts of {shortened(name)} have shape {first.shape}: no part of it")
 
-    def read() -> torch.Tensor:
-        return split.merge([_read_copies(name, copies, folder) for copies in by_rank])
+    parts = [tensor for copies in by_rank for tensor in copies]
+    unchecked: list[str] = []
 
-    spans = tuple(span for copies in by_rank for tensor in copies for span in tensor.spans)
-    return LazyTensor(shape, first.dtype, read, spans)
+    def read() -> torch.Tensor:
+        merged = split.merge([_read_copies(name, copies, folder) for copies in by_rank])
+        unchecked.extend(reason for part in parts for reason in part.unchecked)
+        return merged
+
+    spans = tuple(span for part in parts for span in part.spans)
+    return LazyTensor(shape, first.dtype, read, spans, unchecked)
 
 
 def _read_copies(name: str, copies: Sequence[LazyTensor], folder: SourcePath) -> torch.Tensor:

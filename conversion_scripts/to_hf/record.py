@@ -4,18 +4,22 @@ from typing import Any
 
 from ...support.versions import installed_version
 from ..files.dtypes import dtype_name
-from ..hub.hub_path import HubRepository, size_of
+from ..hub.hub_path import size_of
+from ..hub.repository import HubRepository
 from ..mapping.weight_table import TABLE_VERSION
 from .job import ConversionJob
 
 
-def conversion_record(job: ConversionJob, digests: dict[str, str], source_digests: dict[str, str]) -> dict[str, Any]:
+def conversion_record(
+    job: ConversionJob, digests: dict[str, str], source_digests: dict[str, str], unchecked: dict[str, str]
+) -> dict[str, Any]:
     """What `conversion.json` says.
 
     Args:
         job: The conversion.
         digests: The hash of each tensor that was written.
         source_digests: The hash of each tensor that was read.
+        unchecked: Why bytes of a tensor that was read could not be compared with a checksum.
     """
     checkpoint, plan = job.checkpoint, job.plan
     return {
@@ -33,6 +37,7 @@ def conversion_record(job: ConversionJob, digests: dict[str, str], source_digest
                     "sha256": source_digests[move.source],
                     "dtype": dtype_name(checkpoint.tensors[move.source].dtype),
                     "shape": list(move.entry.shape),
+                    **({"unchecked": unchecked[move.source]} if move.source in unchecked else {}),
                 }
                 for move in plan.moves
             },

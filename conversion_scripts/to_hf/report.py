@@ -4,14 +4,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...support.errors import size_text
+from ...support.errors import quoted, size_text
 from ..hub.hub_path import SourcePath
 from ..megatron.checkpoint import Dropped, summary_of_dropped
 
 
 @dataclass
 class ConversionReport:
-    """What a conversion did."""
+    """What a conversion did.
+
+    Args:
+        fetched: Bytes from the Hub, metadata included; `None` if the source was local.
+        unchecked: Tensors of the checkpoint whose bytes could not be compared with a checksum, with the reason.
+    """
 
     source: SourcePath
     output: Path
@@ -22,7 +27,8 @@ class ConversionReport:
     parameters: int
     nbytes: int
     seconds: float
-    fetched: int | None = None  # bytes from the Hub, metadata included; None if the source was local
+    fetched: int | None = None
+    unchecked: dict[str, str] = field(default_factory=dict)
     dropped: list[Dropped] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -40,6 +46,11 @@ class ConversionReport:
         ]
         if self.fetched is not None:
             lines.append(f"Fetched {size_text(self.fetched)}.")
+        for reason in dict.fromkeys(self.unchecked.values()):
+            names = [name for name, why in self.unchecked.items() if why == reason]
+            lines.append(
+                f"Not compared with checksums: {len(names)} tensors, because {reason} ({quoted(names, limit=1)})."
+            )
         if self.dropped:
             lines.append("Left out:")
             lines += [f"  {line}" for line in summary_of_dropped(self.dropped)]

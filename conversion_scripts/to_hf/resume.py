@@ -9,7 +9,6 @@ from ...support.versions import installed_version
 from ..files.dtypes import dtype_name
 from ..files.partial_folder import FinishedFile, FinishedPart, PartialFolder
 from ..files.safetensors_writer import StartedFile, TensorSpec, intact_start, shard_is_intact
-from ..hub.hub_path import HubPath, SourcePath
 from ..mapping.weight_table import TABLE_VERSION
 from .job import ConversionJob
 
@@ -18,18 +17,12 @@ def identity_of(job: ConversionJob, limit: int) -> dict[str, Any]:
     """What decides the bytes of the output: an unfinished conversion is continued only if all of it is the same."""
     return {
         "source": str(job.checkpoint.path.resolve()),
-        "source files": [_fingerprint(file) for file in job.checkpoint.files],
+        "source files": [[str(file), *job.checkpoint.facts.get(file, ())] for file in job.checkpoint.files],
         "dtype": dtype_name(job.dtype),
         "max_shard_size": limit,
         "version of gengram": installed_version("gengram"),
         "table_version": TABLE_VERSION,
     }
-
-
-def _fingerprint(file: SourcePath) -> list[str | int]:
-    if isinstance(file, HubPath):
-        return [str(file), file.file.size, file.file.identity]
-    return [str(file), file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def intact_files(place: PartialFolder, shards: dict[str, list[TensorSpec]], progress: bool) -> dict[str, FinishedFile]:

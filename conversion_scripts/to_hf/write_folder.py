@@ -35,22 +35,23 @@ def write_folder(job: ConversionJob, place: PartialFolder, limit: int, progress:
         progress: Show progress bars on stderr.
         fetch: How files on the Hub are fetched.
     """
-    digests, source_digests = _write_weights(job, place, limit, progress, fetch)
+    digests, reader = _write_weights(job, place, limit, progress, fetch)
     folder = place.folder
     write_remote_code(job.config, folder)
     job.config.save_pretrained(folder)
     generation_config(job.config).save_pretrained(folder)
     GengramTokenizer(model_max_length=job.config.max_position_embeddings).save_pretrained(folder)
     shutil.copyfile(MODEL_CARD, folder / "README.md")
-    record = conversion_record(job, digests, source_digests)
+    record = conversion_record(job, digests, reader.source_digests, reader.unchecked)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    job.checkpoint.check_unchanged()
     place.publish()
 
 
 def _write_weights(
     job: ConversionJob, place: PartialFolder, limit: int, progress: bool, fetch: str
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Writes what is missing of the weight files; the hashes of what was written, and of what was read for it."""
+) -> tuple[dict[str, str], SourceReader]:
+    """Writes what is missing of the weight files; the hashes of what was written, and what is known of the sources."""
     shards = job.shards(limit)
     order = {name: job.sources(shard) for name, shard in shards.items()}
     kept = intact_files(place, shards, progress)
@@ -63,8 +64,10 @@ def _write_weights(
     done = len(there) + sum(len(start.tensors) for start in started.values())
     with WeightProgress(job.nbytes, there_bytes, len(job.specs), done, progress) as bar:
         with SourceReader(job, uses) as reader:
-            for sources in (*(entry.sources for entry in kept.values()), *(part.sources for part in parts)):
-                reader.source_digests.update(sources)
+            entries: list[FinishedFile | FinishedPart] = [*kept.values(), *parts]
+            for entry in entries:
+                reader.source_digests.update(entry.sources)
+                reader.unchecked.update(entry.unchecked)
 
             def pieces(spec: TensorSpec, first: int) -> Iterator[torch.Tensor | HashedTensor]:
                 yield from reader.pieces(spec, first)
@@ -72,18 +75,20 @@ def _write_weights(
 
             def on_part(file: str, tensor: str, index: int | None, digest: str) -> None:
                 sources = {source: reader.digest(source) for source in job.sources_of(tensor, index)}
-                place.record_part(FinishedPart(file, tensor, index, digest, sources))
+                unchecked = {source: reader.unchecked[source] for source in sources if source in reader.unchecked}
+                place.record_part(FinishedPart(file, tensor, index, digest, sources, unchecked))
 
             def on_shard(name: str, digests: dict[str, str]) -> None:
                 sources = {source: reader.source_digests[source] for source in order[name]}
-                place.record(FinishedFile(name, digests, sources))
+                unchecked = {source: reader.unchecked[source] for source in sources if source in reader.unchecked}
+                place.record(FinishedFile(name, digests, sources, unchecked))
 
             finished = {name: entry.tensors for name, entry in kept.items()}
             digests = write_safetensors(
                 place.folder, job.specs, pieces, limit, bar.update, finished, started, on_shard, on_part
             )
             reader.check_tied_copies()
-    return digests, reader.source_digests
+    return digests, reader
 
 
 def _fetch_files(job: ConversionJob, fetch: str, sources: Sequence[str], progress: bool) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -251,7 +252,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(small_torch, tmp_path, monke
 
     monkeypatch.setattr(writer, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     assert main([str(small_torch.root), str(tmp_path / "out"), "--quiet"]) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert "no space is left on the disk" in capsys.readouterr().err
     assert nothing_left(tmp_path)
 
 
@@ -268,3 +269,137 @@ def test_command_line(small_torch, tmp_path):
 def test_conversion_imports_no_megatron(small_torch_dist, tmp_path):
     convert_to_hf(small_torch_dist.root, tmp_path / "out", progress=False)
     assert not [name for name in sys.modules if name.split(".")[0] in ("megatron", "transformer_engine")]
+
+
+def whole(shape):
+    """One chunk for all layers and experts, so that each of them is read as a part of it."""
+    return [((0,) * len(shape), shape)]
+
+
+@pytest.mark.parametrize("layout", ["one chunk per tensor", "chunks that cut rows", "torch", "shared storages"])
+def test_every_flipped_bit_of_a_weight_is_noticed(layout, tmp_path, megatron):
+    shape = megatron.Shape(layers=2, active=(1,))
+    weights = megatron.named_for(megatron.canonical(shape), shape, "te")
+    if layout == "torch":
+        megatron.save_torch(tmp_path / "source", weights, megatron.args(shape))
+    elif layout == "shared storages":
+        flat = torch.cat([value.reshape(-1) for value in weights.values()])
+        ends = torch.tensor([value.numel() for value in weights.values()]).cumsum(0).tolist()
+        parts = {
+            name: flat[end - value.numel() : end].view(value.shape)
+            for (name, value), end in zip(weights.items(), ends, strict=True)
+        }
+        megatron.save_torch(tmp_path / "source", parts, megatron.args(shape))
+    else:
+        boxes = whole if layout == "one chunk per tensor" else None
+        tensors = megatron.stacked(weights, shape)
+        megatron.save_torch_dist(tmp_path / "source", tensors, megatron.args(shape), boxes)
+    convert_to_hf(tmp_path / "source", tmp_path / "sound", progress=False)
+    generator = random.Random(layout)
+    kept = sorted(name for name in weights if not name.startswith("decoder.layers.1.gengram."))
+    flipped = 0
+    for path in sorted((tmp_path / "source").rglob("*.pt")) + sorted((tmp_path / "source").rglob("*.distcp")):
+        data = path.read_bytes()
+        starts = [data.find(weights[name].flatten()[:4].view(torch.uint8).numpy().tobytes()) for name in kept]
+        there = [start for start in starts if start >= 0]
+        for start in generator.sample(there, min(len(there), 8)):
+            place, bit = start + generator.randrange(8), 1 << generator.randrange(8)
+            path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+            with pytest.raises(ConversionError, match="do not have the checksum"):
+                convert_to_hf(tmp_path / "source", tmp_path / "out", progress=False)
+            flipped += 1
+        path.write_bytes(data)
+    assert flipped >= 8 and not (tmp_path / "out").exists()
+
+
+def test_what_could_not_be_checked_is_reported_and_recorded(tmp_path, megatron, capsys):
+    shape = megatron.Shape()
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        weights = megatron.named_for(megatron.canonical(shape), shape, "te")
+        megatron.save_torch(tmp_path / "source", weights, megatron.args(shape))
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert main([str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())["source"]["tensors"]
+    assert f"Not compared with checksums: {len(record)} tensors, because their file was written without" in said
+    assert all(entry["unchecked"] == "their file was written without checksums" for entry in record.values())
+
+
+def at_the_source_tensor(number, act, monkeypatch):
+    """Does something when the conversion asks for its n-th source tensor."""
+    calls = []
+    original = SourceReader._parts
+
+    def parts(self, move):
+        calls.append(move)
+        if len(calls) == number:
+            act()
+        return original(self, move)
+
+    monkeypatch.setattr(SourceReader, "_parts", parts)
+
+
+def overwrite(path, content):
+    path.write_bytes(content)
+
+
+def replace_and_keep_the_time(path, content):
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.with_name("new").write_bytes(content)
+    path.with_name("new").replace(path)
+    os.utime(path, ns=times)
+
+
+@pytest.mark.parametrize("how", [overwrite, replace_and_keep_the_time])
+@pytest.mark.parametrize("when", [1, 20, "after the last tensor", "after opening"])
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_a_source_that_changes_in_the_middle_is_not_mixed(form, when, how, tmp_path, megatron, monkeypatch):
+    shape = megatron.Shape()
+    for seed, name in enumerate(("source", "later")):
+        weights = megatron.named_for(megatron.canonical(shape, seed=seed), shape, "te")
+        if form == "torch":
+            megatron.save_torch(tmp_path / name, weights, megatron.args(shape))
+        else:
+            megatron.save_torch_dist(tmp_path / name, megatron.stacked(weights, shape), megatron.args(shape))
+
+    def train_on():
+        for path in sorted(path for path in (tmp_path / "source").rglob("*") if path.is_file()):
+            how(path, (tmp_path / "later" / path.relative_to(tmp_path / "source")).read_bytes())
+
+    if when == "after the last tensor":
+        original = SourceReader.check_tied_copies
+        monkeypatch.setattr(SourceReader, "check_tied_copies", lambda self: original(self) or train_on())
+    elif when == "after opening":
+        prepare = convert.prepare_job
+
+        def prepared(*words):
+            job = prepare(*words)
+            train_on()
+            return job
+
+        monkeypatch.setattr(convert, "prepare_job", prepared)
+    else:
+        at_the_source_tensor(when, train_on, monkeypatch)
+    with pytest.raises(
+        ConversionError, match=r"files were changed while they were read: '.*run the same command again"
+    ):
+        convert_to_hf(tmp_path / "source", tmp_path / "out", max_shard_size="1500", progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "later"}
+    monkeypatch.undo()
+    convert_to_hf(tmp_path / "source", tmp_path / "out", progress=False)
+    expected = megatron.expected_hf(megatron.canonical(shape, seed=1), shape)
+    megatron.assert_same(megatron.load_hf(tmp_path / "out"), expected)
+
+
+def test_a_source_that_goes_away_in_the_middle_can_come_back(small_torch, tmp_path, megatron, monkeypatch):
+    away = tmp_path / "away"
+    at_the_source_tensor(20, lambda: small_torch.root.rename(away), monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"files were removed while they were read: .*; put them back"):
+        convert_to_hf(small_torch.root, tmp_path / "out", max_shard_size="1500", progress=False)
+    monkeypatch.undo()
+    away.rename(small_torch.root)
+    convert_to_hf(small_torch.root, tmp_path / "out", max_shard_size="1500", progress=False)
+    megatron.assert_same(megatron.load_hf(tmp_path / "out"), small_torch.expected)

@@ -93,32 +93,56 @@ def test_folder_is_the_same_when_the_model_saves_itself(shard, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
 
 
-def test_demo_on_the_bundled_sequences(capsys):
-    assert main(["demo"]) == 0
+def test_demo_on_the_example(tmp_path, capsys):
+    for library in ("pysam", "pyBigWig", "matplotlib"):
+        pytest.importorskip(library)
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
     difference = float(re.search(r"logits of the authors' code: (\S+)", out)[1])
     assert difference < LOGITS_FP32
-    assert out.count("synthetic_repeat") == 2 and "Done." in out
+    assert out.count("llr ") == 5 and "Done." in out and "left out" not in out
+    surprisal = float(re.search(r"surprisal: (\S+)", out)[1])
+    assert 1.5 < surprisal < 2  # of real sequence: below chance, though this part is less repetitive than most
+    files = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"region.fa.gz", "region.gtf.gz", "region.vcf.gz", "scores.tsv", "exons.parquet", "tracks.svg"} <= files
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 1
+    assert "holds something already" in capsys.readouterr().err
 
 
 def test_demo_on_a_given_fasta(tmp_path, capsys):
     fasta = tmp_path / "mine.fa.gz"
     with gzip.open(fasta, "wt") as file:
-        file.write(">one\nacgtNNRY\nACGT\n>empty\n>x with words\nA\n")
+        file.write(">one\nacgtNNRY\nACGT\n>empty\n>x with words\nA\n" + ">long\n" + "ACGTT" * 1200 + "\n")
     assert main(["demo", "--fasta", str(fasta)]) == 0
     out = capsys.readouterr().out
-    assert "one: 12 bases" in out and "x: 1 bases" in out and "empty" not in out
+    assert "one: 12 bases\n" in out and "x: 1 bases\n" in out and "empty" not in out
+    assert "long: 6,000 bases, of which the first 5,000 are used" in out
+    assert "one:1-12: 192 numbers" in out and "long:1-5,000: 192 numbers" in out
+
+
+def test_the_demo_leaves_out_what_needs_a_library_that_is_not_there(tmp_path, capsys, monkeypatch):
+    from gengram.commands import score, track
+
+    def run(arguments):
+        raise MissingExtraError('pip install "gengram[genomics]"')
+
+    for command in (score, track):
+        monkeypatch.setattr(command, "run", run)
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert out.count('   left out: pip install "gengram[genomics]"') == 2
+    assert "numbers [" in out and "logits of the authors' code" in out
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"ACGT\n", r"expected FASTA \('>' and a name\), got 'ACGT'"),
-        (b"", "at least one FASTA record, got none"),
+        (b"", "is empty, expected a FASTA file"),
         (b">\nACGT\n", "expected a name after '>'"),
-        (b"\xff\xfe\x00", "not text"),
+        (b"\xff\xfe\x00", "text in UTF-16"),
         (b">only a name\n", "at least one record with a sequence"),
-        (None, "No such file"),
+        (None, "no such file"),
     ],
 )
 def test_demo_with_a_bad_fasta_is_one_clear_message(content, message, tmp_path, capsys):
@@ -144,7 +168,7 @@ def test_read_fasta_keeps_case_and_order(tmp_path):
         (
             FileNotFoundError(2, "No such file or directory", "x"),
             1,
-            "error: [Errno 2] No such file or directory: 'x'\n",
+            "error: x: no such file or folder\n",
         ),
         (FetchError("no network"), 1, "error: no network\n"),
         (MissingExtraError("needs peft"), 1, "error: needs peft\n"),
@@ -190,3 +214,12 @@ sys.exit(cli.main(["doctor"]))
         assert command.stderr.read() == b""
         assert command.wait() == 1
         command.stderr.close()
+
+
+def test_names_reach_the_terminal_as_text_and_not_as_escapes(tmp_path, capsys):
+    name = "no\x1b[31m\udc80.fa"
+    assert main(["prepare", str(tmp_path / name), "--output", str(tmp_path / "out"), "--json"]) == 1
+    shown = r"no\x1b[31m\udc80.fa"
+    assert capsys.readouterr().err == f"error: {tmp_path}/{shown}: no such file or folder\n"
+    assert main(["info", str(tmp_path / name)]) == 1
+    assert "\x1b" not in capsys.readouterr().err

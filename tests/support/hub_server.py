@@ -32,9 +32,14 @@ class Hub:
         self.ranges = True
         self.sizes_in_info = True
         self.busy: list[int] = []  # status codes of the next answers
+        self.retry_after = "0"  # what they say, unless it is empty
         self.cut_every = 0  # the answer to a range is cut after that many bytes
         self.cut_always = False  # no byte of a body ever arrives
+        self.silent_at = ""  # requests for paths with this in them are never answered
+        self.drips = False  # bodies come byte by byte, with rests
+        self.ended = threading.Event()  # frees what waits
         self.lie_about: dict[str, bytes] = {}  # file -> content that is served instead
+        self.api_answer: bytes | None = None  # what the API says instead of the truth
         self.on_request = lambda method, path: None
         self.lock = threading.Lock()
         self.log: list[tuple[str, str, str | None, int]] = []
@@ -101,10 +106,14 @@ class _Handler(BaseHTTPRequestHandler):
         hub, parts = self.hub, urlsplit(self.path)
         path = unquote(parts.path)
         hub.on_request(self.command, path)
+        if hub.silent_at and hub.silent_at in path:
+            hub.ended.wait()
+            self.close_connection = True
+            return
         with hub.lock:
             status = hub.busy.pop(0) if hub.busy else 0
         if status:
-            self.reply(status, b"busy", {"Retry-After": "0"} if status == 429 else {})
+            self.reply(status, b"busy", {"Retry-After": hub.retry_after} if hub.retry_after else {})
             return
         if path.startswith("/cdn/"):
             if "Authorization" in self.headers:
@@ -112,6 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_file(path.removeprefix("/cdn/"), {})
             return
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path)
+        if api and hub.api_answer is not None:
+            self.reply(200, hub.api_answer, {"Content-Type": "application/json"})
+            return
         if api:
             commit = self.commit(api[1], api[3] or "main", may_list=hub.gated)
             if commit and api[2] == "tree":
@@ -185,9 +197,24 @@ class _Handler(BaseHTTPRequestHandler):
             hub.log.append((self.command, urlsplit(self.path).path, self.headers.get("Range"), status))
             if name and sent:
                 hub.intervals.append((name, start, start + sent))
-        if self.command != "HEAD":
-            self.wfile.write(body[:sent])
-            self.close_connection = sent < len(body)
+        if self.command == "HEAD":
+            return
+        if hub.drips and name:
+            self.drip(body)
+            return
+        self.wfile.write(body[:sent])
+        self.close_connection = sent < len(body)
+
+    def drip(self, body: bytes) -> None:
+        for i in range(len(body)):
+            try:
+                self.wfile.write(body[i : i + 1])
+                self.wfile.flush()
+            except OSError:  # the client has gone
+                break
+            if self.hub.ended.wait(0.02):
+                break
+        self.close_connection = True
 
 
 @contextmanager
@@ -201,6 +228,7 @@ def serving(hub: Hub):
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
+        hub.ended.set()
         server.shutdown()
         server.server_close()
         thread.join(10)

@@ -258,57 +258,63 @@ def test_two_conversions_into_one_folder(small_torch, tmp_path):
     assert not partial_path(out).exists()
 
 
-# Imports once and forks, since importing takes most of a small conversion's time; blocks are small and slow.
+# Imports once and forks, since importing takes most of a small conversion's time. Each child dies at its n-th step,
+# before or after it; steps are blocks of bytes and lines of the journals.
 DRIVER = """
-import json, os, random, signal, sys, time
+import json, os, random, signal, sys
 import gengram.cli
 from gengram.conversion_scripts import convert_megatron_to_hf as convert
 from gengram.conversion_scripts.files import weight_hash
+from gengram.conversion_scripts.files.partial_folder import PartialFolder
 from gengram.conversion_scripts.to_hf.write_folder import WeightProgress
-source, output, kills, seconds, number = sys.argv[1:]
+source, output, kills = sys.argv[1:]
 weight_hash.BLOCK = 256
-original = WeightProgress.update
-def slow(self, count):
-    time.sleep(0.04)
-    original(self, count)
-WeightProgress.update = slow
-journal = os.path.join(os.path.dirname(output), f".{os.path.basename(output)}.partial", "journal.jsonl")
 random.seed(5)
+def counted(owner, name):
+    original = getattr(owner, name)
+    def step(self, *words):
+        global left
+        left -= 1
+        if left == 0 and dies_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(self, *words)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, step)
+counted(WeightProgress, "update")
+for name in ("begin", "record", "record_part", "publish"):
+    counted(PartialFolder, name)
+journal = os.path.join(os.path.dirname(output), f".{os.path.basename(output)}.partial", "journal.jsonl")
 finished, codes = [], []
 for attempt in range(int(kills) + 1):
+    left, dies_before = random.randrange(1, 60) if attempt < int(kills) else -1, random.random() < 0.5
     child = os.fork()
     if child == 0:
         code = 70
         try:
             code = convert.main([source, output, "--quiet", "--max-shard-size", "1500"])
-        except SystemExit as stop:
-            code = stop.code
         finally:
             os._exit(code)
-    if attempt < int(kills):
-        time.sleep(random.uniform(0, float(seconds)))
-        os.kill(child, int(number))
     codes.append(os.waitpid(child, 0)[1])
     finished.append(max(open(journal).read().count("\\n") - 1, 0) if os.path.exists(journal) else 0)
+    if codes[-1] == 0:
+        break
 print(json.dumps([finished, codes]))
 """
 
 
-def run_driver(root, out, kills, seconds, number):
-    command = [sys.executable, "-c", DRIVER, str(root), str(out), str(kills), str(seconds), str(int(number))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @posix
 @pytest.mark.parametrize("source", ["small_torch", "small_torch_dist"])
-def test_killed_ten_times_and_continued(source, tmp_path, request):
+def test_killed_again_and_again_and_continued(source, tmp_path, request):
     made = request.getfixturevalue(source)
     out = tmp_path / "out"
-    finished, codes = run_driver(made.root, out, 10, 0.5, signal.SIGKILL)
-    assert codes[:-1].count(signal.SIGKILL) >= 8 and codes[-1] == 0  # the last ones may have been fast enough
-    assert max(finished) > 2 and finished[:9] == sorted(finished[:9])  # never lost
+    command = [sys.executable, "-c", DRIVER, str(made.root), str(out), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    finished, codes = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [signal.SIGKILL] * (len(codes) - 1) + [0] and len(codes) > 4  # it may be done before the last kill
+    assert max(finished) > 2 and finished[:-1] == sorted(finished[:-1])  # never lost
     convert_to_hf(made.root, tmp_path / "whole", max_shard_size=SHARD, progress=False)
     assert hashes(out) == hashes(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "whole"}

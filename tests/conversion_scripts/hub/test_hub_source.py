@@ -9,20 +9,22 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hub_server import Hub, serving
+from hub_server import Hub, git_hash, serving
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from gengram.cli import main as gengram
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, plan_conversion
-from gengram.conversion_scripts.files.partial_folder import leftover, partial_path
+from gengram.conversion_scripts.files.partial_folder import PartialFolder, leftover, partial_path
 from gengram.conversion_scripts.files.weight_hash import tensor_bytes
-from gengram.conversion_scripts.hub import hub_path
+from gengram.conversion_scripts.hub import patience, repository
 from gengram.conversion_scripts.hub.hub_path import open_source
 from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
 from gengram.conversion_scripts.megatron.open_checkpoint import open_checkpoint
@@ -46,9 +48,9 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_test")
-        monkeypatch.setattr(hub_path, "FIRST_WAIT", 0.001)
-        monkeypatch.setattr(hub_path, "BLOCK", 512)
-        monkeypatch.setattr(hub_path, "SMALL_FILE", 1024)
+        monkeypatch.setattr(patience, "FIRST_WAIT", 0.001)
+        monkeypatch.setattr(repository, "BLOCK", 512)
+        monkeypatch.setattr(repository, "SMALL_FILE", 1024)
         yield state
         close_session()
 
@@ -142,7 +144,7 @@ def test_optimizer_bytes_of_torch_are_not_fetched(hub, tmp_path, megatron):
             described = archive.getinfo("model_optim_rng/data.pkl").file_size
             described += path.stat().st_size - archive.start_dir
         # The pickle and the directory; and the first and last block of the file.
-        assert beyond <= described + 2 * hub_path.BLOCK + 1024
+        assert beyond <= described + 2 * repository.BLOCK + 1024
         assert path.stat().st_size > 2.5 * len(weights[name])
 
 
@@ -302,7 +304,7 @@ def test_connections_cut_in_the_middle(form, hub, tmp_path, megatron):
 
 def test_large_reads_are_cut_into_parts_side_by_side(hub, tmp_path, megatron, monkeypatch):
     made = saved(hub, "torch_dist", megatron)
-    monkeypatch.setattr(hub_path, "PART", 1000)
+    monkeypatch.setattr(repository, "PART", 1000)
     hub.cut_every = 900
     convert_to_hf(REPO, tmp_path / "out", progress=False, fetch="ranges")
     megatron.assert_same(megatron.load_hf(tmp_path / "out"), made.expected)
@@ -325,8 +327,9 @@ def test_busy_servers_are_asked_again(hub, tmp_path, megatron):
 
 def test_too_many_requests(hub, tmp_path, megatron, monkeypatch):
     made = saved(hub, "torch", megatron)
+    hub.retry_after = "7"
     waits = []
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    monkeypatch.setattr(patience.Patience, "_sleep_until", lambda self, end: waits.append(end - time.monotonic()))
     once = iter([429])
 
     def limited(method, path):
@@ -336,7 +339,95 @@ def test_too_many_requests(hub, tmp_path, megatron, monkeypatch):
     hub.on_request = limited
     convert_to_hf(REPO, tmp_path / "out", progress=False, fetch="ranges")
     megatron.assert_same(megatron.load_hf(tmp_path / "out"), made.expected)
-    assert waits == [1.0]  # what Retry-After said, rounded up
+    assert any(6 < wait <= 7 for wait in waits)  # what Retry-After said
+
+
+@pytest.mark.parametrize("place", ["/api/models", "/cdn/"])
+@pytest.mark.parametrize("asked", ["3600", "Wed, 21 Oct 2065 07:28:00 GMT"])
+def test_a_server_that_asks_for_a_long_wait_is_not_waited_for(place, asked, hub, tmp_path, megatron, capsys):
+    saved(hub, "torch", megatron)
+    hub.retry_after = asked
+    hub.on_request = lambda method, path: hub.busy.append(429) if place in path else None
+    assert gengram(["convert", "to-hf", REPO, str(tmp_path / "out"), "--fetch", "ranges", "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert "is busy and asks to wait" in error and "run the same command again then" in error
+    assert len(hub.log) < 100
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
+from gengram.conversion_scripts import convert_megatron_to_hf as convert
+sys.exit(convert.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(("trouble", "number"), [("a wait", signal.SIGTERM), ("silence", signal.SIGINT)])
+def test_a_wait_is_shown_and_can_be_interrupted(trouble, number, hub, tmp_path, megatron):
+    made = saved(hub, "torch_dist", megatron)
+    out = tmp_path / "out"
+    reached = threading.Event()
+
+    def trouble_from_some_weights_on(method, path):
+        if "/cdn/" in path and sum(hub.served.values()) > 70_000:
+            reached.set()
+            if trouble == "a wait":
+                hub.busy.append(429)
+            else:
+                hub.silent_at = "/cdn/"
+
+    hub.retry_after, hub.on_request = "250", trouble_from_some_weights_on
+    settings = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    settings["HF_HUB_DOWNLOAD_TIMEOUT"] = "250"
+    command = [sys.executable, "-c", INTERRUPTED, REPO, str(out), "--fetch", "ranges", "--quiet"]
+    process = subprocess.Popen(command, env={**os.environ, **settings}, stderr=subprocess.PIPE, text=True)
+    assert reached.wait(120)
+    shown = process.stderr.readline() if trouble == "a wait" else ""
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)  # less than the wait
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert "waiting 4 min" in shown or trouble == "silence"
+    assert "the start of a weight file kept in" in error and "Traceback" not in error
+    hub.on_request, hub.silent_at = lambda method, path: None, ""
+    convert_to_hf(REPO, out, progress=False, fetch="ranges")
+    megatron.assert_same(megatron.load_hf(out), made.expected)
+
+
+@pytest.mark.parametrize("place", ["/api/models", "/resolve/", "/cdn/"])
+@pytest.mark.parametrize("fetch", ["ranges", "files"])
+def test_a_hub_that_never_answers_is_given_up(place, fetch, hub, tmp_path, megatron, monkeypatch):
+    saved(hub, "torch_dist", megatron)
+    monkeypatch.setattr(patience, "ANSWER_WITHIN", 0.5)
+    monkeypatch.setattr(repository, "SLOWEST_RANGE", 0.5)
+    monkeypatch.setattr(repository, "SLOWEST_FILE", 0.5)
+    monkeypatch.setattr(patience, "GRACE", 0.1)
+    hub.silent_at = place
+    with pytest.raises(FetchError, match=r"arrived in 1 s; .* does not answer.*run the same command again"):
+        convert_to_hf(REPO, tmp_path / "out", progress=False, fetch=fetch)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fetch", ["ranges", "files"])
+def test_a_hub_that_drips_is_given_up(fetch, hub, tmp_path, megatron, monkeypatch):
+    saved(hub, "torch_dist", megatron)
+    monkeypatch.setattr(repository, "SLOWEST_RANGE", 0.5)
+    monkeypatch.setattr(repository, "SLOWEST_FILE", 0.5)
+    monkeypatch.setattr(repository, "SMALL_FILE", 0)
+    monkeypatch.setattr(patience, "GRACE", 0.1)
+    hub.drips = True
+    with pytest.raises(FetchError, match=r"arrived in 1 s; .* the connection is too slow"):
+        convert_to_hf(REPO, tmp_path / "out", progress=False, fetch=fetch)
+
+
+def test_a_hub_that_sends_a_byte_per_answer_is_not_asked_thousands_of_times(hub, tmp_path, megatron, monkeypatch):
+    saved(hub, "torch_dist", megatron)
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(repository, "SLOWEST_RANGE", 2)
+    hub.cut_every = 1
+    with pytest.raises(FetchError, match="too slow"):
+        convert_to_hf(REPO, tmp_path / "out", progress=False, fetch="ranges")
+    assert len(hub.log) < 300
 
 
 def lose_the_connection(hub, after):
@@ -374,7 +465,7 @@ def test_a_server_without_ranges(hub, tmp_path, megatron):
 
 def test_a_cache_without_room(hub, tmp_path, megatron, monkeypatch):
     saved(hub, "torch_dist", megatron)
-    monkeypatch.setattr(hub_path, "cache_free", lambda: 3000)
+    monkeypatch.setattr(repository, "cache_free", lambda: 3000)
     with pytest.raises(ConversionError, match=r"cache.*has 3\.0 kB free"):
         convert_to_hf(REPO, tmp_path / "out", progress=False, fetch="files")
     assert not (tmp_path / "out").exists()
@@ -407,6 +498,59 @@ def test_no_server(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(FetchError, match=r"the Hub \(http://127\.0\.0\.1:9\) cannot be reached"):
         convert_to_hf(REPO, tmp_path / "out", progress=False)
+
+
+FILES = [{"rfilename": ".metadata", "size": 10, "blobId": "a" * 40}]
+STRANGE_ANSWERS = {
+    "a list": [],
+    "null": None,
+    "a number": 7,
+    "nothing": {},
+    "no commit": {"id": REPO, "siblings": FILES},
+    "a commit that is a number": {"id": REPO, "sha": 5, "siblings": FILES},
+    "a commit that is a path": {"id": REPO, "sha": "../../evil", "siblings": FILES},
+    "files that are a number": {"id": REPO, "sha": "a" * 40, "siblings": 5},
+    "files that are names": {"id": REPO, "sha": "a" * 40, "siblings": ["x"]},
+    "a name that is a number": {"id": REPO, "sha": "a" * 40, "siblings": [{**FILES[0], "rfilename": 3}]},
+    "a size that is text": {"id": REPO, "sha": "a" * 40, "siblings": [{**FILES[0], "size": "ten"}]},
+    "a size below zero": {"id": REPO, "sha": "a" * 40, "siblings": [{**FILES[0], "size": -1}]},
+    "a hash that is a list": {"id": REPO, "sha": "a" * 40, "siblings": [{**FILES[0], "blobId": [1]}]},
+    "large files without facts": {"id": REPO, "sha": "a" * 40, "siblings": [{**FILES[0], "lfs": 3}]},
+}
+
+
+@pytest.mark.parametrize("name", STRANGE_ANSWERS)
+def test_json_of_another_kind_is_not_the_hubs(name, hub, capsys):
+    hub.api_answer = json.dumps(STRANGE_ANSWERS[name]).encode()
+    assert gengram(["info", REPO]) == 1
+    error = capsys.readouterr().err
+    assert "the answer is not the Hub's" in error and error.count("\n") == 1
+
+
+def test_deeply_nested_json_is_not_the_hubs(hub, capsys):
+    hub.api_answer = b"[" * 100_000
+    assert gengram(["info", REPO]) == 1
+    assert "the answer is not the Hub's" in capsys.readouterr().err
+
+
+def test_names_of_files_on_the_hub_stay_inside_and_are_not_obeyed_by_a_terminal(hub, tmp_path, megatron, capfd):
+    made = saved(hub, "torch", megatron)
+    names = ["../../evil.txt", "/etc/evil.txt", "a/../../evil.txt", "mp_rank_00/\x1b[2Jx", "iter_0000123/a\nb"]
+    siblings = [{"rfilename": name, "size": 5, "blobId": git_hash(b"12345")} for name in names]
+    hub.api_answer = json.dumps({**hub.info("a" * 40, True), "siblings": siblings}).encode()
+    assert gengram(["convert", "to-hf", REPO, str(tmp_path / "out")]) == 1
+    hub.api_answer = json.dumps(
+        hub.info("a" * 40, True) | {"siblings": hub.info("a" * 40, True)["siblings"] + siblings}
+    ).encode()
+    assert gengram(["convert", "to-hf", REPO, str(tmp_path / "out")]) == 0
+    megatron.assert_same(megatron.load_hf(tmp_path / "out"), made.expected)
+    assert "\x1b" not in "".join(capfd.readouterr()).replace("\x1b[A", "") and not list(tmp_path.rglob("evil*"))
+
+
+def test_a_revision_that_is_a_path_is_refused(hub):
+    for revision in ("../../evil", "/etc", "a\x1b[2J"):
+        with pytest.raises(ConversionError, match="is not the name of a branch, tag or commit"):
+            open_source(REPO, revision)
 
 
 def test_a_push_while_converting_changes_nothing(hub, tmp_path, megatron):
@@ -456,7 +600,7 @@ def test_damaged_bytes_are_noticed(hub, tmp_path, megatron, monkeypatch):
     tensor = next(t for t in tensors.values() if t.nbytes > 500 and t.files[0].name == "__0_1.distcp")
     data[bytes(data).index(tensor_bytes(tensor.read())) + 100] ^= 1
     hub.lie_about[name] = bytes(data)
-    monkeypatch.setattr(hub_path.HubRepository, "_check_file", lambda self, name: None)
+    monkeypatch.setattr(repository.HubRepository, "_check_file", lambda self, name: None)
     with pytest.raises(ConversionError, match="do not have the checksum of the archive"):
         convert_to_hf(REPO, tmp_path / "out", progress=False, fetch="ranges")
     assert not (tmp_path / "out").exists()
@@ -480,27 +624,56 @@ def test_a_local_folder_goes_first(hub, tmp_path, small_torch):
     assert hub.log
 
 
-def test_an_interrupted_file_is_continued(hub, tmp_path, megatron):
+@pytest.mark.parametrize(
+    "last", ["0.motif_memory.value_proj.weight", "0.self_attn.k_proj.weight", "1.mlp.experts.down_proj"]
+)
+def test_an_interrupted_file_is_continued(last, hub, tmp_path, megatron, monkeypatch):
+    made = saved(hub, "torch_dist", megatron)
+    out = tmp_path / "out"
+    original = PartialFolder.record_part
+
+    def record(self, part):
+        original(self, part)
+        if part.tensor == f"model.layers.{last}":  # of the experts, the first slice
+            raise FetchError("the connection is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialFolder, "record_part", record)
+        with pytest.raises(FetchError):
+            convert_to_hf(REPO, out, progress=False, fetch="ranges")  # one weight file
+    parts = [json.loads(line) for line in (partial_path(out) / "parts.jsonl").read_text().splitlines()]
+    assert len(parts) > 10 and {part["file"] for part in parts} == {"model.safetensors"} and not out.exists()
+    assert "the start of a weight file kept in" in leftover(out)
+    before = len(hub.intervals)
+    convert_to_hf(REPO, out, progress=False, fetch="ranges")
+    megatron.assert_same(megatron.load_hf(out), made.expected)
+    verify_conversion(out, made.root, load=False)
+    # What was written is not fetched again, unless something else is made of it: keys are written before queries.
+    record = json.loads((out / "conversion.json").read_text())["weights"]
+    whole = {part["tensor"] for part in parts if part["index"] is None}
+    slices = {source for part in parts if part["index"] is not None for source in part["sources"]}
+    needed = {source for name in record.keys() - whole for source in record[name]["sources"]} - slices
+    kept = {source for part in parts for source in part["sources"]} - needed
+    assert len(kept) > 10
+    tensors = open_checkpoint(made.root).tensors
+    again = {(name.rpartition("/")[2], place) for name, *ends in hub.intervals[before:] for place in range(*ends)}
+    for name in kept:
+        for span in tensors[name].spans:
+            assert not again.intersection((span.path.name, span.start + i) for i in range(span.length)), name
+
+
+def test_a_connection_that_is_lost_keeps_the_start_of_a_file(hub, tmp_path, megatron):
     made = saved(hub, "torch_dist", megatron)
     out = tmp_path / "out"
     lose_the_connection(hub, 70_000)
     with pytest.raises(FetchError):
         convert_to_hf(REPO, out, progress=False, fetch="ranges")  # one weight file
-    parts = [json.loads(line) for line in (partial_path(out) / "parts.jsonl").read_text().splitlines()]
-    assert len(parts) > 10 and {part["file"] for part in parts} == {"model.safetensors"} and not out.exists()
-    assert "the start of a weight file kept in" in leftover(out)
+    assert "the start of a weight file kept in" in leftover(out) and not out.exists()
     hub.on_request, hub.cut_always = lambda method, path: None, False
-    before = len(hub.intervals)
+    before = sum(hub.served.values())
     convert_to_hf(REPO, out, progress=False, fetch="ranges")
     megatron.assert_same(megatron.load_hf(out), made.expected)
-    verify_conversion(out, made.root, load=False)
-    # What was written is not fetched again.
-    kept = {source for part in parts for source in part["sources"]}
-    tensors = open_checkpoint(made.root).tensors
-    again = {(name.rpartition("/")[2], place) for name, *ends in hub.intervals[before:] for place in range(*ends)}
-    for name in kept:
-        for span in tensors[name].spans:
-            assert not again.intersection((span.path.name, span.start + i) for i in range(span.length))
+    assert sum(hub.served.values()) - before < before  # the rest only
 
 
 # Imports once and forks; each child dies at its n-th request for a range.
@@ -508,17 +681,17 @@ DRIVER = """
 import os, signal, sys
 import gengram.cli
 from gengram.conversion_scripts import convert_megatron_to_hf as convert
-from gengram.conversion_scripts.hub import hub_path
+from gengram.conversion_scripts.hub import repository
 from huggingface_hub.utils import close_session
 arguments, kills = sys.argv[1:-1], [int(number) for number in sys.argv[-1].split(",")]
-original = hub_path.HubRepository._fetch
+original = repository.HubRepository._fetch
 def fetch(self, *words):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     original(self, *words)
-hub_path.HubRepository._fetch = fetch
+repository.HubRepository._fetch = fetch
 for left in [*kills, -1]:
     child = os.fork()
     if child == 0:

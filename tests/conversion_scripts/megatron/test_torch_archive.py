@@ -42,7 +42,7 @@ def test_tensors_equal_those_of_torch_load(tmp_path):
         assert lazy.nbytes == expected.numel() * expected.element_size()
 
 
-def test_a_part_reads_only_its_bytes(tmp_path, monkeypatch):
+def test_a_part_reads_only_its_bytes_after_the_whole_was_checked_once(tmp_path, monkeypatch):
     path = tmp_path / "x.pt"
     base = torch.randn(4, 6, 100)
     torch.save(base, path)
@@ -54,7 +54,10 @@ def test_a_part_reads_only_its_bytes(tmp_path, monkeypatch):
         FileRange, "readinto", lambda self, buffer: counts.append(original(self, buffer)) or counts[-1]
     )
     assert torch.equal(archive.read(reference, (2, 3)), base[2, 3])
-    assert counts == [30, 400]  # the header of the entry, and the part
+    assert counts == [30, 30, 9600, 400]  # headers of the entry, all of it for its checksum, and the part
+    counts.clear()
+    assert torch.equal(archive.read(reference, (0, 1)), base[0, 1])
+    assert counts == [30, 400]
 
 
 def test_an_archive_inside_a_file(tmp_path):
@@ -172,6 +175,25 @@ def test_a_flipped_bit_is_noticed_by_the_checksum(tmp_path):
         archive.read(archive.load())
 
 
+@pytest.mark.parametrize("place", [0, 77, 9599])
+def test_a_flipped_bit_anywhere_is_noticed_whichever_part_is_read(place, tmp_path):
+    path = tmp_path / "x.pt"
+    base = torch.randn(4, 6, 100)
+    torch.save({"whole": base, "part": base[1]}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(base.numpy().tobytes()) + place] ^= 4
+    path.write_bytes(data)
+    archive = TorchArchive(path)
+    references = archive.load()
+    for read in (
+        lambda: archive.read(references["whole"], (2,)),
+        lambda: archive.read(references["whole"], (3, 5)),
+        archive.lazy(references["part"]).read,
+    ):
+        with pytest.raises(ConversionError, match="storage '0' do not have the checksum"):
+            read()
+
+
 def test_archives_without_checksums(tmp_path):
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -180,7 +202,9 @@ def test_archives_without_checksums(tmp_path):
     finally:
         torch.serialization.set_crc32_options(before)
     archive = TorchArchive(tmp_path / "x.pt")
-    assert torch.equal(archive.read(archive.load()), torch.arange(1000.0))
+    lazy = archive.lazy(archive.load())
+    assert torch.equal(lazy.read(), torch.arange(1000.0))
+    assert lazy.unchecked == ["their file was written without checksums"]
 
 
 def test_damaged_directories_end_in_an_error_or_data(tmp_path):
