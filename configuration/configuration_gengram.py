@@ -230,7 +230,7 @@ class GengramConfig(PreTrainedConfig):
 
     def _refuse_unknown_names(self, names: dict[str, Any]) -> None:
         """Refuse names that look like misspelt fields, or belong to the class; others are kept, as is usual."""
-        known = list(self.__annotations__)
+        known = list(GengramConfig.__annotations__)
         for name in names:
             is_memory = name.startswith("memory_")
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if is_memory else 0.9)
@@ -287,7 +287,7 @@ class GengramConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in Transformers, but fields among the arguments are there before anything is derived from them."""
-        names = {*cls.__annotations__, *cls.attribute_map}
+        names = {*GengramConfig.__annotations__, *cls.attribute_map}
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         for alias, name in cls.attribute_map.items():
             if alias in given and name in given and given[alias] != given[name]:

@@ -11,7 +11,7 @@ from ..configuration.configuration_gengram import GengramConfig
 logger = logging.get_logger(__name__)
 
 # An adapter's file names its base model, but not how that was loaded: `from_pretrained(..., is_causal=False)` would be
-# forgotten. PEFT keeps this dictionary of facts about the base model for others.
+# forgotten. PEFT saves a dictionary about the base model, `auto_mapping`, and reads none but its own entries.
 _KEY = "gengram_settings"
 
 # Fields that change no output, or only what training does.
@@ -90,7 +90,7 @@ def check_adapters(model: Any) -> None:
     for name, adapter in adapters.items():
         facts = dict(adapter.auto_mapping or {})
         trained = facts.pop(_KEY, None)
-        if trained is None or isinstance(trained, _Noted):
+        if not isinstance(trained, dict) or isinstance(trained, _Noted):
             continue
         here = settings_of(model.config)
         changed = {field: trained[field] for field in here if field in trained and trained[field] != here[field]}

@@ -460,21 +460,7 @@ class GengramModel(GengramPreTrainedModel):
             places = torch.arange(length, device=inputs_embeds.device) + past_seen_tokens
             position_ids = places.unsqueeze(0)  # type: ignore[assignment]
 
-        if isinstance(attention_mask, dict):  # `generate` prepares one when it compiles
-            masks = attention_mask
-        else:
-            mask_arguments: dict[str, Any] = {
-                "config": config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                _CACHE: cache,
-                "position_ids": position_ids,
-            }
-            masks = {"linear_attention": create_recurrent_attention_mask(**mask_arguments)}
-            if sequences is not None and (attention_mask is not None or not is_causal):  # else the library sees it
-                mask_arguments["and_mask_function"] = packed_sequence_mask_function(sequences.expand(batch, -1))
-            masks["full_attention"] = create_causal_mask(**mask_arguments)
-
+        masks = self._masks(inputs_embeds, attention_mask, position_ids, sequences, cache, is_causal)
         memory_layers = [layer for layer in config.memory_layers if layer < config.num_hidden_layers]
         memory_plan = memory_state = codes = None
         if memory_layers:
@@ -503,6 +489,31 @@ class GengramModel(GengramPreTrainedModel):
             memory_state.advance_letters(codes)
         hidden_states = self.norm(hidden_states)
         return GengramModelOutput(last_hidden_state=hidden_states, **{_CACHE: cache if use_cache else None})
+
+    def _masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: Any,
+        sequences: torch.Tensor | None,
+        cache: Cache | None,
+        is_causal: bool,
+    ) -> dict[str, Any]:
+        """What attention may look at, and which tokens of this pass are there; as `generate` prepares it."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        arguments: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            _CACHE: cache,
+            "position_ids": position_ids,
+        }
+        exists = create_recurrent_attention_mask(**arguments)
+        if sequences is not None and (attention_mask is not None or not is_causal):  # else the library sees it
+            sequences = sequences.expand(inputs_embeds.shape[0], -1)
+            arguments["and_mask_function"] = packed_sequence_mask_function(sequences)
+        return {"full_attention": create_causal_mask(**arguments), "linear_attention": exists}
 
     def _sequences(
         self, position_ids: torch.Tensor | None, attention_mask: Any, shape: tuple[int, int], is_causal: bool

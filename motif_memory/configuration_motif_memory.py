@@ -8,7 +8,7 @@ from typing import Any
 POOLINGS = ("exact", "as_trained")
 
 LARGEST_SIZE = 13  # of a k-mer: 5**13 rows are numbered by 32 bits
-LARGEST_WINDOW = 2**20
+LARGEST_WINDOW = 2**16
 LARGEST_REACH = 2**16  # of the convolution, in bases: what decoding must keep of each memory's output
 EPSILONS = (1e-30, 1.0)  # a smaller one is nothing beside float32's squares, a larger one is no epsilon
 
@@ -30,8 +30,8 @@ class MotifMemoryConfig:
             original's differences of prefix sums in the dtype of the tables.
 
     Raises:
-        ValueError: if fields are out of bounds or contradict each other: k up to 13, windows up to 2**20 bases,
-            convolutions that reach back up to 2**16.
+        ValueError: if fields are out of bounds or contradict each other: k up to 13, windows and the reach of
+            the convolution up to 2**16 bases.
 
     Example:
 

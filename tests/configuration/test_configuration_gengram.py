@@ -137,7 +137,7 @@ def test_a_default_that_contradicts_is_said_to_be_one():
     ("fields", "message"),
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4096, got 1000000000"),
-        ({"memory_window": 10**9}, "memory_window must be at most 1048576, got 1000000000"),
+        ({"memory_window": 10**9}, "memory_window must be at most 65536, got 1000000000"),
         ({"memory_conv_dilation": 10**15}, "memory_conv_dilation must be at most 65536, got 10*"),
         (
             {"memory_conv_kernel": 1024, "memory_conv_dilation": 65},
@@ -241,7 +241,7 @@ def is_read_or_refused_in_one_line(fields: dict, folder) -> None:
         assert len(str(error)) < 1500
         return
     assert len(config.layer_types) == config.num_hidden_layers <= 4096
-    assert config.memory.context < 2**20 and config.memory.conv_context <= 2**16
+    assert config.memory.context < 2**16 and config.memory.conv_context <= 2**16
     numbers = (config.rms_norm_eps, config.memory_norm_eps, config.rope_parameters["rope_theta"])
     assert all(isinstance(number, int | float) and 0 < number < math.inf for number in numbers)
 
