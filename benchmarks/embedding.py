@@ -2,15 +2,15 @@
 
     python benchmarks/embedding.py [--device cuda] [--threads N] [--sequences 2000] [--rounds 1]
 
-Sequences of 30 to 1,024 random bases in random order; all read the forward strand in float32 with gengram-mini, means
-of the last hidden states come out, and they agree to 1e-5. Ours is the whole job but for loading the model: the FASTA
+Sequences of 30 to 1,024 random bases in random order; all read the forward strand in float32 with gengram-mini, and
+means of the last hidden states come out. Ours is the whole job but for loading the model: the FASTA
 file is parsed and hashed, and a Parquet file written. The pipeline gets a list in memory and returns tensors, which
 are averaged; its best batch size is found on a tenth of the sequences. "The model alone" is its forward pass on full
 batches of the mean length that are on the device already.
 
 On a processor that others use too, seconds of the processor are what can be compared; `ratios` are made of them
 there, and of seconds on a clock where a GPU computes. Peak memory is that of processes that embed with a tiny model.
-Writes its results as JSON beside those of the other benchmarks.
+Writes `benchmarks/results/embedding.json`.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..support.errors import InputError, MissingExtraError, plain_words, quoted
 from ..support.figures import pyplot
+from ..support.input_file import is_read_once, shown_name
 from ..support.machine import describe_machine
 from ..support.printable import printable
 from .evaluated_model import EvaluatedModel
@@ -135,6 +136,9 @@ def _runs(
 
 def _read(task: Task, data: Path, protocols: Sequence[str]) -> Any:
     with _named(task, data):
+        for path in data_files(task, data):
+            if is_read_once(path):
+                raise InputError(f"{shown_name(path)}: expected a file, got a folder, a pipe or a device.")
         return KINDS[type(task)].read(task, data, protocols)
 
 

@@ -181,6 +181,7 @@ def run_classification(
         "test_rows": sum(map(len, labels)),
         "test_rows_of_classes": dict(zip(classes, counts.tolist(), strict=True)),
         "duplicates_in_train": max(found.duplicates_in_train for found in overlaps),
+        "conflicts_in_train": max(found.conflicts_in_train for found in overlaps),
         "test_rows_in_train": sum(found.test_rows_in_train for found in overlaps),
         "conflicting_labels": sum(found.conflicting_labels for found in overlaps),
     }

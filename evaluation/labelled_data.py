@@ -202,7 +202,7 @@ def _read_hub(source: Mapping[str, Any], columns: Sequence[str]) -> pd.DataFrame
             source["repo"], source.get("name"), split=source["split"], revision=source.get("revision")
         )
     except DatasetsError as error:
-        raise InputError(f"{source_name(source, Path())}: {error}") from error
+        raise InputError(f"{source_name(source, Path())}: {' '.join(str(error).split())}") from error
     missing = [name for name in columns if name not in found.column_names]
     if missing:
         raise InputError(
@@ -232,11 +232,13 @@ class Overlap:
 
     Args:
         duplicates_in_train: rows of the training split that repeat an earlier one.
+        conflicts_in_train: of these, rows whose label differs from those before.
         test_rows_in_train: rows of the test split that occur in the training split.
         conflicting_labels: of these, rows whose label differs there.
     """
 
     duplicates_in_train: int
+    conflicts_in_train: int
     test_rows_in_train: int
     conflicting_labels: int
 
@@ -244,15 +246,17 @@ class Overlap:
 def overlap(train: LabelledSequences, test: LabelledSequences) -> Overlap:
     """Duplicates within the training split, and between it and the test split; either strand counts."""
     seen: dict[str, set[str]] = {}
-    duplicates = 0
+    duplicates = train_conflicts = 0
     for text, label in zip(train.sequences, train.labels, strict=True):
         key = min(text, reverse_complement(text))
-        duplicates += key in seen
-        seen.setdefault(key, set()).add(train.classes[label])
+        labels = seen.setdefault(key, set())
+        duplicates += bool(labels)
+        train_conflicts += bool(labels) and train.classes[label] not in labels
+        labels.add(train.classes[label])
     shared = conflicts = 0
     for text, label in zip(test.sequences, test.labels, strict=True):
-        labels = seen.get(min(text, reverse_complement(text)))
-        if labels is not None:
+        found = seen.get(min(text, reverse_complement(text)))
+        if found is not None:
             shared += 1
-            conflicts += test.classes[label] not in labels
-    return Overlap(duplicates, shared, conflicts)
+            conflicts += test.classes[label] not in found
+    return Overlap(duplicates, train_conflicts, shared, conflicts)

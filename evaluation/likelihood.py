@@ -85,7 +85,9 @@ def read_splits(task: LikelihoodTask, data: Path, protocols: Sequence[str] = ())
     try:
         loaded = load_dataset(str(folder))
     except DatasetsError as error:
-        raise InputError(f"{shown_name(folder)}: expected what `gengram prepare` wrote: {error}") from error
+        raise InputError(
+            f"{shown_name(folder)}: expected what `gengram prepare` wrote: {' '.join(str(error).split())}"
+        ) from error
     names = {"test": task.test, "train": task.train, "validation": task.validation}
     missing = [name for name in names.values() if name not in loaded]
     if missing:

@@ -105,7 +105,8 @@ def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
         if repeated or shared:
             lines.append(
                 f"- {task}: {shared} of {result['test_rows']} test rows also stand in the training rows "
-                f"({result['conflicting_labels']} with another label); {repeated} training rows are repeats."
+                f"({result['conflicting_labels']} with another label); {repeated} training rows are repeats "
+                f"({result['conflicts_in_train']} with another label)."
             )
         absent = [name for name, rows in result.get("test_rows_of_classes", {}).items() if not rows]
         if absent:

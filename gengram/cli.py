@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, embed, generate, info, prepare, score, track, verify
+from .commands import bench, convert, demo, diff, doctor, embed, fill, generate, info, prepare, score, track, verify
 from .support.errors import FetchError, MissingExtraError, plain_words
 from .support.printable import printable_lines
 
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "embed": embed,
     "track": track,
     "prepare": prepare,
+    "fill": fill,
     "generate": generate,
     "bench": bench,
     "demo": demo,

@@ -37,11 +37,15 @@ class CausalEffects:
         tokens: of its tokenizer.
         scores: names of `SCORES`.
         tokens_per_pass: how many tokens, those in caches included, are in memory at once; two windows in any case.
+        counts_other: whether log P(N) counts where a window has N.
     """
 
-    def __init__(self, model: Any, tokens: BaseTokens, scores: Sequence[str], tokens_per_pass: int):
+    def __init__(
+        self, model: Any, tokens: BaseTokens, scores: Sequence[str], tokens_per_pass: int, counts_other: bool = True
+    ):
         self.reader = CausalReader(model, tokens)
         self.tokens, self.scores, self.tokens_per_pass = tokens, scores, tokens_per_pass
+        self.counts_other = counts_other
 
     def measure(self, readings: Sequence[Reading]) -> list[Effect]:
         """The effect of each reading; what is computed together does not change a number beyond rounding."""
@@ -134,6 +138,8 @@ class CausalEffects:
         skipped = ids.shape[1] - ends.letters.shape[1]
         logits, ids = logits[:, skipped:], ids[:, skipped:]  # (rows, length, vocabulary) after each letter
         own = _own_log_probabilities(logits, ids, None if last is None else last[ends.owners])
+        if not self.counts_other:
+            own = own.masked_fill(ids == self.tokens.other, 0)
         found = {"llr": log_likelihood_ratios(own, ends.pairs)}
         if "jsd" in self.scores:
             bases = logits[..., list(self.tokens.bases)].to(widest(logits.device))

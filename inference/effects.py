@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 SCORES = ("llr", "jsd", "embedding", "memory")
+NUMBERS = ("llr", "llr_forward", "llr_reverse", "jsd", "embedding_distance", "memory_change")
 
 
 class Change(NamedTuple):
@@ -75,6 +76,15 @@ class StrandEffects(NamedTuple):
 
     forward: Effect | None
     reverse: Effect | None
+
+    def numbers(self) -> dict[str, float | None]:
+        """The columns `NUMBERS` of a table; None where a number was not asked for, or is not defined."""
+        strands = {
+            "llr_forward": math.nan if self.forward is None else self.forward.llr,
+            "llr_reverse": math.nan if self.reverse is None else self.reverse.llr,
+        }
+        found = {name: strands[name] if name in strands else self.mean(name) for name in NUMBERS}
+        return {name: None if math.isnan(number) else number for name, number in found.items()}
 
     def mean(self, name: str) -> float:
         """One of the numbers of `Effect`, averaged over the strands."""

@@ -1,7 +1,7 @@
 """Which bases fill the gaps of a sequence, and with which probabilities."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,19 @@ from .effects import Change
 from .masked_effects import letter_logits
 from .window_effects import WindowEffects
 
+# What became of a gap, and in words.
+FILLED = "filled"
+NEAREST = "filled_nearest"
+UNSURE = "unsure"
+TOO_MANY = "too_many_gaps"
+STATUSES = {
+    FILLED: "filled together with all other gaps of their windows",
+    NEAREST: "filled together with the nearest gaps only, the others being N",
+    UNSURE: "left, no base being probable enough",
+    TOO_MANY: "left, too many gaps being in their windows; --nearest fills them, too",
+}
+
+_DIGITS = 7  # that mean something: the model computes in float32 at best
 MOST_JOINT = 6  # gaps: 4,096 fillings
 DEFAULT_JOINT = 4
 DEFAULT_CONTEXT = 1024  # bases, if the model reads so many
@@ -34,8 +47,8 @@ class GapWindow(NamedTuple):
     is_exact: bool = True
 
 
-def gap_windows(letters: str, gaps: Sequence[Gap], context: int, joint: int | None) -> Iterator[GapWindow]:
-    """The windows in which gaps are filled, in their order; gaps that have the same window share it.
+def gap_windows(letters: str, gaps: Sequence[Gap], context: int, joint: int | None) -> Iterator[tuple[int, GapWindow]]:
+    """The windows in which gaps are filled, each with its start, in the order of the gaps; equal ones are shared.
 
     The window of a gap at place p has N = min(context, length) bases and starts at clip(p - N // 2, 0, length - N), as
     that of a variant. All gaps in it are filled together if they are at most `joint`; otherwise the `joint` nearest
@@ -59,7 +72,7 @@ def gap_windows(letters: str, gaps: Sequence[Gap], context: int, joint: int | No
     for (start, members, count), group in itertools.groupby(windows, key=lambda window: window[1:]):
         own = [gap._replace(place=gap.place - start) for gap in gaps[members.start : members.stop]]
         asked = tuple(number - members.start for number, *_ in group)
-        yield GapWindow(letters[start : start + length], tuple(own), asked, len(own) == count)
+        yield start, GapWindow(letters[start : start + length], tuple(own), asked, len(own) == count)
 
 
 def _nearest(places: np.ndarray, number: int, low: int, high: int, joint: int | None) -> range:
@@ -74,13 +87,53 @@ def _nearest(places: np.ndarray, number: int, low: int, high: int, joint: int | 
     return range(first, stop)
 
 
+class FilledGap(NamedTuple):
+    """What became of a gap.
+
+    Args:
+        place: in the sequence, from 0.
+        base: the most probable one; N if none was compared.
+        status: one of `STATUSES`.
+        chances: of A, C, G and T, if they were compared.
+    """
+
+    place: int
+    base: str
+    status: str
+    chances: tuple[float, ...] | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As columns: start, base, p_A, p_C, p_G, p_T (to 7 digits) and status."""
+        chances = self.chances or (None,) * len(BASES)
+        numbers = {
+            f"p_{base}": None if chance is None else round(chance, _DIGITS)
+            for base, chance in zip(BASES, chances, strict=True)
+        }
+        return {"start": self.place, "base": self.base, **numbers, "status": self.status}
+
+
+def with_bases(letters: str, gaps: Iterable[tuple[int, str, str]]) -> str:
+    """A sequence whose gaps hold their bases, in the case that they had.
+
+    Args:
+        letters: the sequence.
+        gaps: places, bases and statuses; only what is filled changes.
+    """
+    result = bytearray(letters.encode())
+    for place, base, status in gaps:
+        if status in (FILLED, NEAREST):
+            result[place] = ord(base.lower() if letters[place].islower() else base)
+    return result.decode()
+
+
 class GapFiller:
     """A model, as a function of windows with gaps.
 
     A causal model gives the posterior of the bases: each filling of all gaps of a window is weighted with the
-    likelihood of the whole window, the product of P(base | bases before it) without the first, and a base at a gap
-    gets the sum over the fillings that have it. Of both strands the log-likelihoods are averaged. A masked model
-    gives its probabilities of A, C, G and T at each gap, all gaps masked at once; of both strands the geometric mean.
+    likelihood of the whole window, the product of P(base | letters before it) over all bases but the first (N is no
+    base), and a base at a gap gets the sum over the fillings that have it. Of both strands the log-likelihoods are
+    averaged. A masked model gives its probabilities of A, C, G and T at each gap, all gaps masked at once; of both
+    strands the geometric mean.
 
     Args:
         model: causal or masked language model with single bases as tokens; it is put in `eval()` mode.
@@ -111,13 +164,40 @@ class GapFiller:
         is_masked: bool | None = None,
         tokens_per_pass: int | None = None,
     ):
-        self._effects = WindowEffects(model, tokenizer, ("llr",), strands, is_masked, tokens_per_pass)
+        self._effects = WindowEffects(model, tokenizer, ("llr",), strands, is_masked, tokens_per_pass, False)
         self.is_masked = self._effects.is_masked
 
     @property
     def longest(self) -> int:
         """Most bases of a window."""
         return self._effects.longest
+
+    def fill(
+        self, windows: Sequence[tuple[int, GapWindow]], nearest: bool = False, least_probability: float = 0.0
+    ) -> Iterator[list[FilledGap]]:
+        """The gaps that each of the windows of `gap_windows` is asked for.
+
+        Args:
+            windows: each with its start.
+            nearest: whether windows are filled in which not all gaps are filled together.
+            least_probability: of a base that fills a gap.
+
+        Raises:
+            ValueError: if a window is longer than the model reads.
+        """
+        compared = [window.is_exact or nearest for _, window in windows]
+        found = iter(self.probabilities([window for _, window in itertools.compress(windows, compared)]))
+        for (start, window), is_compared in zip(windows, compared, strict=True):
+            places = [start + window.gaps[number].place for number in window.asked]
+            if not is_compared:
+                yield [FilledGap(place, "N", TOO_MANY) for place in places]
+                continue
+            gaps = []
+            for place, chances in zip(places, next(found), strict=True):
+                status = FILLED if window.is_exact else NEAREST
+                status = UNSURE if chances.max() < least_probability else status
+                gaps.append(FilledGap(place, BASES[chances.argmax()], status, tuple(chances.tolist())))
+            yield gaps
 
     def probabilities(self, windows: Sequence[GapWindow]) -> list[np.ndarray]:
         """Probabilities of A, C, G and T at the gaps that each window is asked for: (asked, 4) float64.

@@ -45,7 +45,7 @@ class HiddenStates:
         batch_tokens: most tokens at once, padding included; a longer sequence is computed alone.
 
     Raises:
-        ValueError: if the model gives no hidden states.
+        ValueError: if the model gives no hidden states, or has an encoder and a decoder.
     """
 
     def __init__(self, loaded: LoadedModel, tokens: Tokens, batch_tokens: int = TOKENS_AT_ONCE):
@@ -54,6 +54,11 @@ class HiddenStates:
         if self._device.type == "cpu":
             batch_tokens = min(batch_tokens, _TOKENS_OF_A_THREAD * torch.get_num_threads())
         self.batch_tokens = batch_tokens
+        if getattr(loaded.model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"expected an encoder or a decoder, got {type(loaded.model).__name__}, which is both: it is not clear "
+                "which of its hidden states are wanted."
+            )
         parameters = inspect.signature(loaded.model.forward).parameters
         self._takes_mask = "attention_mask" in parameters
         self._options = {"use_cache": False} if "use_cache" in parameters else {}

@@ -267,7 +267,9 @@ class _Embedder:
         (vectors,) = self._encoder.pooled(readings, [(self._layer, self._job.pooling)], advance).values()
         if not passages[0].is_whole:
             counts = [max(0, end - start) for start, end in (own.pooled(self._job.pooling) for own in readings)]
+            self._check(vectors[np.array(counts) > 0])
             return _part(passages[0], labels[0], counts, vectors)
+        self._check(vectors)
         columns = {
             "name": [passage.name for passage in passages],
             "start": [passage.origin for passage in passages],
@@ -281,7 +283,8 @@ class _Embedder:
         self, passages: Sequence[Passage], strands: Sequence[str], labels: Sequence[str], vectors: list[np.ndarray]
     ) -> pa.Table:
         found = iter(vectors)
-        means = [mean_of_strands([next(found) for _ in own], own) for own in strands]
+        means = np.concatenate([mean_of_strands([next(found) for _ in own], own) for own in strands])
+        self._check(means)
         counts = [passage.end - passage.start for passage in passages]
         starts = np.concatenate(
             [np.arange(passage.start, passage.end) + passage.origin for passage in passages], dtype=np.int64
@@ -292,7 +295,13 @@ class _Embedder:
             "end": starts + 1,
             "strand": np.repeat(np.array(labels, dtype=object), counts),
         }
-        return embedding_table(columns, np.concatenate(means))
+        return embedding_table(columns, means)
+
+    def _check(self, vectors: np.ndarray) -> None:
+        """Refuse to write NaN or infinity, which means that the numbers of the model's dtype did not suffice."""
+        if not np.isfinite(vectors).all():
+            hint = "try --dtype float32" if self._job.model.dtype != "float32" else "are its weights damaged?"
+            raise ValueError(f"{self._job.model.model} gives NaN or infinity in {self._job.model.dtype}; {hint}")
 
 
 class _Rows:

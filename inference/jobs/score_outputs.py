@@ -1,7 +1,6 @@
 """What `gengram score` writes: a table with a row per alternative allele, or VCF with INFO fields."""
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from ...sequences.variants import SCORED
 from ...sequences.vcf import VariantRecord
 from ...sequences.vcf_output import header_with, line_with, write_vcf
 from ...support.errors import InputError, shortened
+from ..effects import NUMBERS, StrandEffects
 from ..variant_effects import VariantEffect
 from .record import record_json
 from .tables import write_table
@@ -23,14 +23,13 @@ from .tables import write_table
 OUTPUTS = (".vcf", ".vcf.gz", ".tsv", ".parquet")
 
 _DIGITS = 7  # that mean something: the model computes in float32 at best
-_NUMBERS = ("llr", "llr_forward", "llr_reverse", "jsd", "embedding_distance", "memory_change")
 SCHEMA = pa.schema(
     [
         ("chrom", pa.string()),
         ("pos", pa.int64()),
         ("ref", pa.string()),
         ("alt", pa.string()),
-        *((name, pa.float64()) for name in _NUMBERS),
+        *((name, pa.float64()) for name in NUMBERS),
         ("status", pa.string()),
     ]
 )
@@ -70,17 +69,9 @@ def score_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RESULTS)
 
 
-def _numbers(found: Any) -> dict[str, float | None]:
-    numbers = {
-        "llr": found.mean("llr"),
-        "llr_forward": None if found.forward is None else found.forward.llr,
-        "llr_reverse": None if found.reverse is None else found.reverse.llr,
-        **{name: found.mean(name) for name in ("jsd", "embedding_distance", "memory_change")},
-    }
-    return {
-        name: None if number is None or math.isnan(number) else float(f"{number:.{_DIGITS}g}")
-        for name, number in numbers.items()
-    }
+def _numbers(found: StrandEffects) -> dict[str, float | None]:
+    numbers = found.numbers()
+    return {name: None if number is None else float(f"{number:.{_DIGITS}g}") for name, number in numbers.items()}
 
 
 def write_scores(

@@ -1,3 +1,4 @@
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -130,7 +131,24 @@ def test_classes_of_the_test_split_are_those_of_training(tmp_path):
 
 
 def test_overlap_counts_either_strand(tmp_path):
-    (tmp_path / "a.csv").write_text("sequence,label\nAACC,0\nGGTT,0\nACAC,1\nTTTT,1\n")
+    (tmp_path / "a.csv").write_text("sequence,label\nAACC,0\nGGTT,0\nACAC,1\nTTTT,1\nTTTTT,0\nAAAAA,1\n")
     (tmp_path / "b.csv").write_text("sequence,label\nGGTT,0\nGTGT,0\nCCCC,1\nAAAA,1\n")
     found = overlap(read_labelled("a.csv", tmp_path), read_labelled("b.csv", tmp_path))
-    assert (found.duplicates_in_train, found.test_rows_in_train, found.conflicting_labels) == (1, 3, 1)
+    assert (found.duplicates_in_train, found.conflicts_in_train) == (2, 1)
+    assert (found.test_rows_in_train, found.conflicting_labels) == (3, 1)
+
+
+def test_data_sets_of_the_hub_are_checked_like_files(tmp_path, monkeypatch):
+    rows = {"text": ["ACG", "A-G", "AC"], "label": [0, 1, None], "empty": ["", "A", "A"]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **named: datasets.Dataset.from_dict(rows))
+    source = {"repo": "org/name", "split": "train"}
+    for column, label, message in (
+        ("sequence", "label", "data set org/name, train: expected the columns 'sequence', 'label', got 'text'"),
+        ("text", "label", "data set org/name, train, row 3: expected a value in the column 'label', got ''"),
+        ("empty", "text", "data set org/name, train, row 1: expected a sequence, got an empty"),
+        ("text", "empty", "data set org/name, train, row 1: expected a value in the column 'empty'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_labelled(source, tmp_path, column, label)
+    with pytest.raises(InputError, match="expected repo, split, and optionally revision and name"):
+        read_labelled({"repo": "org/name"}, tmp_path)

@@ -5,11 +5,12 @@ import os
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from small_benches import FIELDS, GOOD, quick_results, run_suite, write_variants  # noqa: F401
 
 from gengram.cli import main
-from gengram.evaluation.report import markdown
+from gengram.evaluation.report import markdown, plot
 from gengram.evaluation.run_files import json_text, read_run, without_nan, write_run
 from gengram.evaluation.suite_files import read_suite
 
@@ -140,3 +141,34 @@ def test_repeated_seeds_and_protocols_are_done_once(tmp_path, capsys):
     words = ["--seeds", "0, 0", "--protocols", "baseline-transversion, baseline-transversion"]
     assert run_suite(tmp_path, FIELDS, capsys, *words)[0] == 0
     assert len(json.loads((tmp_path / "results" / "results.json").read_text())) == 1
+
+
+def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path):
+    """Matplotlib takes what is between two of them for a formula, and fails if it is none."""
+    estimates = {"auc": {"value": 0.5, "low": None, "high": None}}
+    result = {"task": "$x^{$", "metric": "auc", "model": "$\\frac$", "protocol": "linear", "metrics": estimates}
+    undefined = result | {"protocol": "frozen", "metrics": {"auc": dict.fromkeys(("value", "low", "high"))}}
+    plot(read_suite("variants"), [result, undefined], tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_data_that_can_be_read_once_are_refused(tmp_path, capsys):
+    write_variants(tmp_path, GOOD)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        code, error = run_suite(tmp_path, FIELDS.replace("genome.fa", name), capsys)
+        assert code == 1 and "task 'it': " in error and "expected a file, got a folder, a pipe or a device" in error
+
+
+def test_a_folder_that_prepare_did_not_write_is_said_so(tmp_path, capsys):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (tmp_path / "set" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    fields = "kind: likelihood, dataset: set, protocols: [baseline-markov-5]"
+    code, error = run_suite(tmp_path, fields, capsys)
+    assert code == 1 and f"task 'it': {tmp_path}/set: expected what `gengram prepare` wrote: " in error
+    for name in ("train", "test"):
+        pd.DataFrame({"text": ["ACGT"]}).to_parquet(tmp_path / "set" / "data" / f"{name}-00000-of-00001.parquet")
+    code, error = run_suite(tmp_path, fields, capsys)
+    assert code == 1 and "set: expected the splits 'test', 'train', 'validation', got 'train', 'test'" in error
+    code, error = run_suite(tmp_path, fields + ", validation: train", capsys)
+    assert code == 1 and "set, split 'test': expected examples with input_ids, got 1 with 'text'" in error

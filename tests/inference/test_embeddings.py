@@ -187,6 +187,13 @@ def test_a_model_without_hidden_states_is_refused():
         SequenceEncoder(LoadedModel(NoStates(), foreign_tokenizer()))
 
 
+def test_a_model_of_encoder_and_decoder_is_refused():
+    model = NoMask()
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="expected an encoder or a decoder, got NoMask, which is both"):
+        SequenceEncoder(LoadedModel(model, foreign_tokenizer()))
+
+
 def test_the_last_layer_is_the_models_last_hidden_state(tiny_folder):
     encoder = SequenceEncoder(str(tiny_folder), device="cpu")
     model = AutoModel.from_pretrained(tiny_folder, dtype=torch.float32).eval()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from source_tree import ROOT
 from tolerances import SAME_HIDDEN_STATES_FP32
 
-from gengram import GengramModel, GengramTokenizer
+from gengram import GengramForCausalLM, GengramModel, GengramTokenizer
 from gengram.cli import main
 from gengram.inference.jobs import ModelOptions, Share
 from gengram.inference.jobs.embed import embed_file, embed_job
@@ -273,22 +273,39 @@ def run_and_die(arguments, after):
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True).returncode
 
 
-@pytest.mark.parametrize("ending", ["parquet", "npz", "h5ad"])
-def test_a_killed_run_goes_on_to_the_same_bytes(fasta, tmp_path, options, ending, monkeypatch):
-    whole = embed_file(fasta, tmp_path / f"out.{ending}", **options).output.read_bytes()
-    (tmp_path / f"out.{ending}").unlink()
-    arguments = ["embed", fasta, "--output", tmp_path / f"out.{ending}", "--layer", LAYER, "--quiet"]
+def test_a_killed_run_goes_on_to_the_same_bytes(fasta, tmp_path, options):
+    whole = embed_file(fasta, tmp_path / "out.parquet", **options).output.read_bytes()
+    (tmp_path / "out.parquet").unlink()
+    arguments = ["embed", fasta, "--output", tmp_path / "out.parquet", "--layer", LAYER, "--quiet"]
     arguments += ["--model", options["model"].model, "--batch-tokens", 2, "--device", "cpu"]
     assert run_and_die(arguments, after=4) == -signal.SIGKILL
-    saved = []
-    original = FinishedChunks.save
-    monkeypatch.setattr(
-        FinishedChunks, "save", lambda self, index, table: (saved.append(index), original(self, index, table))
-    )
-    summary = embed_file(fasta, tmp_path / f"out.{ending}", **options)
-    assert saved and min(saved) == 4 and summary.computed < summary.items
+    summary = embed_file(fasta, tmp_path / "out.parquet", **options)
+    assert 0 < summary.computed < summary.items
     assert summary.output.read_bytes() == whole
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("ending", ["parquet", "npz", "h5ad"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(fasta, tmp_path, options, ending, monkeypatch):
+    output = tmp_path / f"out.{ending}"
+    whole = embed_file(fasta, output, **options).output.read_bytes()
+    output.unlink()
+    saved = []
+    save = FinishedChunks.save
+
+    def stopping(self, index, table):
+        save(self, index, table)
+        saved.append(index)
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FinishedChunks, "save", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        embed_file(fasta, output, **options)
+    assert not output.exists()
+    embed_file(fasta, output, **options)
+    assert saved == sorted(set(saved)) and len(saved) > 4  # nothing twice
+    assert output.read_bytes() == whole
 
 
 @pytest.mark.parametrize("pooling", ["mean", "none"])
@@ -307,6 +324,7 @@ def test_parts_joined_are_the_whole_and_no_pooled_sequence_is_cut(fasta, tmp_pat
         assert rows == [(name, base, base + 1, ".") for name, text in RECORDS for base in range(len(text))]
 
 
+@pytest.mark.slow
 def test_launched_processes_make_one_output(fasta, tmp_path, options):
     whole = embed_file(fasta, tmp_path / "whole.parquet", **options).output
     arguments = ["embed", fasta, "--output", tmp_path / "out.parquet", "--layer", LAYER, "--quiet"]
@@ -405,6 +423,19 @@ def test_regions_that_are_not_there_are_refused_with_their_line(tmp_path, option
     (tmp_path / "in.bed").write_text(bed)
     with pytest.raises(InputError, match=message):
         embed_file(tmp_path / "in.bed", tmp_path / "out.parquet", tmp_path / "genome.fa", **options)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "none"])
+def test_numbers_that_are_not_finite_are_not_written(fasta, tmp_path, options, tiny_folder, pooling):
+    model = GengramForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.inf
+    model.save_pretrained(tmp_path / "damaged")
+    GengramTokenizer(model_max_length=48).save_pretrained(tmp_path / "damaged")
+    options.update(model=ModelOptions(str(tmp_path / "damaged"), device="cpu", batch_tokens=2), layer=-1)
+    with pytest.raises(ValueError, match="damaged gives NaN or infinity in float32; are its weights damaged"):
+        embed_file(fasta, tmp_path / "out.parquet", pooling=pooling, **options)
+    assert not (tmp_path / "out.parquet").exists()
 
 
 @pytest.mark.parametrize(
