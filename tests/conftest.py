@@ -8,6 +8,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that a test starts
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
