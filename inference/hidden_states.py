@@ -63,8 +63,11 @@ class HiddenStates:
         self._takes_mask = "attention_mask" in parameters
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         probe = tokens.encode(_PROBE)[: max(2, (loaded.context - len(tokens.before) - len(tokens.after)) // 2)]
+        self._filler = tokens.pad or 0
         self.layers, self.width = self._layers_and_width(probe)
         self.sees_both_sides = self._looks_ahead(probe)
+        if not self.sees_both_sides:
+            self._filler = int(probe[0])  # as good as any, and Transformers does not ask for a mask
         self.padding = self._harmless_padding(probe)
 
     def layer(self, number: int) -> int:
@@ -104,7 +107,7 @@ class HiddenStates:
         before, after = self.tokens.before, self.tokens.after
         whole = [np.concatenate([before, ids, after]) if before or after else ids for ids in sequences]
         longest = max(map(len, whole))
-        ids = np.full((len(whole), longest), self.tokens.pad or 0, dtype=np.int64)
+        ids = np.full((len(whole), longest), self._filler, dtype=np.int64)
         mask = np.zeros((len(whole), longest), dtype=np.int64)
         for row, own in enumerate(whole):
             ids[row, : len(own)], mask[row, : len(own)] = own, 1
