@@ -17,7 +17,8 @@ _AT_ONCE = 1 << 20
 
 
 class Document:
-    """A piece between gaps: bases `start` to `end` of a record (0-based and half-open), as they were read.
+    """A piece between gaps: bases `start` to `end` of a record (0-based and half-open), as they were read but for the
+    case of N.
 
     Args:
         record: name of the record.

@@ -36,7 +36,7 @@ class ExampleStream:
         tokenizer = GengramTokenizer()
         rows = tokenizer([chr(code) for code in range(128)], add_special_tokens=False)["input_ids"]
         self.ids_of_letters = bytes(row[0] for row in rows) + bytes([int(tokenizer.unk_token_id)]) * 128
-        self.end_of_document = bytes([int(tokenizer.eos_token_id)])
+        self.end_of_document = bytes([tokenizer.get_vocab()["<EOD>"]])
         self.waiting: list[bytes] = []  # of a packed block that is not full yet
         self.origins: list[str] = []
         self.missing = options.length  # tokens of that block

@@ -77,7 +77,7 @@ def iterate_examples(
         InputError: if a file is not FASTA or not DNA, names a record twice, or no rule matches a record.
         OSError: if a file cannot be read.
     """
-    _check_that_none_repeats([os.path.realpath(path) for path in fasta])
+    _check_that_none_repeats([path if str(path) == STANDARD_INPUT else os.path.realpath(path) for path in fasta])
     times_named = Counter(map(_short_name, fasta))
     seen: set[tuple[str, str]] = set()
     streams: dict[tuple[str, float], ExampleStream] = {}
@@ -116,8 +116,8 @@ def _short_name(path: str | Path) -> str:
     return "stdin" if str(path) == STANDARD_INPUT else Path(path).name
 
 
-def _check_that_none_repeats(paths: Sequence[str]) -> None:
-    repeated = [path for path, times in Counter(paths).items() if times > 1]
+def _check_that_none_repeats(paths: Sequence[str | Path]) -> None:
+    repeated = [path for path, times in Counter(map(str, paths)).items() if times > 1]
     if repeated:
         raise InputError(f"expected every file once, got {', '.join(map(shown_name, repeated[:10]))} more often.")
 

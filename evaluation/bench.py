@@ -1,20 +1,40 @@
 """Runs a suite on models and baselines, and reports."""
 
+import contextlib
 import fnmatch
-import hashlib
-import json
+import importlib.util
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..support.errors import InputError, MissingExtraError, plain_words, quoted
+from ..support.figures import pyplot
+from ..support.input_file import is_read_once, shown_name
 from ..support.machine import describe_machine
-from ..support.whole_output import write_whole
-from .protocols import FINE_TUNING, RUNNERS, EvaluatedModel, needs_model
+from ..support.printable import printable
+from .evaluated_model import EvaluatedModel
+from .protocols import KINDS, needs_model
 from .report import write_report
-from .suite import Suite, Task
+from .run_files import data_files, read_run, run_path, without_nan, write_run
+from .suite import ClassificationTask, Suite, Task
+
+
+class Run(NamedTuple):
+    """One protocol on one task by one model (`None` for baselines), and where its result is."""
+
+    task: Task
+    protocol: str
+    model: EvaluatedModel | None
+    seed: int
+    path: Path
+
+    @property
+    def way(self) -> str:
+        """Model, protocol and seed, in words."""
+        name = "" if self.model is None else f"{printable(self.model.name)}, "
+        return f"{name}{self.protocol}, seed {self.seed}"
 
 
 def bench(
@@ -29,7 +49,8 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Run what is missing of a suite, and write the report of all that is there.
 
-    Every run leaves a file below `output/runs`, so that an interrupted evaluation goes on where it was.
+    Every run leaves a file below `output/runs`, so that an interrupted evaluation goes on where it was. What can be
+    known to fail is refused before the first run: data, protocols, libraries, results that were changed.
 
     Args:
         suite: what to do.
@@ -42,73 +63,108 @@ def bench(
         progress: show bars, and a line per run.
 
     Raises:
-        ValueError: if a task does not know a protocol, no task matches, or data are not as the suite says.
+        InputError: if a task does not know a protocol, no task matches, data are not as the suite says, or the file
+            of a run is not as it was written; the message names the task and the file.
+        OSError: if a file cannot be read or written.
+        MissingExtraError: if a protocol needs a library that is not installed.
     """
     chosen = [task for task in suite.tasks if fnmatch.fnmatchcase(task.name, tasks)]
     if not chosen:
-        raise ValueError(f"no task matches {tasks!r}; the suite has {', '.join(task.name for task in suite.tasks)}.")
-    plan = [run for task in chosen for run in _runs(task, models, protocols or task.protocols, seeds)]
+        raise InputError(f"no task matches {tasks!r}; the suite has {quoted(task.name for task in suite.tasks)}.")
+    plan = [run for task in chosen for run in _runs(task, models, protocols or task.protocols, seeds, data, output)]
     if not plan:
-        raise ValueError("nothing to run: every protocol needs a model, and none was given.")
-    results = []
-    for number, (task, protocol, model, seed) in enumerate(plan, start=1):
-        name = model.name if model is not None else protocol
-        path = output / "runs" / f"{_key(task, protocol, model, seed)}.json"
-        if path.exists():
-            results.append(json.loads(path.read_text()))
-            continue
+        raise InputError("nothing to run: every protocol needs a model, and none was given.")
+    for model in models:
+        if not model.name.isprintable():  # it goes into reports and JSON
+            raise InputError(f"expected names of models without control characters, got {model.name!r}.")
+    (output / "runs").mkdir(parents=True, exist_ok=True)
+    pyplot()
+    results, missing = {}, []
+    for run in plan:
+        stored = read_run(run.path)
+        if stored is None:
+            missing.append(run)
+        else:
+            results[run.path] = stored
+    _check_libraries(missing)
+    for task in chosen:
+        names = [run.protocol for run in missing if run.task is task]
+        if names:
+            _read(task, data, names)
+    loaded: tuple[Task | None, Any] = (None, None)
+    for number, run in enumerate(missing, start=1):
         if progress:
-            print(f"{number} of {len(plan)}: {task.name}, {name}, {protocol}, seed {seed}", file=sys.stderr)
+            print(f"{number} of {len(missing)}: {run.task.name}, {run.way}", file=sys.stderr)
+        if loaded[0] is not run.task:
+            loaded = run.task, _read(run.task, data, [run.protocol])
         start = time.perf_counter()
-        found = RUNNERS[type(task)][1](protocol, model, task, data, seed, progress)
-        result = {
-            "suite": suite.name,
-            "task": task.name,
-            "metric": task.metric,
-            "model": None if model is None else model.name,
-            "protocol": protocol,
-            "seed": seed,
-            **found,
-            "seconds": time.perf_counter() - start,
-            "machine": describe_machine(),
-        }
-        write_whole(path, json.dumps(result, indent=1) + "\n")
-        results.append(result)
-    write_report(suite, results, output)
-    return results
+        with _named(run.task, data, run):
+            result = KINDS[type(run.task)].run(run.protocol, run.model, run.task, loaded[1], run.seed, progress)
+        name = None if run.model is None else run.model.name
+        described = {"task": run.task.name, "model": name, "protocol": run.protocol, "seed": run.seed}
+        seconds = {"seconds": time.perf_counter() - start, "machine": describe_machine()}
+        results[run.path] = without_nan({**described, **result, **seconds})
+        write_run(run.path, results[run.path])
+    shown = [{"suite": suite.name, "metric": run.task.metric, **results[run.path]} for run in plan]
+    write_report(suite, shown, output)
+    return shown
 
 
 def _runs(
-    task: Task, models: Sequence[EvaluatedModel], protocols: Sequence[str], seeds: Sequence[int]
-) -> list[tuple[Task, str, EvaluatedModel | None, int]]:
-    known = RUNNERS[type(task)][0]
+    task: Task,
+    models: Sequence[EvaluatedModel],
+    protocols: Sequence[str],
+    seeds: Sequence[int],
+    data: Path,
+    output: Path,
+) -> list[Run]:
+    """The runs of a task, each once."""
+    known = KINDS[type(task)].protocols
     unknown = [protocol for protocol in protocols if protocol not in known]
     if unknown:
-        raise ValueError(f"task {task.name!r}: unknown protocols {unknown}; it can do {list(known)}.")
-    return [
-        (task, protocol, model, seed)
+        raise InputError(
+            f"task {task.name!r}: unknown protocols {quoted(unknown, list(known))}; it can do {', '.join(known)}."
+        )
+    runs = [
+        Run(task, protocol, model, seed, run_path(output, task, protocol, model, seed, data))
         for protocol in protocols
         for model in (models if needs_model(protocol) else [None])
         for seed in seeds
     ]
+    return list({run.path: run for run in runs}.values())
 
 
-def _key(task: Task, protocol: str, model: EvaluatedModel | None, seed: int) -> str:
-    """A file name that changes with anything that a result depends on."""
-    unused = {"protocols", "metric"} | (set() if protocol in FINE_TUNING else {"fine_tuning"})
-    described = {
-        "task": {name: value for name, value in asdict(task).items() if name not in unused},
-        "protocol": protocol,
-        "model": None if model is None else [model.name, str(model.dtype), model.loading, _weights(model.name)],
-        "seed": seed,
-    }
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return f"{task.name.replace('/', '_').replace(' ', '_')}-{protocol}-{digest}"
+def _read(task: Task, data: Path, protocols: Sequence[str]) -> Any:
+    with _named(task, data):
+        for path in data_files(task, data):
+            if is_read_once(path):
+                raise InputError(f"{shown_name(path)}: expected a file, got a folder, a pipe or a device.")
+        return KINDS[type(task)].read(task, data, protocols)
 
 
-def _weights(name: str) -> list[Any] | None:
-    """What tells the weights of a local folder from others under the same name."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return None
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))]
+@contextlib.contextmanager
+def _named(task: Task, data: Path, run: Run | None = None) -> Iterator[None]:
+    """Errors say which task and run they are of, and which files it reads."""
+    try:
+        yield
+    except (ValueError, OSError, MissingExtraError) as error:
+        message = plain_words(error) if isinstance(error, OSError) else str(error)
+        where = f"task {task.name!r}"
+        if run is not None:  # what it ran on; errors of reading name their file themselves
+            files = [printable(path) for path in data_files(task, data)]
+            where += f", {run.way}"
+            where += f" ({', '.join(files[:4])})" if files else ""
+        kind = MissingExtraError if isinstance(error, MissingExtraError) else InputError
+        raise kind(f"{where}: {message}") from error
+
+
+def _check_libraries(runs: Sequence[Run]) -> None:
+    """Refuse protocols whose library is not installed, before hours of others."""
+    for run in runs:
+        needed = {"lora": "peft", "baseline-kmer-xgboost": "xgboost"}.get(run.protocol)
+        if run.protocol == "frozen" and isinstance(run.task, ClassificationTask) and "xgboost" in run.task.classifiers:
+            needed = "xgboost"
+        if needed is not None and importlib.util.find_spec(needed) is None:
+            raise MissingExtraError(
+                f"task {run.task.name!r}, {run.protocol}: needs {needed}: pip install 'gengram[evaluation]'"
+            )

@@ -1,6 +1,10 @@
 """Bits per base of held-out sequence: language models beside Markov models, on the same bases."""
 
+import functools
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +12,17 @@ import torch
 from datasets import Dataset
 
 from ..data_preparation.collator import DataCollatorForGenomeModeling
+from ..data_preparation.prepared_examples import digits_of
+from ..inference.base_tokens import BaseTokens
 from ..inference.likelihood import IGNORED, next_token_log_probabilities
+from ..sequences.alphabet import OTHER
 from ..support.bootstrap import Estimate, estimate
+from ..support.errors import InputError, quoted
+from ..support.input_file import shown_name
 from ..support.progress import progress_bar
+from .evaluated_model import EvaluatedModel
+from .markov import MarkovModel
+from .suite import LikelihoodTask
 
 
 @torch.inference_mode()
@@ -41,5 +53,115 @@ def bits_of_examples(
 
 
 def bits_per_base(bits: np.ndarray, bases: np.ndarray) -> Estimate:
-    """Bits per base of examples, each with its sum of bits and its number of bases."""
-    return estimate(lambda rows: bits[rows].sum() / bases[rows].sum(), len(bits))
+    """Bits per base of examples, each with its sum of bits and its number of bases.
+
+    Raises:
+        ValueError: if there are no bases, or bits are not finite.
+    """
+    if not bases.sum():
+        raise ValueError("expected examples with bases behind their first token, got none.")
+    if not np.isfinite(bits).all():
+        raise ValueError(
+            f"expected finite bits, got others for {int((~np.isfinite(bits)).sum())} of {len(bits)} examples."
+        )
+    with np.errstate(invalid="ignore"):  # a sample of examples may have no bases
+        return estimate(lambda rows: bits[rows].sum() / bases[rows].sum(), len(bits))
+
+
+def read_splits(task: LikelihoodTask, data: Path, protocols: Sequence[str] = ()) -> dict[str, Dataset]:
+    """The splits `train`, `validation` and `test` of a task, by these names.
+
+    Raises:
+        InputError: if the folder is not what `gengram prepare` wrote, or lacks a split.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    folder = data / task.dataset
+    if not (folder / "data").is_dir():
+        raise InputError(
+            f"{shown_name(folder)}: expected the folder that `gengram prepare` wrote, got no folder `data` in it."
+        )
+    try:
+        loaded = load_dataset(str(folder))
+    except (DatasetsError, ValueError) as error:  # Arrow's errors are among the latter
+        raise InputError(
+            f"{shown_name(folder)}: expected what `gengram prepare` wrote: {' '.join(str(error).split())}"
+        ) from error
+    names = {"test": task.test, "train": task.train, "validation": task.validation}
+    missing = [name for name in names.values() if name not in loaded]
+    if missing:
+        raise InputError(f"{shown_name(folder)}: expected the splits {quoted(names.values())}, got {quoted(loaded)}.")
+    splits = {part: loaded[name] for part, name in names.items()}
+    for part, split in splits.items():
+        if "input_ids" not in split.column_names or not len(split):
+            raise InputError(
+                f"{shown_name(folder)}, split {names[part]!r}: expected examples with input_ids, got "
+                f"{len(split)} with {quoted(split.column_names)}."
+            )
+    if task.examples is not None and task.examples < len(splits["test"]):
+        splits["test"] = splits["test"].shuffle(seed=0).select(range(task.examples))
+    return splits
+
+
+def causal_likelihood(
+    model: EvaluatedModel, splits: dict[str, Dataset], progress: bool
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Bits and bases of every example by a causal model.
+
+    Raises:
+        ValueError: if the model's tokens are not those of the data set.
+    """
+    _check_tokens(BaseTokens.of(model.causal.tokenizer), splits["test"])
+    bar = model.name if progress else None
+    return *bits_of_examples(model.causal.model, splits["test"], progress=bar), {}
+
+
+def _check_tokens(tokens: BaseTokens, dataset: Dataset) -> None:
+    """Refuse a model that would read the bases of a data set as others: its likelihoods would mean nothing."""
+    few = dataset.select(range(min(64, len(dataset))))
+    expected = np.array([*tokens.bases])
+    for ids, digits in zip(few.with_format("numpy")["input_ids"], digits_of(few), strict=True):
+        is_base = digits < OTHER
+        if (expected[digits[is_base]] != ids[is_base]).any():
+            raise ValueError(
+                f"expected a model whose tokens are those of `gengram prepare`, got one that reads A, C, G and T as "
+                f"{list(tokens.bases)}."
+            )
+
+
+def markov_likelihood(
+    model: None, splits: dict[str, Dataset], progress: bool, order: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Bits and bases of every example by a Markov model of the training split, smoothing chosen on validation."""
+    markov = MarkovModel(order)
+    markov.count(digits_of(splits["train"]))
+    strength = markov.choose_strength(list(digits_of(splits["validation"])))
+    counted = [markov.evaluate([digits], strength) for digits in digits_of(splits["test"])]
+    bits, bases = np.array(counted).T
+    return bits, bases, {"order": order, "strength": strength}
+
+
+LIKELIHOOD: dict[str, Callable[..., tuple[np.ndarray, np.ndarray, dict[str, Any]]]] = {
+    "likelihood": causal_likelihood,
+    "baseline-markov-5": functools.partial(markov_likelihood, order=5),
+    "baseline-markov-11": functools.partial(markov_likelihood, order=11),
+}
+
+
+def run_likelihood(
+    protocol: str,
+    model: EvaluatedModel | None,
+    task: LikelihoodTask,
+    splits: dict[str, Dataset],
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """Bits per base of the test split by one protocol."""
+    bits, bases, details = LIKELIHOOD[protocol](model, splits, progress=progress)
+    return {
+        "metrics": {"bits_per_base": asdict(bits_per_base(bits, bases))},
+        "details": details,
+        "train_rows": len(splits["train"]),
+        "test_rows": len(splits["test"]),
+    }

@@ -119,5 +119,14 @@ class MarkovModel:
     def choose_strength(
         self, sequences: Sequence[np.ndarray], grid: Sequence[float] = (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256)
     ) -> float:
-        """The strength of the grid with the fewest bits on development sequences."""
-        return min(grid, key=lambda strength: self.evaluate(sequences, strength)[0])
+        """The strength of the grid with the fewest bits on development sequences.
+
+        Raises:
+            ValueError: if these hold no bases to choose by, or none were counted.
+        """
+        found = {strength: self.evaluate(sequences, strength) for strength in grid}
+        if not any(bases for _, bases in found.values()) or not any(map(np.any, [self.counts, *self._short])):
+            raise ValueError(
+                "expected bases both in the sequences that are counted and in those to choose by, got none."
+            )
+        return min(grid, key=lambda strength: found[strength][0])

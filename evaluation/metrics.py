@@ -9,34 +9,43 @@ from sklearn import metrics as sk
 from ..support.bootstrap import Estimate, estimate
 
 
-def _auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+def auc(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Area under the ROC curve; for more than two classes the mean of one against the rest."""
     return _mean_over_classes(sk.roc_auc_score, labels, probabilities)
 
 
-def _auprc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+def auprc(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Average precision; for more than two classes the mean of one against the rest."""
     return _mean_over_classes(sk.average_precision_score, labels, probabilities)
 
 
-def _mean_over_classes(metric: Callable[..., float], labels: np.ndarray, probabilities: np.ndarray) -> float:
+def mcc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Matthews correlation coefficient of the most probable classes; 0 if all rows are predicted as one class."""
     if len(np.unique(labels)) < 2:
+        return float("nan")
+    return float(sk.matthews_corrcoef(labels, probabilities.argmax(1)))
+
+
+def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Share of rows whose most probable class is the true one."""
+    return float(sk.accuracy_score(labels, probabilities.argmax(1)))
+
+
+def _mean_over_classes(metric: Callable[..., float], labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """The mean over the classes that rows have; nan where all rows are of one class."""
+    present = np.unique(labels)
+    if len(present) < 2:
         return float("nan")
     if probabilities.shape[1] == 2:
         return float(metric(labels == 1, probabilities[:, 1]))
-    present = [index for index in range(probabilities.shape[1]) if 0 < (labels == index).sum() < len(labels)]
     return float(np.mean([metric(labels == index, probabilities[:, index]) for index in present]))
 
 
-def _of_predictions(metric: Callable[..., float]) -> Callable[[np.ndarray, np.ndarray], float]:
-    return lambda labels, probabilities: float(metric(labels, probabilities.argmax(1)))
-
-
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "auc": _auc,
-    "auprc": _auprc,
-    "mcc": _of_predictions(sk.matthews_corrcoef),
-    "accuracy": _of_predictions(sk.accuracy_score),
+    "auc": auc,
+    "auprc": auprc,
+    "mcc": mcc,
+    "accuracy": accuracy,
 }
 
 
@@ -45,6 +54,9 @@ def evaluate(
 ) -> dict[str, Estimate]:
     """Metrics of predicted class probabilities, with intervals.
 
+    What is not defined is nan: AUC, AUPRC and MCC of rows that are all of one class, and the interval of one row. A
+    class without rows does not count in the means over classes.
+
     Args:
         labels: (rows,) true classes, 0..classes-1.
         probabilities: (rows, classes).
@@ -52,15 +64,33 @@ def evaluate(
         samples: bootstrap samples of the rows; 0 gives no interval (nan).
 
     Raises:
-        ValueError: if shapes differ, a value is not finite, or a metric is not known.
+        ValueError: if there are no rows or fewer than two classes, shapes differ, a label is none of the classes, a
+            probability is not finite, or a metric is not known.
     """
-    if probabilities.ndim != 2 or len(probabilities) != len(labels) or not np.isfinite(probabilities).all():
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
+    if probabilities.ndim != 2 or probabilities.shape[1] < 2 or labels.shape != (len(probabilities),):
         raise ValueError(
-            f"expected finite probabilities (rows, classes) for {len(labels)} rows, got {probabilities.shape}."
+            f"expected probabilities (rows, 2 classes or more) and labels (rows,), got {probabilities.shape} and "
+            f"{labels.shape}."
+        )
+    if not len(labels):
+        raise ValueError("expected rows to evaluate, got none.")
+    if labels.dtype.kind not in "biu" or labels.min() < 0 or labels.max() >= probabilities.shape[1]:
+        raise ValueError(
+            f"expected labels that are whole numbers in 0..{probabilities.shape[1] - 1}, got {np.unique(labels)[:10]}."
+        )
+    wrong = np.flatnonzero(~np.isfinite(probabilities).all(1))
+    if len(wrong):
+        raise ValueError(
+            f"expected finite probabilities (or scores), got {probabilities[wrong[0]]} in row {wrong[0]} (from 0) and "
+            f"others in {len(wrong) - 1} more of {len(labels)} rows."
         )
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise ValueError(f"unknown metrics {unknown}; known are {list(METRICS)}.")
+    labels = labels.astype(np.int64)
+    if len(labels) == 1:
+        samples = 0
 
     def of(metric: Callable[[np.ndarray, np.ndarray], float]) -> Estimate:
         return estimate(lambda rows: metric(labels[rows], probabilities[rows]), len(labels), samples)

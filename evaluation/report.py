@@ -2,95 +2,149 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ..support.errors import quoted, shortened
 from ..support.figures import pyplot, write_figure
+from ..support.printable import printable
 from ..support.whole_output import write_whole
+from .run_files import json_text
 from .suite import Suite
 
 
-def results_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row per run and metric."""
+def metrics_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row per run and metric; what has parts is JSON."""
     rows = []
     for result in results:
         shared = {name: value for name, value in result.items() if name not in ("metrics", "metric")}
-        shared |= {name: json.dumps(shared[name]) for name in ("details", "machine") if name in shared}
+        shared |= {name: json.dumps(value) for name, value in shared.items() if isinstance(value, dict | list)}
         for metric, estimate in result["metrics"].items():
             rows.append({**shared, "metric": metric, "is_main_metric": metric == result["metric"], **estimate})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({name: float for name in ("value", "low", "high")})
 
 
-def _way(result: dict[str, Any]) -> str:
-    """What a column of the report is about."""
-    if result["model"] is None:
-        return str(result["protocol"]).replace("baseline-", "")
-    return f"{Path(result['model']).name}, {result['protocol']}"
+def _ways(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What a column of the report is about, for each result; models of one name are told apart by their folders."""
+    models = {result["model"] for result in results if result["model"] is not None}
+    counts = Counter(Path(model).name for model in models)
+    shown = {model: Path(model).name if counts[Path(model).name] == 1 else model for model in models}
+    return [
+        f"{shown[result['model']]}, {result['protocol']}"
+        if result["model"] is not None
+        else str(result["protocol"]).replace("baseline-", "")
+        for result in results
+    ]
 
 
 def _main_values(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[str], dict[tuple[str, str], list[Any]]]:
     """Tasks, ways, and the estimates of the main metric of each, one per seed."""
     found: dict[tuple[str, str], list[Any]] = {}
-    for result in results:
-        found.setdefault((result["task"], _way(result)), []).append(result["metrics"][result["metric"]])
+    for result, way in zip(results, _ways(results), strict=True):
+        found.setdefault((result["task"], way), []).append(result["metrics"][result["metric"]])
     tasks = list(dict.fromkeys(task for task, _ in found))
     ways = sorted(dict.fromkeys(way for _, way in found), key=lambda way: ("," not in way, way))
     return tasks, ways, found
+
+
+def _mean(estimates: Sequence[dict[str, float | None]], name: str) -> float | None:
+    """The mean of a field over seeds; None if it is not defined for one."""
+    values = [estimate[name] for estimate in estimates]
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if len(defined) == len(values) else None
+
+
+def _estimate_text(estimates: Sequence[dict[str, float | None]], is_best: bool = False) -> str:
+    """`**0.671** (0.625 to 0.714)`."""
+    value, low, high = (_mean(estimates, name) for name in ("value", "low", "high"))
+    if value is None:
+        return "not defined"
+    text = f"**{value:.3f}**" if is_best else f"{value:.3f}"
+    return text if low is None or high is None else f"{text} ({low:.3f} to {high:.3f})"
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a table may hold it, whatever is in it."""
+    return printable(text).replace("|", "\\|")
 
 
 def markdown(suite: Suite, results: Sequence[dict[str, Any]]) -> str:
     """A table of the main metric with its interval, a row per task; then what is odd about the data."""
     tasks, ways, found = _main_values(results)
     metric = {result["task"]: result["metric"] for result in results}
-    lines = [f"# {suite.name}", "", suite.description.strip(), ""]
-    lines.append("| task | metric | " + " | ".join(ways) + " |")
+    lines = [f"# {printable(suite.name)}", "", suite.description.strip(), ""]
+    lines.append("| task | metric | " + " | ".join(map(_cell, ways)) + " |")
     lines.append("|" + "---|" * (len(ways) + 2))
     for task in tasks:
-        lower_is_better = metric[task] == "bits_per_base"
-        means = {
-            way: sum(estimate["value"] for estimate in found[task, way]) / len(found[task, way])
-            for way in ways
-            if (task, way) in found
-        }
-        best = (min if lower_is_better else max)(means.values())
-        cells = []
-        for way in ways:
-            if (task, way) not in found:
-                cells.append("")
-                continue
-            estimates = found[task, way]
-            low = sum(estimate["low"] for estimate in estimates) / len(estimates)
-            high = sum(estimate["high"] for estimate in estimates) / len(estimates)
-            text = f"{means[way]:.3f}"
-            cells.append((f"**{text}**" if means[way] == best else text) + f" ({low:.3f} to {high:.3f})")
-        lines.append(f"| {task} | {metric[task]} | " + " | ".join(cells) + " |")
+        means = {way: _mean(found[task, way], "value") for way in ways if (task, way) in found}
+        defined = [mean for mean in means.values() if mean is not None]
+        best = (min if metric[task] == "bits_per_base" else max)(defined, default=None)
+        cells = [_estimate_text(found[task, way], means[way] == best) if (task, way) in found else "" for way in ways]
+        lines.append(f"| {_cell(task)} | {metric[task]} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Value and 95 % bootstrap interval of the test rows; with several seeds, the mean of each. Bold: best.",
     ]
-    seen = set()
+    lines += _notes(results) + _strata(results)
+    return "\n".join(lines) + "\n"
+
+
+def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What is odd about the rows, each line once: repeats, classes without test rows, rows left out."""
+    lines = []
+    kinds_left_out: dict[str, set[str]] = {}
     for result in results:
+        kinds_left_out.setdefault(result["task"], set()).add(json.dumps(result.get("left_out", {}), sort_keys=True))
+    for result, way in zip(results, _ways(results), strict=True):
+        task = printable(result["task"])
         repeated, shared = result.get("duplicates_in_train", 0), result.get("test_rows_in_train", 0)
-        if result["task"] not in seen and (repeated or shared):
-            seen.add(result["task"])
+        if repeated or shared:
             lines.append(
-                f"- {result['task']}: {shared} of {result['test_rows']} test rows also stand in the training rows "
-                f"({result['conflicting_labels']} with another label); {repeated} training rows are repeats."
+                f"- {task}: {shared} of {result['test_rows']} test rows also stand in the training rows "
+                f"({result['conflicting_labels']} with another label); {repeated} training rows are repeats "
+                f"({result['conflicts_in_train']} with another label)."
             )
-    for result in results:
+        absent = [name for name, rows in result.get("test_rows_of_classes", {}).items() if not rows]
+        if absent:
+            lines.append(
+                f"- {task}: no test rows of {quoted(absent)}; AUC and AUPRC are means over the other classes."
+            )
+        left_out = sorted(result.get("left_out", {}).items(), key=lambda item: -item[1])
+        if left_out:
+            total = sum(count for _, count in left_out)
+            reasons = "; ".join(f"{printable(reason)} ({count:,})" for reason, count in left_out)
+            of = f"{task}, {printable(way)}" if len(kinds_left_out[result["task"]]) > 1 else task
+            lines.append(f"- {of}: {total:,} of {total + result['test_rows']:,} rows were left out: {reasons}.")
+        others = result["details"].get("compared_with", {}) if isinstance(result["details"], dict) else {}
+        if len(others) > 1:
+            labels = ", ".join(f"{shortened(name)} ({count:,})" for name, count in list(others.items())[:10])
+            lines.append(f"- {task}: compared with the labels {labels}.")
+    return list(dict.fromkeys(lines))
+
+
+def _strata(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Tables of the areas under the curve within each kind of variant."""
+    lines = []
+    for result, way in zip(results, _ways(results), strict=True):
         strata = result["details"].get("strata") if isinstance(result["details"], dict) else None
         if strata:
-            lines += ["", f"## {result['task']}, {_way(result)}, within each kind", ""]
+            lines += ["", f"## {printable(result['task'])}, {printable(way)}, within each kind", ""]
             lines += ["| kind | rows | positive | mean score | AUC |", "|---|---|---|---|---|"]
             for kind, found in strata.items():
-                auc = "{value:.3f} ({low:.3f} to {high:.3f})".format(**found["auc"]) if "auc" in found else ""
+                auc = _estimate_text([found["auc"]]) if "auc" in found else ""
                 lines.append(
-                    f"| {kind} | {found['rows']} | {found['positives']} | {found['mean_score']:.3g} | {auc} |"
+                    f"| {_cell(kind)} | {found['rows']} | {found['positives']} | {found['mean_score']:.3g} | {auc} |"
                 )
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _plain(text: str) -> str:
+    """Text for Matplotlib, which takes what is between dollar signs for a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def plot(suite: Suite, results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -107,11 +161,14 @@ def plot(suite: Suite, results: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, task in zip(axes.flat, tasks, strict=False):
         for place, way in enumerate(ways):
             for estimate in found.get((task, way), []):
+                if estimate["value"] is None:
+                    continue
                 colour = "tab:blue" if "," in way else "tab:gray"
-                axis.plot([estimate["low"], estimate["high"]], [place, place], color=colour, linewidth=2)
+                if estimate["low"] is not None:
+                    axis.plot([estimate["low"], estimate["high"]], [place, place], color=colour, linewidth=2)
                 axis.plot(estimate["value"], place, "o", color=colour)
-        axis.set_title(f"{task} ({metric[task]})", fontsize=9)
-        axis.set_yticks(range(len(ways)), ways, fontsize=8)
+        axis.set_title(_plain(f"{task} ({metric[task]})"), fontsize=9)
+        axis.set_yticks(range(len(ways)), map(_plain, ways), fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     axes[0, 0].invert_yaxis()
     figure.tight_layout()
@@ -121,7 +178,7 @@ def plot(suite: Suite, results: Sequence[dict[str, Any]], path: Path) -> None:
 def write_report(suite: Suite, results: Sequence[dict[str, Any]], output: Path) -> None:
     """Write `results.parquet`, `results.json`, `report.md` and `report.svg`."""
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "results.json", json.dumps(list(results), indent=1) + "\n")
-    write_whole(output / "results.parquet", results_table(results).to_parquet())
+    write_whole(output / "results.json", json_text(list(results)))
+    write_whole(output / "results.parquet", metrics_table(results).to_parquet())
     write_whole(output / "report.md", markdown(suite, results))
     plot(suite, results, output / "report.svg")

@@ -6,6 +6,7 @@ import numpy as np
 from scipy import sparse
 
 from ..sequences.alphabet import OTHER, base_digits
+from ..support.errors import InputError
 
 
 def kmer_counts(sequences: Sequence[str], largest: int) -> sparse.csr_matrix:
@@ -19,8 +20,9 @@ def kmer_counts(sequences: Sequence[str], largest: int) -> sparse.csr_matrix:
         is_valid = np.ones(len(digits), dtype=bool)
         for k in range(1, largest + 1):
             shifted, fits = np.zeros_like(codes), np.zeros_like(is_valid)
-            shifted[k - 1 :] = digits[: len(digits) - k + 1] % 4 * 4 ** (k - 1)
-            fits[k - 1 :] = digits[: len(digits) - k + 1] < OTHER
+            firsts = digits[: max(0, len(digits) - k + 1)]  # first bases of the k-mers; none in a shorter sequence
+            shifted[k - 1 :] = firsts % 4 * 4 ** (k - 1)
+            fits[k - 1 :] = firsts < OTHER
             codes, is_valid = codes + shifted, is_valid & fits
             found.append(codes[is_valid] + offsets[k - 1])
         names, counts = np.unique(np.concatenate(found), return_counts=True)
@@ -31,15 +33,26 @@ def kmer_counts(sequences: Sequence[str], largest: int) -> sparse.csr_matrix:
     return sparse.csr_matrix((np.concatenate(values), np.concatenate(columns), starts), shape=shape)
 
 
+def check_one_length(sequences: Sequence[str]) -> int:
+    """The length that all sequences have.
+
+    Raises:
+        InputError: if they differ: then positions mean nothing.
+    """
+    lengths = {len(sequence) for sequence in sequences}
+    if len(lengths) != 1:
+        found = f"{min(lengths)} to {max(lengths)} bases" if lengths else "none"
+        raise InputError(f"one-hot positions need sequences of one length, got {found}.")
+    return lengths.pop()
+
+
 def positional_one_hot(sequences: Sequence[str]) -> sparse.csr_matrix:
     """One column per position and base, (sequences, 4 * length).
 
     Raises:
-        ValueError: if the sequences differ in length: then positions mean nothing.
+        InputError: if the sequences differ in length.
     """
-    length = len(sequences[0])
-    if any(len(sequence) != length for sequence in sequences):
-        raise ValueError("positional one-hot needs sequences of one length; these differ.")
+    length = check_one_length(sequences)
     digits = np.stack([base_digits(sequence).astype(np.int64) for sequence in sequences])  # (sequences, length)
     rows, places = np.nonzero(digits < OTHER)
     columns = places * 4 + digits[rows, places]

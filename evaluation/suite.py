@@ -1,17 +1,17 @@
-"""Suites: what to evaluate, on which data, by which metric; declared in a YAML file."""
+"""Suites: what to evaluate, on which data, by which metric."""
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import yaml
-
 from ..inference.pooling import POOLINGS
+from ..support.errors import InputError, quoted, shortened
+from .tables import class_name
 
 METRICS = ("auc", "auprc", "mcc", "accuracy")
-BUILT_IN = Path(__file__).parent / "suites"
+AREAS = ("auc", "auprc")  # what scores without a threshold have
+CLASSIFIERS = ("logistic", "mlp", "xgboost")
+Source = str | dict[str, str]  # see `labelled_data.read_labelled`
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,26 @@ class FineTuningOptions:
                 continue
             kind = type(default)
             if type(value) is not kind and not (kind is float and type(value) is int):
-                hint = " (YAML reads 3e-4 as a word, 3.0e-4 as a number)" if isinstance(value, str) else ""
-                raise ValueError(f"fine-tuning: {option.name} must be of type {kind.__name__}, got {value!r}{hint}.")
+                raise InputError(
+                    f"fine_tuning: {option.name} must be of type {kind.__name__}, got {shortened(value)}."
+                )
+        for name, (is_allowed, expected) in _FINE_TUNING_BOUNDS.items():
+            value = getattr(self, name)
+            if not (is_allowed(value) and value < 1e9):
+                raise InputError(f"fine_tuning: {name} must be {expected}, got {shortened(value)}.")
         if self.pooling is not None and self.pooling not in POOLINGS:
-            raise ValueError(f"fine-tuning: expected a pooling of {POOLINGS}, got {self.pooling!r}.")
+            raise InputError(f"fine_tuning: expected a pooling of {POOLINGS}, got {shortened(self.pooling)}.")
+
+
+_FINE_TUNING_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "epochs": (lambda value: value > 0, "above 0"),
+    "patience": (lambda value: value >= 1, "1 or more"),
+    "learning_rate": (lambda value: value > 0, "above 0"),
+    "batch_size": (lambda value: value >= 1, "1 or more"),
+    "weight_decay": (lambda value: value >= 0, "0 or more"),
+    "lora_rank": (lambda value: value >= 1, "1 or more"),
+    "label_smoothing": (lambda value: 0 <= value < 1, "0 or more and below 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,19 +82,19 @@ class ClassificationTask:
     Args:
         name: of the task.
         train, test: sources of `labelled_data.read_labelled`. Without `test`, `fold` names a column of `train`, and
-            each of its values is tested once by a classifier of all the others.
+            each of its three or more values is tested once by a classifier of all the others.
         sequence, label: columns.
         metric: the one that tables and plots show; all are reported.
         protocols: names of `protocols.CLASSIFICATION`.
         classifiers: what the protocol `frozen` chooses among: logistic, mlp, xgboost.
         both_strands: embed the reverse complement too.
         fine_tuning: fields of `FineTuningOptions` that differ from its defaults.
-        most_train: fit on so many rows only, drawn by the seed.
+        most_train: fit on so many rows only, drawn by the seed; see `LabelledSequences.sample`.
     """
 
     name: str
-    train: Any
-    test: Any = None
+    train: Source
+    test: Source | None = None
     fold: str | None = None
     sequence: str = "sequence"
     label: str = "label"
@@ -91,17 +107,25 @@ class ClassificationTask:
 
     def __post_init__(self):
         if (self.test is None) == (self.fold is None):
-            raise ValueError(f"task {self.name!r}: expected exactly one of test and fold.")
-        if self.metric not in METRICS:
-            raise ValueError(f"task {self.name!r}: expected a metric of {METRICS}, got {self.metric!r}.")
-        known = [option.name for option in fields(FineTuningOptions)]
-        unknown = sorted(set(self.fine_tuning) - set(known))
+            raise InputError(f"task {self.name!r}: expected exactly one of test and fold.")
+        _check_metric(self, METRICS)
+        _check_least(self, "most_train", 2)
+        if self.sequence == self.label:
+            raise InputError(f"task {self.name!r}: expected two columns, got {self.label!r} as sequence and label.")
+        unknown = [name for name in self.classifiers if name not in CLASSIFIERS]
         if unknown:
-            raise ValueError(f"task {self.name!r}: unknown options of fine-tuning {unknown}; known are {known}.")
+            raise InputError(f"task {self.name!r}: expected classifiers of {CLASSIFIERS}, got {quoted(unknown)}.")
+        known = [option.name for option in fields(FineTuningOptions)]
+        unknown = [name for name in self.fine_tuning if name not in known]
+        if unknown:
+            raise InputError(
+                f"task {self.name!r}: unknown options of fine_tuning: {quoted(unknown, known)}; known are "
+                f"{', '.join(known)}."
+            )
         try:
             FineTuningOptions(**self.fine_tuning)
         except ValueError as error:
-            raise ValueError(f"task {self.name!r}: {error}") from None
+            raise InputError(f"task {self.name!r}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -110,13 +134,13 @@ class VariantTask:
 
     Args:
         name: of the task.
-        variants: CSV, TSV or Parquet file.
+        variants: CSV, TSV or Parquet file, also compressed.
         fasta: the reference; its first record.
         first_base: position that the table gives to the first base of the FASTA: 1 if positions are 1-based and the
             FASTA starts the chromosome.
         position, reference, alternative, label: columns.
-        positive: the value of `label` that a low likelihood should mean.
-        negative: the value it is compared with; by default all others.
+        positive: the value of `label` that a low likelihood should mean. Whole numbers may be written as `1` or `1.0`.
+        negative: the value it is compared with; by default all others, but for empty cells.
         stratum: column of what kind of variant each is; areas under the curve are reported within each kind too,
             because a score may tell the kinds apart rather than the variants.
         flank: bases of context on either side.
@@ -137,6 +161,15 @@ class VariantTask:
     flank: int = 256
     metric: str = "auc"
     protocols: tuple[str, ...] = ("zero-shot", "baseline-transversion")
+
+    def __post_init__(self):
+        _check_metric(self, AREAS)
+        _check_least(self, "flank", 1)
+        object.__setattr__(self, "positive", class_name(self.positive))
+        if self.negative is not None:
+            object.__setattr__(self, "negative", class_name(self.negative))
+        if self.positive == self.negative:
+            raise InputError(f"task {self.name!r}: expected positive and negative to differ, got {self.positive!r}.")
 
 
 @dataclass(frozen=True)
@@ -162,13 +195,23 @@ class LikelihoodTask:
     metric: str = "bits_per_base"
     protocols: tuple[str, ...] = ("likelihood", "baseline-markov-5", "baseline-markov-11")
 
+    def __post_init__(self):
+        _check_metric(self, ("bits_per_base",))
+        _check_least(self, "examples", 1)
+
 
 Task = ClassificationTask | VariantTask | LikelihoodTask
-_KINDS: dict[str, type] = {
-    "classification": ClassificationTask,
-    "variants": VariantTask,
-    "likelihood": LikelihoodTask,
-}
+
+
+def _check_metric(task: Any, known: tuple[str, ...]) -> None:
+    if task.metric not in known:
+        raise InputError(f"task {task.name!r}: expected a metric of {known}, got {shortened(task.metric)}.")
+
+
+def _check_least(task: Any, name: str, least: int) -> None:
+    value = getattr(task, name)
+    if value is not None and value < least:
+        raise InputError(f"task {task.name!r}: {name} must be {least} or more, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -180,63 +223,11 @@ class Suite:
     tasks: tuple[Task, ...]
 
 
-def read_suite(name: str | Path) -> Suite:
-    """A suite of this package by its name, or one of a YAML file.
-
-    Raises:
-        ValueError: if a field is unknown, missing or of the wrong kind; the message names the task.
-        FileNotFoundError: if there is no such file and no suite of that name.
-    """
-    path = Path(name)
-    if not path.suffix:
-        path = BUILT_IN / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(found.stem for found in BUILT_IN.glob("*.yaml"))
-        raise FileNotFoundError(f"no suite {str(name)!r}: give a YAML file, or one of {', '.join(known)}.")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, Mapping) or set(content) - {"name", "description", "tasks"} or not content.get("tasks"):
-        raise ValueError(f"{path}: expected name, description and a list of tasks.")
-    tasks = tuple(_task(task, path) for task in content["tasks"])
-    names = [task.name for task in tasks]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{path}: two tasks have the same name: {repeated}.")
-    return Suite(str(content.get("name", path.stem)), str(content.get("description", "")), tasks)
-
-
-def _task(content: Any, path: Path) -> Task:
-    if not isinstance(content, Mapping) or content.get("kind", "classification") not in _KINDS:
-        raise ValueError(f"{path}: expected a task with a kind of {list(_KINDS)}, got {content!r}.")
-    given = dict(content)
-    kind = _KINDS[given.pop("kind", "classification")]
-    known = {found.name: found for found in fields(kind)}
-    for name in given:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{path}: task {given.get('name')!r} has an unknown field {name!r}{hint}")
-    required = [
-        name
-        for name, found in known.items()
-        if found.default is MISSING and found.default_factory is MISSING and name not in given
-    ]
-    if required:
-        raise ValueError(f"{path}: task {given.get('name')!r} lacks {', '.join(required)}.")
-    for name in ("protocols", "classifiers"):
-        if name in given:
-            given[name] = tuple(given[name])
-    for name in ("positive", "negative"):
-        if given.get(name) is not None:
-            given[name] = str(given[name])
-    task: Task = kind(**given)
-    return task
-
-
 def with_fine_tuning(suite: Suite, options: Mapping[str, Any]) -> Suite:
     """The suite with some options of fine-tuning instead of its tasks' own.
 
     Raises:
-        ValueError: if there is no such option.
+        InputError: if there is no such option.
     """
     tasks = [
         replace(task, fine_tuning={**task.fine_tuning, **options}) if isinstance(task, ClassificationTask) else task

@@ -13,9 +13,11 @@ if not (Path(__file__).parent / "configuration").is_dir():  # a source checkout:
 
 from ._version import __version__
 from .auto import register, register_with_auto_classes
+from .support.default_model import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from .configuration import GengramConfig
+    from .inference.one_hot import OneHotModel
     from .modeling_gengram import (
         GengramForCausalLM,
         GengramForMaskedLM,
@@ -24,11 +26,19 @@ if TYPE_CHECKING:
         GengramModel,
         GengramPreTrainedModel,
     )
-    from .motif_memory import MotifMemory, MotifMemoryConfig, memory_path
+    from .motif_memory import (
+        MotifMemory,
+        MotifMemoryConfig,
+        attach_memory,
+        attached_memories,
+        detach_memory,
+        load_memory,
+        memory_path,
+        save_memory,
+    )
     from .tokenization import GengramTokenizer
 
-# Folder of gengram-mini, a small trained model that ships with the package: `from_pretrained(gengram.DEFAULT_MODEL)`.
-DEFAULT_MODEL = str(Path(__file__).parent / "default_model")
+DEMO_DATA = Path(__file__).parent / "demo_data"  # a piece of human genome with genes and variants: its README
 
 # Public names that are loaded when first used, and their modules; type checkers read the imports above.
 _LOADED_FROM = {
@@ -42,11 +52,18 @@ _LOADED_FROM = {
     "GengramTokenizer": "tokenization",
     "MotifMemory": "motif_memory",
     "MotifMemoryConfig": "motif_memory",
+    "attach_memory": "motif_memory",
+    "attached_memories": "motif_memory",
+    "detach_memory": "motif_memory",
+    "load_memory": "motif_memory",
+    "OneHotModel": "inference.one_hot",
     "memory_path": "motif_memory",
+    "save_memory": "motif_memory",
 }
 
 __all__ = [
     "DEFAULT_MODEL",
+    "DEMO_DATA",
     "GengramConfig",
     "GengramForCausalLM",
     "GengramForMaskedLM",
@@ -57,9 +74,15 @@ __all__ = [
     "GengramTokenizer",
     "MotifMemory",
     "MotifMemoryConfig",
+    "OneHotModel",
     "__version__",
+    "attach_memory",
+    "attached_memories",
+    "detach_memory",
+    "load_memory",
     "memory_path",
     "register",
+    "save_memory",
 ]
 
 

@@ -1,10 +1,11 @@
-"""Registration with Transformers' Auto classes, without importing Transformers or our models before they are needed.
+"""Registration with Transformers' Auto classes and pipelines, without importing either before they are needed.
 
 Two steps, because our classes stand on Transformers' own and cannot be imported while it is being imported:
 
-1. `import gengram` places a finder in `sys.meta_path`. It lets the modules that define the Auto classes be imported as
-   usual, adds Gengram to each when it has run, and goes when all have. Modules that are there already come first.
-2. What is added is a promise. The class itself is imported when a mapping of Transformers is asked for it.
+1. `import gengram` places a finder in `sys.meta_path`. It lets the modules that define the Auto classes and `pipeline`
+   be imported as usual, adds Gengram to each when it has run, and goes when all have. Modules that are there already
+   come first.
+2. What is added is a promise. The class itself is imported when Transformers asks for it.
 """
 
 import sys
@@ -27,6 +28,8 @@ _MAPPINGS = {
         "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "GengramForTokenClassification",
     },
 }
+_PIPELINES = "transformers.pipelines"
+_TASKS = ("dna-embedding", "dna-fill-mask", "dna-variant-effect")
 
 
 def register() -> None:
@@ -43,8 +46,10 @@ def register() -> None:
         AutoModelForTokenClassification,
         AutoTokenizer,
     )
+    from transformers.pipelines import PIPELINE_REGISTRY
 
     from .configuration import GengramConfig
+    from .inference.pipelines import TASKS
     from .modeling_gengram import (
         GengramForCausalLM,
         GengramForMaskedLM,
@@ -64,22 +69,23 @@ def register() -> None:
         (AutoModelForTokenClassification, GengramForTokenClassification),
     ):
         auto_class.register(GengramConfig, model_class, exist_ok=True)
+    PIPELINE_REGISTRY.supported_tasks.update(TASKS)
 
 
 def register_with_auto_classes() -> None:
-    """Have Gengram registered as soon as the Auto classes are imported; at once if they are."""
+    """Have Gengram registered as soon as the Auto classes and `pipeline` are imported; at once if they are."""
     finder = _AutoFinder()
     sys.meta_path.insert(0, finder)
-    if _AUTO in sys.modules:  # its modules may be on their way in another thread: `import_module` waits for them
-        for name in _MAPPINGS:
-            finder.add_gengram(import_module(name))
+    there = list(_MAPPINGS) if _AUTO in sys.modules else []
+    for name in [*there, *({_PIPELINES} & sys.modules.keys())]:
+        finder.add_gengram(import_module(name))  # which waits for a module that another thread is importing
 
 
 class _AutoFinder:
-    """Has the modules of the Auto classes found by the finders behind it, and Gengram added when they have run."""
+    """Has these modules found by the finders behind it, and Gengram added when they have run."""
 
     def __init__(self) -> None:
-        self._awaited = dict(_MAPPINGS)
+        self._awaited = {*_MAPPINGS, _PIPELINES}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -94,12 +100,17 @@ class _AutoFinder:
         return None
 
     def add_gengram(self, module: ModuleType) -> None:
-        """Add Gengram to the mappings of `module`, unless it is done."""
-        for mapping, class_name in self._awaited.pop(module.__name__, {}).items():
+        """Add Gengram to what `module` holds, unless it is done."""
+        if module.__name__ not in self._awaited:
+            return
+        self._awaited.remove(module.__name__)
+        for mapping, class_name in _MAPPINGS.get(module.__name__, {}).items():
             if mapping == "CONFIG_MAPPING":
                 _promise_configuration(getattr(module, mapping), class_name)
             else:
                 _promise_class(getattr(module, mapping), class_name)
+        for task in _TASKS if module.__name__ == _PIPELINES else ():
+            module.PIPELINE_REGISTRY.supported_tasks.setdefault(task, _PromisedTask(task))
         if not self._awaited:  # a new list: another thread may be going through the old one
             sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
 
@@ -151,3 +162,16 @@ def _promise_class(mapping: Any, class_name: str) -> None:
             return self.__reduce__()
 
     mapping.__class__ = Incomplete
+
+
+class _PromisedTask(dict):
+    """What the registry of pipelines holds for a task; its classes are imported when one of them is asked for."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(type="text")
+        self._task = task
+
+    def __missing__(self, name: str) -> Any:
+        found = import_module(f"{__package__}.inference.pipelines").TASKS[self._task]
+        self.update(found)
+        return found[name]

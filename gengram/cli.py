@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, info, prepare, verify
+from .commands import bench, convert, demo, diff, doctor, embed, fill, generate, info, prepare, score, track, verify
 from .support.errors import FetchError, MissingExtraError, plain_words
 from .support.printable import printable_lines
 
@@ -30,7 +30,12 @@ COMMANDS: dict[str, Command] = {
     "info": info,
     "verify": verify,
     "diff": diff,
+    "score": score,
+    "embed": embed,
+    "track": track,
     "prepare": prepare,
+    "fill": fill,
+    "generate": generate,
     "bench": bench,
     "demo": demo,
     "doctor": doctor,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+UNKNOWN_CONTEXT = 10**9  # tokens, if nothing says how many a model can read
 HEADS: dict[str | None, Any] = {None: AutoModel, "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
 
 
@@ -54,6 +55,23 @@ def load_model(
     return LoadedModel(model, AutoTokenizer.from_pretrained(name, **loading))
 
 
+def head_of(config: Any) -> str | None:
+    """Which language model was saved with a configuration: `causal`, `masked`, or None if that is no language model.
+
+    The name of its class says it (`architectures`), or where a model's own code brings the class, what it is for.
+    """
+    brought = getattr(config, "auto_map", None) or {}
+    for architecture in getattr(config, "architectures", None) or []:
+        purposes = [purpose for purpose, name in brought.items() if str(name).rpartition(".")[2] == architecture]
+        for name in (architecture, *purposes):
+            if "MaskedLM" in name:
+                return "masked"
+            if "CausalLM" in name or "LMHead" in name:
+                return "causal"
+    return None
+
+
 def context_length(config: Any, tokenizer: Any) -> int:
-    """How many tokens a model can read at once, by its configuration and its tokenizer; 10**9 if neither says."""
-    return min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
+    """How many tokens a model can read at once, by its configuration and tokenizer; or `UNKNOWN_CONTEXT`."""
+    said = getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+    return int(min(said, tokenizer.model_max_length, UNKNOWN_CONTEXT))

@@ -1,94 +1,86 @@
-"""Zero-shot effects of variants: how much less likely a sequence becomes."""
+"""Zero-shot effects of variants of a genome: how much less a model expects the alternative allele, and the like."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-import numpy as np
-
-from ..sequences.alphabet import reverse_complement
-from .likelihood import log_likelihoods
-
-
-class Variant(NamedTuple):
-    """A substitution, insertion or deletion; `position` is 0-based, of the first base of `reference`."""
-
-    position: int
-    reference: str
-    alternative: str
+from ..sequences.genome import Genome
+from ..sequences.variants import SCORED, ReferenceCheck, Variant, has_only_nucleotides, variant_windows
+from .effects import Change, StrandEffects
+from .window_effects import WindowEffects
 
 
-@dataclass(frozen=True)
-class VariantScores:
-    """Log-likelihood ratios in nats, log P(alternative) - log P(reference): negative is less likely.
+class VariantEffect(NamedTuple):
+    """A variant and its effects; or None, and as the status a word of `sequences.variants.REASONS` that says why."""
 
-    Args:
-        forward, reverse: (variants,) of the window on the forward strand and of its reverse complement.
-    """
-
-    forward: np.ndarray
-    reverse: np.ndarray
-
-    @property
-    def llr(self) -> np.ndarray:
-        """Mean of both strands."""
-        return (self.forward + self.reverse) / 2
+    variant: Variant
+    status: str
+    effects: StrandEffects | None
 
 
-def variant_windows(sequence: str, variant: Variant, flank: int) -> tuple[str, str]:
-    """The bases around a variant with its reference and with its alternative allele.
+def variant_effects(
+    model: WindowEffects, genome: Genome, variants: Iterable[Variant], context: int
+) -> Iterator[VariantEffect]:
+    """The effect of each variant, in their order; some hundreds at a time are in memory.
+
+    Windows are those of `variant_windows`. Variants that cannot be scored come back with the reason.
 
     Args:
-        sequence: the reference sequence.
-        flank: bases on either side, fewer at the ends of the sequence.
+        model: what is asked, and for which numbers.
+        genome: what the variants are variants of; `genome_of` makes one of a sequence.
+        variants: one alternative allele each, in any order.
+        context: bases of a window, 2 or more: of a single one nothing is predicted.
 
     Raises:
-        ValueError: if the reference allele is not what the sequence holds there.
+        InputError: if so many variants do not fit the genome that it is another one.
+        ValueError: if the context is less than 2 bases, or more than the model reads.
+
+    Example:
+
+    ```python
+    >>> import torch, gengram
+    >>> from gengram.sequences.genome import genome_of
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> tokenizer = AutoTokenizer.from_pretrained(gengram.DEFAULT_MODEL)
+    >>> model = WindowEffects(AutoModelForCausalLM.from_pretrained(gengram.DEFAULT_MODEL), tokenizer)
+    >>> genome, variants = genome_of({"chr1": "ACGTTGCAGG"}), [Variant("chr1", 5, "G", "A"), Variant("1", 7, "A", "*")]
+    >>> [found.status for found in variant_effects(model, genome, variants, context=8)]
+    ['scored', 'spanning_deletion']
+
+    ```
     """
-    end = variant.position + len(variant.reference)
-    found = sequence[max(variant.position, 0) : end]
-    if variant.position < 0 or found.upper() != variant.reference.upper():
-        raise ValueError(
-            f"expected the reference allele {variant.reference!r} at position {variant.position} (0-based), the "
-            f"sequence has {found!r}: is it another assembly, or are the positions 1-based?"
-        )
-    left, right = sequence[max(0, variant.position - flank) : variant.position], sequence[end : end + flank]
-    return left + found + right, left + variant.alternative + right
+    check = ReferenceCheck(genome)
+    yield from effects_of_checked(model, genome, ((each, check.status(each)) for each in variants), context)
+    check.finish()
 
 
-def score_variants(
-    model: Any,
-    tokenizer: Any,
-    sequence: str,
-    variants: Sequence[Variant],
-    flank: int = 256,
-    progress: str | None = None,
-) -> VariantScores:
-    """Scores of variants of one sequence by a causal language model, on both strands.
+def effects_of_checked(
+    model: WindowEffects, genome: Genome, variants: Iterable[tuple[Variant, str]], context: int
+) -> Iterator[VariantEffect]:
+    """The same for variants that were compared with the genome, each with what `ReferenceCheck.status` said."""
+    if context < 2:
+        raise ValueError(f"expected a context of 2 bases or more, got {context}.")
+    model.check_length(context)
+    waiting: deque[tuple[Variant, str]] = deque()
 
-    Args:
-        model: causal language model; its device and dtype are kept.
-        tokenizer: its tokenizer.
-        sequence: reference sequence that positions refer to.
-        variants: what to score.
-        flank: bases of context on either side of a variant.
-        progress: what a bar is named; no bar by default.
+    def changes() -> Iterator[Change | None]:
+        for variant, status in variants:
+            change = None
+            if not status:
+                status, change = _change(model, genome, variant, context)
+            waiting.append((variant, status))
+            yield change
 
-    Raises:
-        ValueError: if a reference allele is not what the sequence holds.
-    """
-    texts: list[str] = []
-    index: dict[str, int] = {}
-    pairs = []
-    for variant in variants:
-        windows = variant_windows(sequence.upper(), variant, flank)
-        places = []
-        for text in (*windows, *map(reverse_complement, windows)):
-            if text not in index:  # alternatives at one place share their reference
-                index[text] = len(texts)
-                texts.append(text)
-            places.append(index[text])
-        pairs.append(places)
-    likelihoods = log_likelihoods(model, tokenizer, texts, progress)
-    found = likelihoods[np.array(pairs).reshape(-1, 4)]  # (variants, reference, alternative, both reversed)
-    return VariantScores(found[:, 1] - found[:, 0], found[:, 3] - found[:, 2])
+    for effects in model.of(changes()):
+        yield VariantEffect(*waiting.popleft(), effects)
+
+
+def _change(model: WindowEffects, genome: Genome, variant: Variant, context: int) -> tuple[str, Change | None]:
+    """The change of a variant's window and `scored`; or the reason why there is none."""
+    _, _, reference, alternative = variant
+    if model.is_masked and len(reference) != len(alternative):
+        return "needs_causal_model", None
+    windows = variant_windows(genome, *variant, context)
+    if not has_only_nucleotides(windows.reference + windows.alternative):
+        return "foreign_letters", None
+    return SCORED, Change(*windows, len(reference), len(alternative))

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,36 +14,39 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    packed_sequence_mask_function,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MaskedLMOutput,
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
     MixtralExperts,
     MixtralRotaryEmbedding,
-    load_balancing_loss_func,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_gengram import SEQUENCE_POOLINGS, GengramConfig
+from ..configuration.configuration_gengram import GengramConfig
 from ..motif_memory.definition import MemoryOutput, NgramPlan, at_least_float32
 from ..motif_memory.module import DepthwiseConv, MemoryRMSNorm, MotifMemory
 from ..motif_memory.plan import letter_codes, plan_ngrams
 from ..motif_memory.state import MemoryState
 from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
+from .adapters import check_adapters, record_settings
+from .inputs import check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
+from .losses import IGNORED, load_balancing_loss, mean_over_step, router_z_loss, share_of_step
 
 logger = logging.get_logger(__name__)
 
@@ -51,10 +55,15 @@ _CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters 
 
 
 def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache, given by its older or its newer name."""
-    if past_key_values is not None and cache is not None:
+    """The cache, given by its older or its newer name; the older one is deprecated where the library says so."""
+    if past_key_values is None:
+        return cache
+    if cache is not None:
         raise ValueError("past_key_values and cache are two names of one argument; give only one of them.")
-    return past_key_values if cache is None else cache
+    if _CACHE == "cache" and not torch.compiler.is_compiling():
+        words = "`past_key_values` is deprecated since Transformers 5.24. Use `cache` instead."
+        warnings.warn(words, FutureWarning, stacklevel=3)
+    return past_key_values
 
 
 @dataclass
@@ -87,6 +96,28 @@ class GengramCausalLMOutput(MoeCausalLMOutputWithPast):
 @dataclass
 class GengramMaskedLMOutput(MaskedLMOutput):
     """Outputs of `GengramForMaskedLM`; the fields as in `GengramCausalLMOutput`."""
+
+    aux_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    memory_gates: tuple[torch.Tensor, ...] | None = None
+    memory_residual_norms: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GengramSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """Outputs of `GengramForSequenceClassification`; the fields as in `GengramCausalLMOutput`."""
+
+    aux_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    memory_gates: tuple[torch.Tensor, ...] | None = None
+    memory_residual_norms: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GengramTokenClassifierOutput(TokenClassifierOutput):
+    """Outputs of `GengramForTokenClassification`; the fields as in `GengramCausalLMOutput`."""
 
     aux_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
@@ -209,6 +240,7 @@ class GengramDecoderLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        cache = past_key_values if cache is None else cache  # whatever the library calls it
         wants_norm = kwargs.pop("output_memory_residual_norms", False)
         if self.motif_memory is not None:
             memory = self.motif_memory(hidden_states, memory_plan, memory_state)
@@ -223,7 +255,7 @@ class GengramDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{_CACHE: _one_cache(past_key_values, cache)},
+            **{_CACHE: cache},
             **kwargs,
         )
         hidden_states = hidden_states + attended
@@ -272,6 +304,21 @@ class GengramPreTrainedModel(PreTrainedModel):
         """Nothing to do where the source code is written anyway; the library would overwrite it with a bare copy."""
         if cls._remote_code_writer is None:
             super().register_for_auto_class(auto_class)
+
+    # PEFT reads and writes an adapter through these two and, for the library's own way, the third.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        record_settings(self, prefix)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        check_adapters(self)
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_adapter(*args, **kwargs)
+        check_adapters(self)
+        return loaded
 
     # Transformers guesses these two from the text of this module, which imports the blocks in question.
     @classmethod
@@ -322,6 +369,8 @@ class GengramModel(GengramPreTrainedModel):
     """
 
     def __init__(self, config: GengramConfig):
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {config.hidden_act!r}.")
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -350,14 +399,15 @@ class GengramModel(GengramPreTrainedModel):
         """Hidden states of a batch of token ids.
 
         Args:
-            input_ids: (batch, length). Exactly one of `input_ids` and `inputs_embeds` must be given.
+            input_ids: (batch, length), of any integer dtype. Exactly one of `input_ids` and `inputs_embeds` must be
+                given.
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding on either side. Padding is neither
                 attended to nor read by the memory.
-            position_ids: (batch, length). Where they start again at 0 a new segment begins, and the memory does not
-                look across; nor does causal attention, if there is no cache (`use_cache=False`) and no mask; with
-                `is_causal=False` attention does. Without them a row is one segment.
+            position_ids: (batch, length). Where they do not go on by one a new sequence begins: neither attention nor
+                the memory looks across, and no cache is made. Without them a row is one sequence.
             past_key_values: a cache; build it with `DynamicCache(config=model.config)`. `cache`, the name that
                 Transformers gives it since 5.24, means the same.
+            use_cache: return a cache, the given one or a new one (defaults to `config.use_cache`).
             inputs_embeds: (batch, length, hidden) instead of ids. The memory reads the letters whose embedding rows
                 occur exactly, any other vector is "not a letter"; `memory_input_ids` overrides this.
             memory_input_ids: (batch, length), the ids that the memory reads if they differ from `input_ids`.
@@ -365,50 +415,56 @@ class GengramModel(GengramPreTrainedModel):
             output_memory_gates, output_memory_residual_norms: also return what the memory did.
 
         Raises:
-            ValueError: if both or none of `input_ids` and `inputs_embeds` are given, or the cache cannot hold the
-                memory's states, or a cache or `as_trained` pooling is combined with `is_causal=False`.
+            ValueError: if the arguments do not fit together or hold no token, the cache cannot hold the memory's
+                states, or `is_causal=False` or several sequences in a row are combined with what they exclude.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        past_key_values = _one_cache(past_key_values, cache)
+        cache = _one_cache(past_key_values, cache)
         config = self.config
         is_causal = kwargs.setdefault("is_causal", config.is_causal)
         kwargs.setdefault("output_memory_residual_norms", getattr(config, "output_memory_residual_norms", False))
+        if memory_input_ids is not None:
+            memory_input_ids = integer_ids("memory_input_ids", memory_input_ids)  # type: ignore[assignment]
         if inputs_embeds is None:
+            rows = getattr(self.embed_tokens, "num_embeddings", None)
+            input_ids = integer_ids("input_ids", input_ids, rows)  # type: ignore[assignment]
             inputs_embeds = self.embed_tokens(input_ids)
+        check_inputs(inputs_embeds, config.hidden_size, attention_mask, position_ids, memory_input_ids, cache)
+        batch, length = inputs_embeds.shape[:2]
+        if input_ids is not None and length > 1:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+        sequences = self._sequences(position_ids, attention_mask, (batch, length), is_causal)
+        if sequences is not None and cache is not None and is_causal:
+            raise ValueError(
+                "position_ids do not go on by one, so the row holds several sequences, which no cache can continue; "
+                "call with use_cache=False and without a cache."
+            )
         if not is_causal:
             if config.memory_pooling == "as_trained":
                 raise ValueError('memory_pooling="as_trained" is causal; use "exact" with is_causal=False.')
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError("is_causal=False sees the whole sequence at once; call without past_key_values.")
-            past_key_values, use_cache = None, False
-        elif use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+            cache, use_cache = None, False
+        elif use_cache and cache is None and sequences is None:
+            cache = DynamicCache(config=config)
 
-        segments = None if config.memory_pooling == "as_trained" else position_ids
+        segments = position_ids  # where the memory must not look across, and how far back it may look
+        if config.memory_pooling == "as_trained":
+            segments = None
+        elif sequences is not None:
+            places = torch.arange(length, device=sequences.device)
+            segments = places - torch.searchsorted(sequences, sequences)  # type: ignore[assignment]
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = positions.unsqueeze(0)  # type: ignore[assignment]
+            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
+            places = torch.arange(length, device=inputs_embeds.device) + past_seen_tokens
+            position_ids = places.unsqueeze(0)  # type: ignore[assignment]
 
-        if isinstance(attention_mask, dict):  # `generate` prepares one when it compiles
-            masks = attention_mask
-        else:
-            mask_arguments: dict[str, Any] = {
-                "config": config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                _CACHE: past_key_values,
-                "position_ids": position_ids,
-            }
-            masks = {
-                "full_attention": create_causal_mask(**mask_arguments),
-                "linear_attention": create_recurrent_attention_mask(**mask_arguments),
-            }
-
+        masks = self._masks(inputs_embeds, attention_mask, position_ids, sequences, cache, is_causal)
+        memory_layers = [layer for layer in config.memory_layers if layer < config.num_hidden_layers]
         memory_plan = memory_state = codes = None
-        if config.memory_layers:
-            memory_state = MemoryState.of(past_key_values, self.memory_config, config.memory_layers)
+        if memory_layers:
+            memory_state = MemoryState.of(cache, self.memory_config, memory_layers)
             codes = self._letter_codes(input_ids if memory_input_ids is None else memory_input_ids, inputs_embeds)
             exists = masks.get("linear_attention")
             if exists is not None:
@@ -426,13 +482,78 @@ class GengramModel(GengramPreTrainedModel):
                 position_embeddings=position_embeddings,
                 memory_plan=memory_plan,
                 memory_state=memory_state,
-                **{_CACHE: past_key_values},  # by the library's name: gradient checkpointing looks for it
+                **{_CACHE: cache},  # by the library's name: gradient checkpointing looks for it
                 **kwargs,
             )
         if memory_state is not None:
             memory_state.advance_letters(codes)
         hidden_states = self.norm(hidden_states)
-        return GengramModelOutput(last_hidden_state=hidden_states, **{_CACHE: past_key_values})
+        return GengramModelOutput(last_hidden_state=hidden_states, **{_CACHE: cache if use_cache else None})
+
+    def _masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: Any,
+        sequences: torch.Tensor | None,
+        cache: Cache | None,
+        is_causal: bool,
+    ) -> dict[str, Any]:
+        """What attention may look at, and which tokens of this pass are there; as `generate` prepares it."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        arguments: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            _CACHE: cache,
+            "position_ids": position_ids,
+        }
+        exists = create_recurrent_attention_mask(**arguments)
+        if sequences is not None and (attention_mask is not None or not is_causal):  # else the library sees it
+            sequences = sequences.expand(inputs_embeds.shape[0], -1)
+            arguments["and_mask_function"] = packed_sequence_mask_function(sequences)
+        return {"full_attention": create_causal_mask(**arguments), "linear_attention": exists}
+
+    def _sequences(
+        self, position_ids: torch.Tensor | None, attention_mask: Any, shape: tuple[int, int], is_causal: bool
+    ) -> torch.Tensor | None:
+        """Number of the sequence that each token belongs to, (batch or 1, length); None if a row holds one.
+
+        Masks with more than two dimensions are the caller's own: then it is up to them.
+        """
+        is_compiling = torch.compiler.is_compiling()  # then the causal mask alone looks at positions
+        batch, length = shape
+        mask = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
+        if position_ids is None or length == 1 or (is_compiling and (is_causal or mask is not None)):
+            return None
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+            return None
+        starts = sequence_starts(position_ids, None if mask is None else mask[:, -length:])
+        if not is_compiling and not bool(starts.any()):
+            return None
+        if self.config.memory_pooling == "as_trained":
+            logger.warning_once(
+                "position_ids put several sequences into one row. Attention keeps them apart, but "
+                'memory_pooling="as_trained" reads across, as the original does; "exact" does not.'
+            )
+        if "flash" in (self.config._attn_implementation or "") and (mask is not None or batch > 1):
+            raise ValueError(
+                "flash attention keeps several sequences of one row apart only if the batch is that row and has no "
+                'attention_mask; use attn_implementation="sdpa".'
+            )
+        return starts.cumsum(-1)
+
+    def is_padding(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Which tokens are `config.pad_token_id`, or exactly its row of the embedding; bool (batch, length)."""
+        padding = self.config.pad_token_id
+        if input_ids is not None:
+            return torch.zeros_like(input_ids, dtype=torch.bool) if padding is None else input_ids == padding
+        assert inputs_embeds is not None
+        if padding is None:
+            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        row = self.embed_tokens(torch.tensor([padding], device=inputs_embeds.device))
+        return (inputs_embeds == row.to(inputs_embeds.device)).all(-1)
 
     def _letter_codes(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Letter codes (batch, length) of the ids, or of embeddings that equal a letter's row exactly."""
@@ -446,45 +567,61 @@ class GengramModel(GengramPreTrainedModel):
         return codes
 
 
-def router_z_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over tokens and layers of the router's squared log-partition (ST-MoE, arXiv 2202.08906, eq. 5).
-
-    Args:
-        router_logits: one (batch * length, experts) per layer.
-        attention_mask: (batch, length); padding is left out.
-    """
-    device = router_logits[0].device
-    squares = torch.stack([torch.logsumexp(logits.to(device).float(), dim=-1).square() for logits in router_logits])
-    if attention_mask is None:
-        return squares.mean()
-    weight = attention_mask.reshape(1, -1).to(device=device, dtype=squares.dtype)
-    return (squares * weight).sum() / (weight.sum() * len(router_logits)).clamp_min(1)
+def _given(**arguments: Any) -> dict[str, Any]:
+    """The arguments that are not None: for others the configuration decides."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
-class _LanguageModelLoss:
-    """What the two language-model heads share: router losses on request."""
+def _integer_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Labels in a dtype that losses take; numbers with a fraction are left as they are."""
+    return labels if labels.dtype.is_floating_point else labels.long()
+
+
+class _Head:
+    """What all heads share: the router's losses, and the outputs of the model beside their own."""
 
     config: GengramConfig
 
-    def _router_losses(
-        self, outputs: GengramModelOutput, attention_mask: torch.Tensor | None, loss: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Load-balancing loss, z-loss, and `loss` with both added; all `None` without router logits."""
+    def _with_router_losses(
+        self,
+        outputs: GengramModelOutput,
+        attention_mask: Any,
+        loss: torch.Tensor | None,
+        share: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """`loss`, with the router's losses added if its logits are there, and what else a head returns.
+
+        Args:
+            outputs: of the model.
+            attention_mask: as given; padding is left out of the router's losses if it is (batch, past + length).
+            loss: this pass's part in the mean over an optimizer step.
+            share: of the step's labels in this pass, from `share_of_step`.
+        """
         config = self.config
+        found: dict[str, Any] = {
+            "loss": loss,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+            "router_logits": outputs.router_logits,
+            "memory_gates": outputs.memory_gates,
+            "memory_residual_norms": outputs.memory_residual_norms,
+        }
         if not outputs.router_logits:
-            return None, None, loss
-        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        aux_loss: Any = load_balancing_loss_func(
-            outputs.router_logits, config.num_local_experts, config.num_experts_per_tok, mask
-        )
+            return found
+        mask = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            last: Any = outputs.last_hidden_state
+            mask = attention_mask[:, -last.shape[1] :]
+        aux_loss = load_balancing_loss(outputs.router_logits, config.num_experts_per_tok, mask)
         z_loss = router_z_loss(outputs.router_logits, mask)
         if loss is not None:
-            loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
-            loss = loss + config.router_z_loss_coef * z_loss.to(loss.device)
-        return aux_loss, z_loss, loss
+            router_loss = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
+            router_loss = router_loss.to(loss.device)
+            found["loss"] = loss + (router_loss if share is None else router_loss * share.to(loss.device))
+        return found | {"aux_loss": aux_loss, "z_loss": z_loss}
 
 
-class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationMixin):
+class GengramForCausalLM(_Head, GengramPreTrainedModel, GenerationMixin):
     """Gengram with the head that the released weights have: logits of the next base, (batch, length, vocab).
 
     Example:
@@ -540,41 +677,63 @@ class GengramForCausalLM(_LanguageModelLoss, GengramPreTrainedModel, GenerationM
             output_router_logits: also return router logits and their two losses; with labels they are added to the
                 loss with weights `config.router_aux_loss_coef` and `config.router_z_loss_coef`.
             logits_to_keep: compute logits of the last so many positions only (0: of all), or of these indices.
+            num_items_in_batch: as `Trainer` passes it on, the labels of a whole optimizer step; the loss, the
+                router's included, is then this pass's part in the mean over the step.
         """
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        cache = _one_cache(past_key_values, cache)
         outputs: GengramModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=_one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits,
+            **{_CACHE: cache},
+            **_given(output_router_logits=output_router_logits),
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states: Any = outputs.last_hidden_state
         logits = self.lm_head(hidden_states[:, keep, :])
-        loss = None
+        loss = share = None
         if labels is not None:
+            labels = _integer_labels(labels)  # type: ignore[assignment]
+            shifted = kwargs.get("shift_labels")
+            counted = labels[..., 1:] if shifted is None else shifted
+            share = share_of_step(counted, num_items_in_batch)
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        aux_loss, z_loss, loss = self._router_losses(outputs, attention_mask, loss)
+            loss = mean_over_step(loss, counted, share)
         return GengramCausalLMOutput(
-            loss=loss,
-            aux_loss=aux_loss,
-            z_loss=z_loss,
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            memory_gates=outputs.memory_gates,
-            memory_residual_norms=outputs.memory_residual_norms,
             **{_CACHE: getattr(outputs, _CACHE)},
+            **self._with_router_losses(outputs, attention_mask, loss, share),
         )
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "prepare_inputs_for_generation" in self.__dict__ and "cache" in inputs:
+            # PEFT's prompts stand in front of this method and look for the cache under its older name.
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
 
-class GengramForMaskedLM(_LanguageModelLoss, GengramPreTrainedModel):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `GenerationMixin`; with `assistant_early_exit=n` the first n layers draft what the whole model checks.
+
+        Raises:
+            ValueError: if there are no such layers.
+        """
+        layers = self.config.num_hidden_layers
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        drafting = kwargs.get("assistant_early_exit", getattr(generation_config, "assistant_early_exit", None))
+        if drafting is not None and not 1 <= drafting <= layers:
+            raise ValueError(f"assistant_early_exit must lie in 1..{layers} (num_hidden_layers), got {drafting}.")
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self.config.num_hidden_layers = layers  # which drafting changes, and does not restore after an error
+
+
+class GengramForMaskedLM(_Head, GengramPreTrainedModel):
     """Gengram used bidirectionally, with a head that predicts masked bases: logits (batch, length, vocab).
 
     `[MASK]` is not a letter, so every k-mer that touches a masked base is skipped: the memory cannot leak the answer.
@@ -620,75 +779,48 @@ class GengramForMaskedLM(_LanguageModelLoss, GengramPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> GengramMaskedLMOutput:
         """Logits of the token at each position, and the loss if labels (-100: no loss) are given."""
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        kwargs.pop("use_cache", None)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
         kwargs["is_causal"] = False
         outputs: GengramModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            output_router_logits=output_router_logits,
+            **_given(output_router_logits=output_router_logits),
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
+        loss = share = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        aux_loss, z_loss, loss = self._router_losses(outputs, attention_mask, loss)
-        return GengramMaskedLMOutput(
-            loss=loss,
-            aux_loss=aux_loss,
-            z_loss=z_loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            memory_gates=outputs.memory_gates,
-            memory_residual_norms=outputs.memory_residual_norms,
-        )
+            labels = _integer_labels(labels)  # type: ignore[assignment]
+            if self.training and input_ids is not None and not torch.compiler.is_compiling():
+                self._look_for_foreign_tokens(input_ids, labels)
+            share = share_of_step(labels, num_items_in_batch)
+            loss = mean_over_step(self.loss_function(logits, labels, self.vocab_size, **kwargs), labels, share)
+        return GengramMaskedLMOutput(logits=logits, **self._with_router_losses(outputs, attention_mask, loss, share))
+
+    def _look_for_foreign_tokens(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
+        """Say so if bases are hidden behind tokens that no sequence holds, which makes training worse, not wrong."""
+        letters = torch.tensor(self.config.memory_token_ids, device=input_ids.device)
+        hidden = input_ids[labels.to(input_ids.device) != IGNORED]
+        others = hidden[~torch.isin(hidden, letters)]  # the mask alone, if all is well
+        if others.numel() and bool((others != others[0]).any()):
+            logger.warning_once(
+                "Bases are hidden behind several tokens that are no bases, as by DataCollatorForLanguageModeling, "
+                "which draws from the whole vocabulary. Use gengram.data_preparation.DataCollatorForGenomeModeling "
+                "with a mask_probability, or give random_replace_prob=0."
+            )
 
 
-def pool_hidden_states(hidden_states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """One vector per sequence: (batch, length, hidden) -> (batch, hidden).
-
-    Args:
-        hidden_states: (batch, length, hidden).
-        mask: (batch, length), true (or 1) where a token belongs to the sequence, padding on either side false.
-        pooling: the `"last"` token, the one in the `"centre"` (the earlier of two), or the `"mean"` or `"max"` of all.
-
-    Raises:
-        ValueError: if the pooling is not known.
-    """
-    mask = mask.to(device=hidden_states.device, dtype=torch.bool)
-    if pooling == "mean":
-        weights = mask.unsqueeze(-1).to(hidden_states.dtype)
-        return (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
-    if pooling == "max":
-        return hidden_states.masked_fill(~mask.unsqueeze(-1), torch.finfo(hidden_states.dtype).min).amax(1)
-    if pooling not in SEQUENCE_POOLINGS:
-        raise ValueError(f"expected a pooling of {SEQUENCE_POOLINGS}, got {pooling!r}.")
-    index = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, index, -1).amax(1)
-    first = torch.where(mask, index, mask.shape[1]).amin(1)
-    chosen = last if pooling == "last" else (first + last) // 2
-    return hidden_states[torch.arange(len(mask), device=mask.device), chosen]
-
-
-# The library's classification heads would build their backbone with AutoModel, which asks for `trust_remote_code` a
-# second time in remote code; so they are initialised here and only their `forward` is used.
-
-
-class GengramForSequenceClassification(GenericForSequenceClassification, GengramPreTrainedModel):
+class GengramForSequenceClassification(_Head, GengramPreTrainedModel):
     """Gengram with a linear head on one vector per sequence: logits (batch, num_labels).
 
     The vector is the hidden state of the last token, or what `config.classifier_pooling` says.
     """
 
     def __init__(self, config: GengramConfig):
-        GengramPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = GengramModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -700,63 +832,102 @@ class GengramForSequenceClassification(GenericForSequenceClassification, Gengram
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> GengramSequenceClassifierOutput:
         """Logits of each sequence's classes, and the loss if labels are given; other arguments as in `GengramModel`.
 
         Args:
-            attention_mask: (batch, length), 0 for padding; by default no `config.pad_token_id` is pooled.
+            attention_mask: (batch, past + length), 0 for padding: it decides what is pooled. Without it a token is
+                padding if it is `config.pad_token_id` or, among `inputs_embeds`, exactly that row of the embedding.
+                A sequence of padding has the vector 0.
             labels: (batch,) classes or, for regression, numbers; (batch, num_labels) for several of either.
 
         Raises:
-            ValueError: if `classifier_pooling` is not `"last"` and the mask is not (batch, length).
+            ValueError: if the mask is not (batch, past + length).
         """
-        if self.config.classifier_pooling == "last":
-            return super().forward(
-                input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                **kwargs,
-            )
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f'classifier_pooling="{self.config.classifier_pooling}" needs an attention_mask of (batch, length), '
-                f"got {tuple(attention_mask.shape)}."
-            )
-        kwargs["use_cache"] = False
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        cache = _one_cache(past_key_values, cache)
         outputs: GengramModelOutput = self.model(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=bool(use_cache),
+            **{_CACHE: cache},
+            **_given(output_router_logits=output_router_logits),
+            **kwargs,
         )
         hidden_states: Any = outputs.last_hidden_state
-        if attention_mask is not None:
-            mask = attention_mask
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            mask = input_ids != self.config.pad_token_id
-        else:
-            mask = hidden_states.new_ones(hidden_states.shape[:2])
-        logits = self.score(pool_hidden_states(hidden_states, mask, self.config.classifier_pooling))
-        loss = None
+        pooling = self.config.classifier_pooling
+        is_padding = self.model.is_padding(input_ids, inputs_embeds).to(hidden_states.device)
+        mask = token_mask(attention_mask, is_padding, f'classifier_pooling="{pooling}"')
+        logits = self.score(pool_hidden_states(hidden_states, mask, pooling))
+        loss = share = None
         if labels is not None:
+            labels = _integer_labels(labels)
+            share = share_of_step(labels, num_items_in_batch)
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss = mean_over_step(loss, labels, share)
+        return GengramSequenceClassifierOutput(
+            logits=logits,
+            **{_CACHE: getattr(outputs, _CACHE)},
+            **self._with_router_losses(outputs, attention_mask, loss, share),
         )
 
 
-class GengramForTokenClassification(GenericForTokenClassification, GengramPreTrainedModel):
+class GengramForTokenClassification(_Head, GengramPreTrainedModel):
     """Gengram with a linear head on every base: logits (batch, length, num_labels)."""
 
     def __init__(self, config: GengramConfig):
-        GengramPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = GengramModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GengramTokenClassifierOutput:
+        """Logits of each base's classes, and the loss if labels (batch, length; -100: no loss) are given."""
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        cache = _one_cache(past_key_values, cache)
+        outputs: GengramModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=bool(use_cache),
+            **{_CACHE: cache},
+            **_given(output_router_logits=output_router_logits),
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = share = None
+        if labels is not None:
+            labels = _integer_labels(labels)
+            share = share_of_step(labels, num_items_in_batch)
+            loss = mean_over_step(self.loss_function(logits, labels, self.config), labels, share)
+        return GengramTokenClassifierOutput(
+            logits=logits, **self._with_router_losses(outputs, attention_mask, loss, share)
+        )
 
 
 __all__ = [

@@ -5,7 +5,7 @@ package's own modules, written flat, with their imports of one another turned in
 that Transformers follows. The tokenizer needs none: its `tokenizer.json` is complete.
 
 The names of the files are a published format: `configuration_gengram.py` and `modeling_gengram.py`, which `auto_map`
-names, and `motif_memory_PART.py` for the parts of `motif_memory/`.
+names, and `modeling_gengram_PART.py` and `motif_memory_PART.py` for the parts of these folders.
 """
 
 import re

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .configuration_motif_memory import MotifMemoryConfig
     from .definition import MemoryOutput, NgramPlan
+    from .grafts.attach import attach_memory, attached_memories, detach_memory
+    from .grafts.saved_memory import load_memory, save_memory
     from .module import MotifMemory
     from .plan import letter_codes, plan_ngrams
     from .state import MemoryState
@@ -29,6 +31,11 @@ _HOMES = {
     "fold_memory": "ways.kept_fold",
     "folded_inference": "ways.kept_fold",
     "unfold_memory": "ways.kept_fold",
+    "attach_memory": "grafts.attach",
+    "attached_memories": "grafts.attach",
+    "detach_memory": "grafts.attach",
+    "load_memory": "grafts.saved_memory",
+    "save_memory": "grafts.saved_memory",
 }
 
 
@@ -49,10 +56,15 @@ __all__ = [
     "MotifMemoryConfig",
     "NgramPlan",
     "Way",
+    "attach_memory",
+    "attached_memories",
+    "detach_memory",
     "fold_memory",
     "folded_inference",
     "letter_codes",
+    "load_memory",
     "memory_path",
     "plan_ngrams",
+    "save_memory",
     "unfold_memory",
 ]

@@ -3,9 +3,8 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from .definition import MemoryOutput, NgramPlan
+from .definition import MemoryOutput, NgramPlan, shifted
 from .state import MemoryState
 
 
@@ -38,14 +37,13 @@ def features_as_trained(memory: Any, plan: NgramPlan, state: MemoryState | None)
         state: earlier prefix sums; None at the start.
     """
     sizes = range(len(plan.ngram_sizes))
-    valid = [plan.valid(index)[:, plan.context :, None] for index in sizes]
+    missing = [~plan.valid(index)[:, plan.context :, None] for index in sizes]
     embedded = [table(plan.rows(i)[:, plan.context :]) for i, table in enumerate(memory.embeddings)]
-    rows = torch.cat([e * v.to(e.dtype) for e, v in zip(embedded, valid, strict=True)], dim=-1)
+    rows = torch.cat([e.masked_fill(m, 0) for e, m in zip(embedded, missing, strict=True)], dim=-1)
     length, width = rows.shape[1], embedded[0].shape[-1]
     earlier = None if state is None else state.prefix_sums(memory.layer_idx)
     prefix = running_sum(rows, None if earlier is None else earlier[:, -1])
     joined = prefix if earlier is None else torch.cat([earlier, prefix], dim=1)
-    joined = F.pad(joined, (0, 0, max(plan.window + length - joined.shape[1], 0), 0))[:, -(plan.window + length) :]
     means = []
     for index, size in enumerate(plan.ngram_sizes):
         part = slice(index * width, (index + 1) * width)
@@ -53,7 +51,7 @@ def features_as_trained(memory: Any, plan: NgramPlan, state: MemoryState | None)
         if endings == 1:
             means.append(rows[..., part])
             continue
-        total = joined[:, plan.window :, part] - joined[:, plan.window - endings : -endings, part]
+        total = prefix[..., part] - shifted(joined[..., part], endings)[:, -length:]
         means.append(total / plan.counts(index).clamp_min(1).unsqueeze(-1).to(total.dtype))
     return torch.cat(means, dim=-1), prefix
 

@@ -7,6 +7,11 @@ from typing import Any
 
 POOLINGS = ("exact", "as_trained")
 
+LARGEST_SIZE = 13  # of a k-mer: 5**13 rows are numbered by 32 bits
+LARGEST_WINDOW = 2**16
+LARGEST_REACH = 2**16  # of the convolution, in bases: what decoding must keep of each memory's output
+EPSILONS = (1e-30, 1.0)  # a smaller one is nothing beside float32's squares, a larger one is no epsilon
+
 
 @dataclass(frozen=True)
 class MotifMemoryConfig:
@@ -25,7 +30,8 @@ class MotifMemoryConfig:
             original's differences of prefix sums in the dtype of the tables.
 
     Raises:
-        ValueError: if fields contradict each other.
+        ValueError: if fields are out of bounds or contradict each other: k up to 13, windows and the reach of
+            the convolution up to 2**16 bases.
 
     Example:
 
@@ -43,9 +49,10 @@ class MotifMemoryConfig:
     pooling: str = "exact"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ngram_sizes", tuple(self.ngram_sizes))
-        if self.conv_dilation is None and self.ngram_sizes:
-            object.__setattr__(self, "conv_dilation", max(self.ngram_sizes))
+        sizes = checked_list("ngram_sizes", self.ngram_sizes)
+        object.__setattr__(self, "ngram_sizes", tuple(sizes))
+        if self.conv_dilation is None and sizes:
+            object.__setattr__(self, "conv_dilation", max(sizes))
         check_memory_fields(asdict(self))
 
     @property
@@ -84,7 +91,7 @@ def states_needed(window: int, conv_kernel: int, pooling: str) -> tuple[str, ...
 
 
 def check_memory_fields(fields: Mapping[str, Any], prefix: str = "", without: str = "") -> None:
-    """Refuse fields of a memory that contradict each other.
+    """Refuse fields of a memory that are out of bounds or contradict each other.
 
     Args:
         fields: by the names of `MotifMemoryConfig`.
@@ -94,24 +101,78 @@ def check_memory_fields(fields: Mapping[str, Any], prefix: str = "", without: st
     Raises:
         ValueError: says what was expected and what came.
     """
-    sizes, window = fields["ngram_sizes"], fields["window"]
+    sizes = checked_list(f"{prefix}ngram_sizes", fields["ngram_sizes"])
     if not sizes or min(sizes) < 1:
+        raise ValueError(f"{prefix}ngram_sizes must name at least one size, each 1 or more, got {sizes}{without}.")
+    if len(sizes) > 64 or max(sizes) > LARGEST_SIZE:
+        raise ValueError(f"{prefix}ngram_sizes must be at most 64 sizes up to {LARGEST_SIZE}, got {shown(sizes)}.")
+    check_integer(f"{prefix}window", fields["window"], None, LARGEST_WINDOW)
+    if fields["window"] < max(sizes):
         raise ValueError(
-            f"{prefix}ngram_sizes must name at least one size, each 1 or more, got {list(sizes)}{without}."
+            f"{prefix}window must be at least the largest of {prefix}ngram_sizes ({max(sizes)}), got "
+            f"{shown(fields['window'])}: a k-mer has to fit into the window."
         )
-    if window < max(sizes):
+    check_integer(f"{prefix}embedding_dim", fields["embedding_dim"], 1, 2**20)
+    check_integer(f"{prefix}conv_kernel", fields["conv_kernel"], 0, 1024, "0 (no convolution) or more")
+    check_integer(f"{prefix}conv_dilation", fields["conv_dilation"], 1, LARGEST_REACH)
+    if (fields["conv_kernel"] - 1) * fields["conv_dilation"] > LARGEST_REACH:
         raise ValueError(
-            f"{prefix}window must be at least the largest of {prefix}ngram_sizes ({max(sizes)}), got {window}: a "
-            "k-mer has to fit into the window."
+            f"the convolution must reach back at most {LARGEST_REACH} bases, got ({prefix}conv_kernel - 1) * "
+            f"{prefix}conv_dilation = ({fields['conv_kernel']} - 1) * {fields['conv_dilation']}."
         )
-    for name, least, words in (
-        ("embedding_dim", 1, "at least 1"),
-        ("conv_kernel", 0, "0 (no convolution) or more"),
-        ("conv_dilation", 1, "at least 1"),
-    ):
-        if fields[name] < least:
-            raise ValueError(f"{prefix}{name} must be {words}, got {fields[name]}.")
-    if not 0 < fields["norm_eps"] < math.inf:
-        raise ValueError(f"{prefix}norm_eps must be positive, got {fields['norm_eps']}.")
+    check_number(f"{prefix}norm_eps", fields["norm_eps"], *EPSILONS, "positive")
     if fields["pooling"] not in POOLINGS:
-        raise ValueError(f"{prefix}pooling must be one of {POOLINGS}, got {fields['pooling']!r}.")
+        raise ValueError(f"{prefix}pooling must be one of {POOLINGS}, got {shown(fields['pooling'])}.")
+
+
+def checked_list(name: str, value: Any) -> list[int]:
+    """A list of integers.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not is_list or not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value):
+        raise ValueError(f"{name} must be a list of integers, got {shown(value)}.")
+    return list(value)
+
+
+def check_integer(name: str, value: Any, least: int | None, most: int, at_least: str = "") -> None:
+    """Refuse what is no integer from `least` to `most`.
+
+    Raises:
+        ValueError: says what was expected, `at_least` in words if they are given, and what came.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, got {shown(value)}.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be {at_least or f'at least {least}'}, got {shown(value)}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}.")
+
+
+def check_number(name: str, value: Any, least: float, most: float, at_least: str = "") -> None:
+    """Refuse what is no finite number from `least` to `most`.
+
+    Raises:
+        ValueError: as `check_integer` does.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        raise ValueError(f"{name} must be a finite number, got {shown(value)}.")
+    if value < least:
+        raise ValueError(f"{name} must be {at_least or f'at least {least:g}'}, got {shown(value)}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most:g}, got {shown(value)}.")
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, also if it comes from a hostile file."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, or lists in lists in lists
+        return f"something of type {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -74,9 +74,20 @@ class NgramPlan(NamedTuple):
 
     def without_padding(self, x: torch.Tensor) -> torch.Tensor:
         """`x` (batch, length, ...) with zeros at padding, which must not reach its neighbours."""
-        return (
-            x if self.exists is None else x * self.exists.view(*self.exists.shape, *(1,) * (x.dim() - 2)).to(x.dtype)
-        )
+        return x if self.exists is None else _where(self.exists, x)
+
+
+class SpelledPlan(NamedTuple):
+    """The plan for tokens of several letters: windows over letters, of which each token reads that of its last."""
+
+    letters: NgramPlan
+    last: torch.Tensor  # (batch, tokens): place of each token's last letter in the letters' plan
+    tokens: NgramPlan  # segments and padding, for what follows key and value
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a window looks back only."""
+        return self.letters.is_causal
 
 
 class MemoryLayer(NamedTuple):
@@ -119,14 +130,18 @@ def letter_codes(input_ids: torch.Tensor, token_ids: Sequence[int]) -> torch.Ten
     return codes
 
 
-def _shift(x: torch.Tensor, steps: int, reach: torch.Tensor | None) -> torch.Tensor:
+def _where(condition: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`x` (batch, length, ...) where `condition` (batch, length) holds, else 0, also for what is not a number."""
+    return x.masked_fill(~condition.view(*condition.shape, *(1,) * (x.dim() - 2)), 0)
+
+
+def shifted(x: torch.Tensor, steps: int, reach: torch.Tensor | None = None) -> torch.Tensor:
     """`x[:, t - steps]`, zero before the start of the row, and where fewer than `steps` tokens are in `reach`."""
     if steps == 0:
         return x
-    shifted = F.pad(x, (0, 0) * (x.dim() - 2) + (steps, 0))[:, : x.shape[1]]
-    if reach is None:
-        return shifted
-    return shifted * (reach >= steps).view(*reach.shape, *(1,) * (x.dim() - 2)).to(x.dtype)
+    pad = steps if torch.compiler.is_compiling() else min(steps, x.shape[1])  # a window may be longer than the row
+    shifted = F.pad(x, (0, 0) * (x.dim() - 2) + (pad, 0))[:, : x.shape[1]]
+    return shifted if reach is None else _where(reach >= steps, shifted)
 
 
 def _trailing_sum(x: torch.Tensor, length: int, reach: torch.Tensor | None) -> torch.Tensor:
@@ -138,13 +153,13 @@ def _trailing_sum(x: torch.Tensor, length: int, reach: torch.Tensor | None) -> t
     taken, width = 0, 1
     while True:
         if length & width:
-            part = _shift(x, taken, reach)
+            part = shifted(x, taken, reach)
             total = part if total is None else total + part
             taken += width
         if 2 * width > length:
             assert total is not None
             return total
-        x = x + _shift(x, width, reach)
+        x = x + shifted(x, width, reach)
         width *= 2
 
 
@@ -169,7 +184,7 @@ def window_sum(
     if last > 0:
         start = max(first, 1)
         ahead = None if ahead is None else ahead.flip(1)
-        later = _shift(_trailing_sum(x.flip(1), last - start + 1, ahead), start, ahead).flip(1)
+        later = shifted(_trailing_sum(x.flip(1), last - start + 1, ahead), start, ahead).flip(1)
         total = later if total is None else total + later
     assert total is not None
     return total
@@ -192,7 +207,7 @@ def ngram_rows_and_runs(
     digits = (codes - 1).clamp_min(0).to(torch.int32).unsqueeze(-1)
     grams = torch.zeros_like(digits)
     for back in range(largest):
-        grams = grams + _shift(digits, back, behind) * 5**back
+        grams = grams + shifted(digits, back, behind) * 5**back
     places = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device).expand_as(codes)
     breaks = torch.where(codes > 0, -1, places)
     runs = places - (breaks.cummax(1).values if codes.shape[1] else breaks)
@@ -246,8 +261,7 @@ def window_mean(rows: torch.Tensor, plan: NgramPlan, index: int) -> torch.Tensor
     Returns:
         (batch, length, width) in at least float32: sums of half-precision rows are taken in float32.
     """
-    rows = rows * plan.valid(index).unsqueeze(-1).to(rows.dtype)
-    rows = rows.to(at_least_float32(rows.dtype))
+    rows = _where(plan.valid(index), rows).to(at_least_float32(rows.dtype))
     total = window_sum(rows, plan.span(index), plan.behind, plan.ahead_with_context())[:, plan.context :]
     return total / plan.counts(index).clamp_min(1).unsqueeze(-1).to(total.dtype)
 
@@ -293,7 +307,7 @@ def within_segment(
     reach = behind if offset < 0 else ahead
     if offset == 0 or reach is None:
         return x
-    return x * (reach >= abs(offset)).unsqueeze(-1).to(x.dtype)
+    return _where(reach >= abs(offset), x)
 
 
 def dilated_taps(
@@ -363,7 +377,7 @@ def gated_memory(
     query, key, value = (x.to(work) for x in (hidden_states, key, value))
     logit, _, _ = gate_logit(query, key, layer.norm_weight.to(work), layer.norm_eps)
     gate = signed_square_root_gate(logit)
-    gated = plan.without_padding(gate).unsqueeze(-1) * value
+    gated = plan.without_padding(gate.unsqueeze(-1) * value)
     length = gated.shape[1]
     if layer.taps is None:
         return MemoryOutput(gated.to(hidden_states.dtype), gate, gated[:, length:].clone())

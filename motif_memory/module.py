@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_motif_memory import MotifMemoryConfig
-from .definition import MemoryOutput, NgramPlan, at_least_float32, dilated_taps, memory_gate, rms_norm, window_mean
+from .definition import (
+    MemoryOutput,
+    NgramPlan,
+    SpelledPlan,
+    at_least_float32,
+    dilated_taps,
+    memory_gate,
+    rms_norm,
+    window_mean,
+)
 from .state import MemoryState
 from .ways.compute import compute
 from .ways.kept_fold import FoldKeeper
@@ -61,15 +70,28 @@ class MotifMemory(nn.Module):
             else:
                 nn.init.normal_(weight, std=std)
 
-    def forward(self, hidden_states: torch.Tensor, plan: NgramPlan, state: MemoryState | None = None) -> MemoryOutput:
+    def forward(
+        self, hidden_states: torch.Tensor, plan: NgramPlan | SpelledPlan, state: MemoryState | None = None
+    ) -> MemoryOutput:
         """What the memory adds to the residual stream, by the fastest way that `ways/choose.py` finds.
 
         Args:
             hidden_states: (batch, length, hidden), in front of the layer.
-            plan: from `plan_ngrams`.
+            plan: from `plan_ngrams`, or of tokens that spell several letters.
             state: of earlier tokens; only read. `state.advance(layer_idx, output)` is up to the caller.
         """
+        if isinstance(plan, SpelledPlan):
+            return self.by_spelling(hidden_states, plan, state)
         return compute(self, hidden_states, plan, state)
+
+    def by_spelling(
+        self, hidden_states: torch.Tensor, plan: SpelledPlan, state: MemoryState | None = None
+    ) -> MemoryOutput:
+        """The definition for tokens of several letters: the window of a token is that of its last letter."""
+        features = self.features(plan.letters)
+        features = features.gather(1, plan.last.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+        key, value = self.key_proj(features), self.value_proj(features)
+        return self.from_key_and_value(hidden_states, key, value, plan.tokens, state)
 
     def by_definition(
         self, hidden_states: torch.Tensor, plan: NgramPlan, state: MemoryState | None = None
@@ -79,13 +101,17 @@ class MotifMemory(nn.Module):
         return self.from_key_and_value(hidden_states, key, value, plan, state)
 
     def look_up(self, plan: NgramPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value of every position, projected from f, the concatenated mean embeddings of its window."""
+        """Key and value of every position: W_k f and W_v f."""
+        features = self.features(plan)
+        return self.key_proj(features), self.value_proj(features)
+
+    def features(self, plan: NgramPlan) -> torch.Tensor:
+        """f, the concatenated mean embeddings of the window of every position: (batch, length, sizes * width)."""
         means = []
         for index, table in enumerate(self.embeddings):
             rows = table(plan.rows(index))  # (batch, context + length, width)
             means.append(window_mean(rows, plan, index).to(rows.dtype))
-        features = torch.cat(means, dim=-1)  # (batch, length, sizes * width)
-        return self.key_proj(features), self.value_proj(features)
+        return torch.cat(means, dim=-1)
 
     def from_key_and_value(
         self,

@@ -37,7 +37,7 @@ def plan_ngrams(
     config: MotifMemoryConfig,
     positions: torch.Tensor | None = None,
     exists: torch.Tensor | None = None,
-    state: MemoryState | None = None,
+    state: MemoryState | torch.Tensor | None = None,
     *,
     is_causal: bool = True,
 ) -> NgramPlan:
@@ -49,7 +49,8 @@ def plan_ngrams(
         positions: (batch or 1, length); where they start again at 0 a new segment begins, which sees nothing of what
             is before. None: each row is one segment.
         exists: (batch, length), true (or 1) for tokens and false for padding, as Transformers' masks; None: all exist.
-        state: what is known of earlier tokens; None: nothing came before.
+        state: what is known of earlier tokens, or their codes, (batch, `config.context`) or (batch, 0); None: nothing
+            came before.
         is_causal: the window is the last `config.window` tokens if true, else centred on the position.
 
     Raises:
@@ -65,8 +66,9 @@ def plan_ngrams(
         exists = exists.to(device=codes.device, dtype=torch.bool)
         codes = codes.masked_fill(~exists, 0)
     if state is not None and config.context:
-        context = config.context
-        codes = torch.cat([state.letters(codes), codes], dim=1)
+        earlier_codes = state if isinstance(state, torch.Tensor) else state.letters(codes)
+        context = earlier_codes.shape[1]
+        codes = torch.cat([earlier_codes, codes], dim=1)
     behind = ahead = None
     if positions is not None:
         behind = positions.expand(codes.shape[0], -1)

@@ -1,5 +1,7 @@
 """What decoding must know of earlier tokens, and where Transformers' caches keep it."""
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +10,8 @@ import torch.nn.functional as F
 
 from .configuration_motif_memory import MotifMemoryConfig
 from .definition import MemoryOutput
+
+logger = logging.getLogger(__name__)
 
 
 class MemoryState:
@@ -21,8 +25,11 @@ class MemoryState:
     >>> import torch
     >>> from gengram.motif_memory import MemoryState, MotifMemoryConfig
     >>> state = MemoryState(MotifMemoryConfig(ngram_sizes=(1, 2), embedding_dim=4, window=5))
-    >>> state.letters(torch.ones(1, 3, dtype=torch.int64)).shape  # four earlier tokens, none of them known yet
-    torch.Size([1, 4])
+    >>> state.letters(torch.ones(1, 3, dtype=torch.int64)).shape  # of at most four earlier tokens; none so far
+    torch.Size([1, 0])
+    >>> state.advance_letters(torch.ones(1, 3, dtype=torch.int64))
+    >>> state.letters(torch.ones(1, 1, dtype=torch.int64)).shape
+    torch.Size([1, 3])
     """
 
     def __init__(self, config: MotifMemoryConfig):
@@ -53,8 +60,9 @@ class MemoryState:
         return any((place, name) in self._kept for place in (layer, 0) for name in self.config.states)
 
     def letters(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes of the `window - 1` tokens before `codes` (batch, length), 0 where there is none."""
-        return self._last("letter_codes", 0, self.config.context, codes)
+        """Codes of the tokens before `codes` (batch, length): of `window - 1`, or of all if there are fewer."""
+        kept = self._read("letter_codes", 0)
+        return codes.new_zeros(codes.shape[0], 0) if kept is None else kept.squeeze(-1)
 
     def conv_inputs(self, layer: int) -> torch.Tensor | None:
         """The last inputs of a layer's convolution, (batch, `conv_context`, hidden); None before the first token."""
@@ -78,12 +86,6 @@ class MemoryState:
         if output.prefix_sums is not None:
             self._write("prefix_sums", layer, output.prefix_sums, self.config.window)
 
-    def _last(self, name: str, layer: int, most: int, codes: torch.Tensor) -> torch.Tensor:
-        kept = self._read(name, layer) if most else None
-        if kept is None:
-            return codes.new_zeros(codes.shape[0], most)
-        return _last(kept, most).squeeze(-1)
-
     # Where the states are: (batch, positions, width).
 
     def _read(self, name: str, layer: int) -> torch.Tensor | None:
@@ -92,7 +94,7 @@ class MemoryState:
     def _write(self, name: str, layer: int, new: torch.Tensor, most: int) -> None:
         kept = self._kept.get((layer, name))
         joined = new if kept is None else torch.cat([kept, new.to(kept.dtype)], dim=1)
-        self._kept[layer, name] = _last(joined, most)
+        self._kept[layer, name] = joined[:, max(joined.shape[1] - most, 0) :]
 
 
 def _last(kept: torch.Tensor, most: int) -> torch.Tensor:
@@ -110,13 +112,8 @@ class CacheState(MemoryState):
     def __init__(self, cache: Any, config: MotifMemoryConfig, layers: Sequence[int]):
         super().__init__(config)
         self.cache, self.layers = cache, tuple(layers)
-        for layer in self.layers if config.states else ():
-            if len(cache.layers) <= layer or not hasattr(cache.layers[layer], "conv_states"):
-                raise ValueError(
-                    f"the cache has no room for the memory of layer {layer}: expected one built for this model, got "
-                    f"{type(cache).__name__} without its configuration. Build it with "
-                    "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
-                )
+        if config.states:
+            _make_room(cache, self.layers, len(config.states))
 
     @property
     def keeps_all(self) -> bool:
@@ -134,7 +131,14 @@ class CacheState(MemoryState):
             self._write("letter_codes", layer, codes.unsqueeze(-1), self.config.context)
 
     def letters(self, codes: torch.Tensor) -> torch.Tensor:
-        return self._last("letter_codes", self.layers[0], self.config.context, codes)
+        most = self.config.context
+        kept = self._read("letter_codes", self.layers[0])
+        past = 0 if kept is None else self.cache.get_seq_length()
+        if torch.compiler.is_compiling() or not isinstance(past, int):  # a compiled graph has one shape
+            past = most
+        if kept is None:
+            return codes.new_zeros(codes.shape[0], min(past, most))
+        return _last(kept, min(past, most)).squeeze(-1)
 
     def _read(self, name: str, layer: int) -> torch.Tensor | None:
         kept = self.cache.layers[layer]
@@ -144,3 +148,47 @@ class CacheState(MemoryState):
     def _write(self, name: str, layer: int, new: torch.Tensor, most: int) -> None:
         index = self.config.states.index(name)
         self.cache.update_conv_state(new.transpose(1, 2), layer, state_idx=index, conv_kernel_size=most)
+
+
+def _make_room(cache: Any, layers: Sequence[int], states: int) -> None:
+    """Let a cache that was built without a configuration keep the memory's states, in place.
+
+    Keys and values that it holds already have no letters: prompts, as prefix tuning trains them. The memory then
+    begins behind them as at the start of a sequence.
+
+    Raises:
+        ValueError: if the cache is of a kind without such layers.
+    """
+    without = [layer for layer in layers if layer >= len(cache.layers) or not _keeps_states(cache.layers[layer])]
+    if not without:
+        return
+    from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+    plain = all(type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer) for layer in cache.layers)
+    if type(cache) is not DynamicCache or not plain:
+        raise ValueError(
+            f"the cache has no room for the memory of layer {without[0]}: expected one built for this model, got "
+            f"{type(cache).__name__} without its configuration. Build it with "
+            "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
+        )
+    cache.layers += [DynamicLayer() for _ in range(len(cache.layers), max(without) + 1)]
+    for layer in without:
+        old: Any = cache.layers[layer]
+        cache.layers[layer] = new = LinearAttentionAndFullAttentionLayer(number_of_states=states)
+        if old.is_initialized:
+            new.update(old.keys, old.values)
+    if cache.get_seq_length() > 0:
+        _say_once(
+            f"a cache of {cache.get_seq_length()} positions came without the letters at these positions, as prompts "
+            "of prefix tuning do: the memory begins behind them. If this model filled the cache, keep the cache "
+            "itself, or build the new one with DynamicCache(config=model.config)."
+        )
+
+
+def _keeps_states(layer: Any) -> bool:
+    return hasattr(layer, "conv_states")
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

@@ -55,3 +55,18 @@ for _code, _bases in IUPAC.items():
 def base_digits(sequence: str) -> np.ndarray:
     """0 to 3 for A, C, G and T (or U) in either case, `OTHER` for everything else; (length,) uint8."""
     return _DIGITS[np.frombuffer(sequence.encode("ascii", "replace"), dtype=np.uint8)]
+
+
+_CODES = "".join(IUPAC).encode() + "".join(IUPAC).lower().encode()
+_CERTAIN = b"ACGTUacgtu"
+
+
+def strange_letter(sequence: str) -> int | None:
+    """The place of the first character that is no IUPAC code of DNA or RNA in either case; None if there is none."""
+    strange = sequence.encode("ascii", "replace").translate(None, _CODES)
+    return sequence.encode("ascii", "replace").index(strange[:1]) if strange else None
+
+
+def uncertain_letters(sequence: str) -> int:
+    """How many letters are not A, C, G, T or U."""
+    return len(sequence.encode("ascii", "replace").translate(None, _CERTAIN))

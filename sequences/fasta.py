@@ -87,6 +87,7 @@ class _Parser:
         self.is_line_start = True
         self.header: bytes | None = None
         self.name: str | None = None
+        self.description = ""
         self.start = 0  # of `waiting` in the record
         self.waiting = ""  # the last piece of the record so far
         self.blanks = b""  # at the end of a line so far
@@ -142,6 +143,7 @@ class _Parser:
         if self.repeated_names != "keep":
             name = self._unique(name)
         self.name, self.start, self.header, self.is_line_start = name, 0, None, True
+        self.description = b"".join(words[1:]).rstrip().decode("utf-8", "surrogateescape")
 
     def _unique(self, name: str) -> str:
         original = name
@@ -168,7 +170,7 @@ class _Parser:
         self.is_line_start = segment.endswith(b"\n")
         text = self._without_blanks(segment).translate(None, b"\n").decode("ascii")
         if text and self.waiting and self.name is not None:
-            yield SequencePiece(self.name, self.start, self.waiting, False)
+            yield SequencePiece(self.name, self.start, self.waiting, False, self.description)
             self.start += len(self.waiting)
         self.waiting = text or self.waiting
 
@@ -196,7 +198,7 @@ class _Parser:
         return b"\n".join(kept)
 
     def _last_piece(self, name: str) -> SequencePiece:
-        piece = SequencePiece(name, self.start, self.waiting, True)
+        piece = SequencePiece(name, self.start, self.waiting, True, self.description)
         self.waiting, self.blanks = "", b""
         return piece
 

@@ -14,12 +14,15 @@ class SequencePiece(NamedTuple):
         start: place of the first base in the record, from 0.
         text: the bases, at most `LONGEST_PIECE`; none only if the record has none.
         is_last: whether the record ends with it.
+        description: the rest of the record's header, if its format has one; bytes that are no UTF-8 as Python escapes
+            them (`surrogateescape`).
     """
 
     name: str
     start: int
     text: str
     is_last: bool
+    description: str = ""
 
 
 def pieces_of(name: str, sequence: str) -> Iterator[SequencePiece]:

@@ -1,11 +1,18 @@
-"""Figures as files."""
+"""Figures as files, and what they have in common."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import MissingExtraError
 from .whole_output import write_whole
+
+# Colours that can be told apart with any kind of colour vision (Okabe & Ito, "Color Universal Design", 2008).
+BASE_COLOURS = {"A": "#009E73", "C": "#0072B2", "G": "#E69F00", "T": "#D55E00"}
+STRAND_COLOURS = {"+": "#0072B2", "-": "#D55E00"}
+GENE_COLOUR = "#333333"
+OTHER_COLOUR = "#999999"
 
 
 def pyplot() -> Any:
@@ -17,7 +24,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise MissingExtraError("figures need matplotlib: pip install 'gengram[evaluation]'") from None
+        raise MissingExtraError("figures need Matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
@@ -39,3 +46,27 @@ def write_figure(path: str | Path, figure: Any) -> None:
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
     plt.close(figure)
     write_whole(path, content.getvalue())
+
+
+def draw_letters(axis: Any, rows: Sequence[str], first: int) -> None:
+    """Write sequences as rows of coloured letters, the first row on top.
+
+    Args:
+        axis: of Matplotlib.
+        rows: sequences of one length.
+        first: where the first letter stands on the axis; the others follow at 1, 2, ...
+    """
+    for row, letters in enumerate(rows):
+        for place, letter in enumerate(letters):
+            axis.text(
+                first + place,
+                -row,
+                letter,
+                color=BASE_COLOURS.get(letter.upper(), OTHER_COLOUR),
+                family="monospace",
+                weight="bold",
+                size=min(10, 900 / len(letters)),
+                ha="center",
+                va="center",
+            )
+    axis.set_ylim(0.5 - len(rows), 0.5)

@@ -9,7 +9,7 @@ from .byte_table import ByteTable
 
 # Ids are positions: `tokenizer/one_hot.bpe.model` of the authors, then the tokens that Megatron's wrapper adds to it.
 VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "C", "G", "T", "A", "N")
-_MEGATRON_TOKENS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<BOS>", "<EOS>")
+MEGATRON_TOKENS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<BOS>", "<EOS>")
 # What is read as a letter beside the letter itself: soft-masked bases, uracil, the IUPAC ambiguity codes.
 _READ_AS = {"A": "a", "C": "c", "G": "g", "T": "tUu", "N": "nRYSWKMBDHVryswkmbdhv"}
 
@@ -29,7 +29,7 @@ def build_backend(vocabulary: dict[str, int], unk_token: str) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.FixedLength(length=1)
     backend.decoder = decoders.Fuse()
     bracketed = [token for token in vocabulary if token.startswith("[") and token.endswith("]")]
-    backend.add_special_tokens([AddedToken(token, special=True) for token in (*bracketed, *_MEGATRON_TOKENS)])
+    backend.add_special_tokens([AddedToken(token, special=True) for token in (*bracketed, *MEGATRON_TOKENS)])
     return backend
 
 

@@ -7,15 +7,21 @@ import numpy as np
 from tokenizers import AddedToken, models
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
-from transformers.utils import to_py_obj
+from transformers.utils import logging, to_py_obj
 
-from .backend import VOCABULARY, build_backend, byte_table
+from .backend import MEGATRON_TOKENS, VOCABULARY, build_backend, byte_table
 from .byte_table import as_bytes, as_numpy
 from .soft_mask import soft_mask_of_encoding, soft_masked_text
 from .table_encoding import EncodingRecipe, encode_by_table
 
+logger = logging.get_logger(__name__)
+
 _NUCLEOTIDES = "ACGTN"
 _UNKNOWN_POLICIES = ("unk", "error")
+_START, _END = "<BOS>", "<EOD>"
+# Written to `tokenizer.json` for the unknown token where unknown characters are errors: no such token exists, so
+# that the plain backend, without this package, stops at one too.
+_NO_UNKNOWN_TOKEN = "(a character that is not DNA is an error)"
 
 
 def _is_batch(token_ids: Any) -> bool:
@@ -37,6 +43,12 @@ def _samples(text: Any, text_pair: Any, is_split_into_words: bool) -> list[tuple
     return [tuple(item) if is_pair(item) else (item,) for item in (text if is_batch else [text])]
 
 
+def _policy(unknown_characters: str) -> str:
+    if unknown_characters not in _UNKNOWN_POLICIES:
+        raise ValueError(f"unknown_characters must be one of {_UNKNOWN_POLICIES}, got {unknown_characters!r}.")
+    return unknown_characters
+
+
 class GengramTokenizer(TokenizersBackend):
     r"""
     Turns nucleotide sequences into token ids, always one token per character, with the ids of the authors' tokenizer.
@@ -49,21 +61,23 @@ class GengramTokenizer(TokenizersBackend):
     from a byte table with the same result; the others, such as pairs and offsets, by the Rust backend.
 
     Beyond the usual arguments, a call takes `return_soft_mask=True`: an extra field `soft_mask`, aligned with
-    `input_ids`, that is 1 where the input character was lower case and 0 elsewhere, padding included.
+    `input_ids`, that is 1 where the input character was lower case and 0 elsewhere, padding included. Where this
+    package is not installed there is no such field. It also takes `unknown_characters`, for this call only.
 
     Args:
         vocab (`dict[str, int]`, *optional*): Tokens and ids; `None` is the vocabulary of the released models.
         unknown_characters (`str`, defaults to `"unk"`): `"unk"` reads an unknown character as `[UNK]`, `"error"`
             raises a `ValueError` that names it. An attribute too; saved with the tokenizer. Where this package is not
-            installed, unknown characters are always `[UNK]`.
+            installed, `"error"` stops as well, with the backend's words ("Missing [UNK] token from the vocabulary").
         unk_token (`str`, defaults to `"[UNK]"`): Stands for an unknown character.
         sep_token (`str`, defaults to `"[SEP]"`): Separator.
         pad_token (`str`, defaults to `"[PAD]"`): Padding.
         cls_token (`str`, defaults to `"[CLS]"`): Classifier token.
         mask_token (`str`, defaults to `"[MASK]"`): Hides a base in masked language modelling.
-        bos_token (`str`, defaults to `"<BOS>"`): Named, never added by default.
-        eos_token (`str`, defaults to `"<EOD>"`): End of a document in the authors' training data; never added by
-            default.
+        bos_token (`str`, *optional*): Unset, as in `GengramConfig`, so that `Trainer` writes none into the
+            configuration of a model; `add_bos_token=True` makes it `<BOS>`.
+        eos_token (`str`, *optional*): Unset likewise; `add_eos_token=True` makes it `<EOD>`, which ends a document in
+            the authors' training data.
         extra_special_tokens (`list[str]`, *optional*): The other tokens of Megatron's wrapper.
         kwargs: As in `TokenizersBackend`.
 
@@ -101,9 +115,9 @@ class GengramTokenizer(TokenizersBackend):
         pad_token: str | AddedToken = "[PAD]",
         cls_token: str | AddedToken = "[CLS]",
         mask_token: str | AddedToken = "[MASK]",
-        bos_token: str | AddedToken = "<BOS>",
-        eos_token: str | AddedToken = "<EOD>",
-        extra_special_tokens: list[str] | tuple[str, ...] | dict[str, str] = ("<CLS>", "<SEP>", "<MASK>", "<EOS>"),
+        bos_token: str | AddedToken | None = None,
+        eos_token: str | AddedToken | None = None,
+        extra_special_tokens: list[str] | tuple[str, ...] | dict[str, str] = MEGATRON_TOKENS,
         **kwargs,
     ):
         self.unknown_characters = unknown_characters
@@ -128,6 +142,18 @@ class GengramTokenizer(TokenizersBackend):
             extra_special_tokens=extra_special_tokens,
             **kwargs,
         )
+        self.backend_tokenizer.model.unk_token = str(unk_token)  # a saved one may lack it, see `_NO_UNKNOWN_TOKEN`
+
+    bos_token: str | None
+    eos_token: str | None
+
+    def update_post_processor(self):
+        # What is to be added has to have a name first; the parent would silently add nothing.
+        if self.add_bos_token and self.bos_token is None:
+            self.bos_token = _START
+        if self.add_eos_token and self.eos_token is None:
+            self.eos_token = _END
+        super().update_post_processor()
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
@@ -141,9 +167,7 @@ class GengramTokenizer(TokenizersBackend):
 
     @unknown_characters.setter
     def unknown_characters(self, value: str):
-        if value not in _UNKNOWN_POLICIES:
-            raise ValueError(f"unknown_characters must be one of {_UNKNOWN_POLICIES}, got {value!r}.")
-        self._unknown_characters = value
+        self._unknown_characters = _policy(value)
 
     @property
     def nucleotide_ids(self) -> list[int]:
@@ -156,12 +180,13 @@ class GengramTokenizer(TokenizersBackend):
         return self.convert_tokens_to_ids(list(_NUCLEOTIDES))  # type: ignore[return-value]
 
     def _encode_plus(  # type: ignore[override]
-        self, text, text_pair=None, return_soft_mask=False, **options
+        self, text, text_pair=None, return_soft_mask=False, unknown_characters=None, **options
     ) -> BatchEncoding:
+        unknown_characters = self.unknown_characters if unknown_characters is None else _policy(unknown_characters)
         if isinstance(text, (list, tuple)) and not text and not text_pair and not options.get("is_split_into_words"):
-            one = self._encode_plus([""], return_soft_mask=return_soft_mask, **options)
+            one = self._encode_plus([""], return_soft_mask=return_soft_mask, **options)  # the shape of a batch
             return BatchEncoding({name: rows[:0] for name, rows in one.items()}, [], n_sequences=1)
-        if self.unknown_characters == "error":
+        if unknown_characters == "error":
             self._refuse_unknown_characters(text, text_pair, **options)
         encoded = None
         if self.use_lookup and text_pair is None:
@@ -307,7 +332,26 @@ class GengramTokenizer(TokenizersBackend):
         # What the last call padded or truncated to is no property of the tokenizer.
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
-        return super()._save_pretrained(*args, **kwargs)
+        model = self.backend_tokenizer.model
+        unk_token = model.unk_token
+        if self.unknown_characters == "error":
+            model.unk_token = _NO_UNKNOWN_TOKEN
+        try:
+            return super()._save_pretrained(*args, **kwargs)
+        finally:
+            model.unk_token = unk_token
+
+    def _eventual_warn_about_too_long_sequence(self, ids, max_length, verbose) -> None:
+        # The parent foretells indexing errors, which rotary positions do not make.
+        said = self.deprecation_warnings
+        if max_length is not None or not verbose or not 0 < self.model_max_length < len(ids) or said.get("too long"):
+            return
+        said["too long"] = True
+        logger.warning(
+            f"A sequence of {len(ids)} tokens is longer than the {self.model_max_length} that this model is made for "
+            "(model_max_length). A model will read it, since its positions are rotary, but may predict worse behind "
+            "them: cut it with truncation=True, or read it in windows."
+        )
 
 
 __all__ = ["GengramTokenizer"]

@@ -10,6 +10,7 @@ what is before a base and nothing behind it. Writes `splice_sites.json` and `spl
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,12 @@ import numpy as np
 import torch
 
 import gengram
-from gengram.evaluation.metrics import evaluate
+
+try:
+    from gengram.evaluation.metrics import evaluate
+except ImportError as error:
+    sys.exit(f"{sys.argv[0]} needs {error.name}: pip install -e '.[evaluation]' in the root of the repository")
+
 from gengram.inference.likelihood import next_token_log_probabilities
 from gengram.inference.loaded_model import load_model
 from gengram.sequences.alphabet import BASES, reverse_complement

@@ -31,6 +31,7 @@ from fine_tuning_setup import (
     logits_of,
     named_classes,
     parse_arguments,
+    run_as_script,
     tokenized,
     write_results,
 )
@@ -44,9 +45,10 @@ from transformers import (
 )
 
 from gengram.evaluation.classifiers import held_out
-from gengram.evaluation.labelled_data import LabelledSequences, overlap, read_labelled
+from gengram.evaluation.labelled_data import LabelledSequences, check_classes, overlap, read_labelled
 from gengram.evaluation.metrics import evaluate
 from gengram.inference.loaded_model import context_length
+from gengram.support.errors import MissingExtraError
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -73,8 +75,10 @@ def load_model(arguments: ModelArguments, classes: list[str]) -> tuple[PreTraine
 
 def with_adapters(model: PreTrainedModel, arguments: ModelArguments) -> PreTrainedModel:
     """The model with LoRA adapters, of which only these, the head, and on request the memory are trained."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError:
+        raise MissingExtraError("--lora needs peft: pip install -e '.[evaluation]'") from None
     adapters = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=arguments.lora_rank,
@@ -87,16 +91,23 @@ def with_adapters(model: PreTrainedModel, arguments: ModelArguments) -> PreTrain
 
 
 def read_tables(arguments: DataArguments, seed: int) -> dict[str, LabelledSequences]:
-    """Rows to train on, to choose by, and to test on, with the classes of the training rows."""
+    """Rows to train on, to choose by, and to test on, with the classes of the training rows.
+
+    Raises:
+        ValueError: if a table cannot be read, or has too few rows of a class to train on and to choose by.
+        OSError: if there is no such file.
+    """
     columns = {"sequence_column": arguments.sequence_column, "label_column": arguments.label_column}
     train = read_labelled(arguments.train, Path(), **columns, group_column=arguments.group_column)
-    if len(train.classes) < 2:
-        raise ValueError(f"{arguments.train}: expected two or more classes, got {train.classes}.")
+    check_classes(train, arguments.train, least=1 if arguments.validation is not None else 2)
     test = read_labelled(arguments.test, Path(), **columns, classes=train.classes)
     if arguments.validation is not None:
         validation = read_labelled(arguments.validation, Path(), **columns, classes=train.classes)
         return {"train": train, "validation": validation, "test": test}
-    fit_rows, choose_rows = held_out(train.labels, train.groups, seed, share=0.1)
+    try:
+        fit_rows, choose_rows = held_out(train.labels, train.groups, seed, share=0.1)
+    except ValueError as error:
+        raise ValueError(f"{arguments.train}: {error}") from None
     return {"train": train.take(fit_rows), "validation": train.take(choose_rows), "test": test}
 
 
@@ -136,6 +147,7 @@ def main() -> None:
         report = {
             "metrics": {name: asdict(value) for name, value in evaluate(test.labels, probabilities).items()},
             "rows": {name: len(table) for name, table in tables.items()},
+            "rows_of_classes": {name: table.class_rows() for name, table in tables.items()},
             "classes": classes,
             "overlap": asdict(overlap(tables["train"], test)),
             "trained_parameters": trained_parameters,
@@ -153,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

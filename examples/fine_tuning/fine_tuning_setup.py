@@ -1,9 +1,18 @@
 """What the fine-tuning scripts share: options of the model, how it is loaded with a new head, and what is left."""
 
-import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+try:  # before the script that imports this file imports them itself
+    import scipy  # noqa: F401
+    import sklearn  # noqa: F401
+
+    import gengram  # noqa: F401  (the Auto classes then know Gengram)
+except ImportError as error:
+    sys.exit(f"{sys.argv[0]} needs {error.name}: pip install -e '.[evaluation]' in the root of the repository")
 
 import pandas as pd
 from datasets import Dataset
@@ -17,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-import gengram  # noqa: F401  (the Auto classes then know Gengram)
+from gengram.evaluation.run_files import json_text, without_nan
 
 DEFAULTS = {
     "learning_rate": 3e-4,
@@ -50,6 +59,14 @@ class TableArguments:
     test: str = field(metadata={"help": "table for the metrics"})
     validation: str | None = field(default=None, metadata={"help": "table to choose the epoch by"})
     sequence_column: str = field(default="sequence", metadata={"help": "name of the column of sequences"})
+
+
+def run_as_script(main: Callable[[], None]) -> None:
+    """Call `main`; what the user can mend is one line on stderr and exit code 1, as in the command `gengram`."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
 
 
 def parse_arguments(model_class: type, data_class: type, description: str | None) -> tuple[Any, Any, Any]:
@@ -110,7 +127,11 @@ def logits_of(predictions: Any) -> Any:
 
 
 def write_results(output: str, report: dict[str, Any], predictions: pd.DataFrame) -> None:
-    """Leave `metrics.json` and `predictions.parquet` in the output folder, and print the metrics."""
+    """Leave `metrics.json` and `predictions.parquet` in the output folder, and print the metrics.
+
+    A metric that is not defined, as the correlation with targets that are all the same, is null.
+    """
     predictions.to_parquet(Path(output) / "predictions.parquet", index=False)
-    (Path(output) / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["metrics"], indent=1))
+    report = without_nan(report)
+    (Path(output) / "metrics.json").write_text(json_text(report), encoding="utf-8")
+    print(json_text(report["metrics"]), end="")

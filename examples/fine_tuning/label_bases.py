@@ -38,6 +38,7 @@ from fine_tuning_setup import (
     logits_of,
     named_classes,
     parse_arguments,
+    run_as_script,
     write_results,
 )
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -301,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

@@ -18,6 +18,8 @@ base see both sides, which a model that was trained causally has to learn from t
 Left in the output folder: the model, `metrics.json` and `predictions.parquet` of the test rows.
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from fine_tuning_setup import (
     load_with_new_head,
     logits_of,
     parse_arguments,
+    run_as_script,
     tokenized,
     write_results,
 )
@@ -42,7 +45,9 @@ from transformers import (
     Trainer,
 )
 
-from gengram.evaluation import labelled_data
+from gengram.evaluation.labelled_data import sequences_of
+from gengram.evaluation.tables import is_number, place
+from gengram.evaluation.tables import read_table as read_text
 from gengram.inference.loaded_model import context_length
 from gengram.support.bootstrap import Estimate, estimate
 
@@ -58,31 +63,44 @@ def read_table(path: str, arguments: DataArguments) -> pd.DataFrame:
     """Columns `sequence` (upper case) and `target` (finite numbers) of a table.
 
     Raises:
-        ValueError: if a column is missing, or a cell is empty or no number.
+        ValueError: if it is no table, a column is missing, there are no rows, a sequence is not DNA, or a target is no
+            finite number; the message names the file and the row.
+        OSError: if there is no such file.
     """
-    table = labelled_data.read_table(Path(path))
-    wanted = [arguments.sequence_column, arguments.target_column]
-    if not set(wanted) <= set(table.columns):
-        raise ValueError(f"{path}: expected the columns {wanted}, got {list(table.columns)}.")
-    sequences = table[wanted[0]]
-    targets = pd.to_numeric(table[wanted[1]], errors="coerce").to_numpy(np.float64)
-    wrong = np.flatnonzero(~np.isfinite(targets) | sequences.isna().to_numpy())
-    if len(wrong) or table.empty:
-        shown = table[wanted].iloc[wrong[:3]].values.tolist()
-        raise ValueError(f"{path}: expected a sequence and a number in each row, got {len(wrong)} others: {shown}.")
-    return pd.DataFrame({"sequence": sequences.astype(str).str.strip().str.upper(), "target": targets})
+    table = read_text(Path(path), [arguments.sequence_column, arguments.target_column])
+    if table.empty:
+        raise ValueError(f"{path}: expected rows with a sequence and a number each, got none.")
+    cells = table[arguments.target_column]
+    targets = np.array([float(cell) if is_number(cell) else np.nan for cell in cells])
+    wrong = np.flatnonzero(~np.isfinite(targets))
+    if len(wrong):
+        more = f" (and {len(wrong) - 1:,} more such rows)" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{path}, {place(table, wrong[0])}: expected a finite number in the column "
+            f"{arguments.target_column!r}, got {cells.iloc[wrong[0]]!r}{more}."
+        )
+    return pd.DataFrame({"sequence": sequences_of(table, arguments.sequence_column, path), "target": targets})
 
 
 def read_tables(arguments: DataArguments, seed: int) -> dict[str, pd.DataFrame]:
-    """Rows to train on, to choose by, and to test on."""
+    """Rows to train on, to choose by, and to test on.
+
+    Raises:
+        ValueError: as `read_table`; or if targets to train on do not differ, or cannot be scaled.
+    """
     train, test = read_table(arguments.train, arguments), read_table(arguments.test, arguments)
     if arguments.validation is not None:
         validation = read_table(arguments.validation, arguments)
     else:
         validation = train.sample(max(1, len(train) // 10), random_state=seed)
         train = train.drop(validation.index)
-    if train["target"].nunique() < 2:
-        raise ValueError(f"{arguments.train}: expected targets that differ, got {train['target'].unique().tolist()}.")
+    with np.errstate(over="ignore"):
+        deviation = train["target"].std(ddof=0) if len(train) else 0.0
+    if not 0 < deviation < np.inf:
+        raise ValueError(
+            f"{arguments.train}: expected two or more targets that differ, of ordinary size, got {len(train)} rows to "
+            f"train on with a standard deviation of {deviation}."
+        )
     return {"train": train, "validation": validation, "test": test}
 
 
@@ -102,16 +120,35 @@ def r_squared(targets: np.ndarray, predictions: np.ndarray) -> float:
     return float(1 - ((targets - predictions) ** 2).sum() / ((targets - targets.mean()) ** 2).sum())
 
 
+def _where_both_differ(metric: Callable[..., float]) -> Callable[[np.ndarray, np.ndarray], float]:
+    """A metric that is nan where targets or predictions are all the same."""
+
+    def of(targets: np.ndarray, predictions: np.ndarray) -> float:
+        return metric(targets, predictions) if np.ptp(targets) > 0 and np.ptp(predictions) > 0 else float("nan")
+
+    return of
+
+
 METRICS = {
-    "pearson": lambda targets, predictions: float(pearsonr(targets, predictions).statistic),
-    "spearman": lambda targets, predictions: float(spearmanr(targets, predictions).statistic),
-    "r2": r_squared,
+    "pearson": _where_both_differ(lambda targets, predictions: float(pearsonr(targets, predictions).statistic)),
+    "spearman": _where_both_differ(lambda targets, predictions: float(spearmanr(targets, predictions).statistic)),
+    "r2": lambda targets, predictions: r_squared(targets, predictions) if np.ptp(targets) > 0 else float("nan"),
 }
 
 
 def evaluate(targets: np.ndarray, predictions: np.ndarray, samples: int = 1000) -> dict[str, Estimate]:
-    """Metrics of (rows,) predictions, with 95 % percentile intervals over bootstrap samples of the rows."""
-    with np.errstate(invalid="ignore", divide="ignore"):  # a sample of few rows may be constant
+    """Metrics of (rows,) predictions, with 95 % percentile intervals over bootstrap samples of the rows.
+
+    Raises:
+        ValueError: if a prediction is not finite.
+    """
+    wrong = int((~np.isfinite(predictions)).sum())
+    if wrong:
+        raise ValueError(
+            f"expected finite predictions, got others for {wrong} of {len(predictions)} rows; has training diverged?"
+        )
+    with warnings.catch_warnings():  # a sample of few rows may be constant
+        warnings.simplefilter("ignore")
         return {
             name: estimate(lambda rows, metric=metric: metric(targets[rows], predictions[rows]), len(targets), samples)
             for name, metric in METRICS.items()
@@ -157,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

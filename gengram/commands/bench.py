@@ -1,18 +1,39 @@
 """`gengram bench`: evaluates models on a suite of tasks, beside baselines."""
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HELP = "evaluate models on a suite of tasks, beside baselines"
+_SUITE_FILE = """\
+A suite file is YAML; paths in it are relative to --data:
+
+  name: mine
+  tasks:
+    - name: enhancers
+      train: train.csv              # columns sequence and label; CSV, TSV or Parquet, also compressed
+      test: test.csv
+      protocols: [frozen, baseline-kmer]
+    - name: effects
+      kind: variants                # or likelihood
+      variants: variants.tsv        # columns pos, ref, alt and label (1: low likelihood expected)
+      fasta: region.fa.gz
+      first_base: 41100001          # position of the FASTA's first base in the table
+
+docs/evaluation.md describes all fields and protocols.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `gengram bench`."""
+    parser.epilog, parser.formatter_class = _SUITE_FILE, argparse.RawDescriptionHelpFormatter
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folders or Hub ids; none runs the baselines only")
-    parser.add_argument("--suite", required=True, help="YAML file, or the name of a suite of this package")
+    parser.add_argument(
+        "--suite", required=True, help=f"YAML file (see below), or one of the package: {', '.join(_suites())}"
+    )
     parser.add_argument("--data", type=Path, default=Path(), help="folder that the suite's paths are relative to")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results; runs found there are kept")
     parser.add_argument("--tasks", default="*", help="shell pattern of the tasks to run")
@@ -32,18 +53,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def _suites() -> list[str]:
+    """Names of the suites of the package."""
+    room = importlib.util.find_spec("..evaluation", __package__)  # not imported
+    assert room is not None and room.origin is not None
+    return sorted(path.stem for path in Path(room.origin).with_name("suites").glob("*.yaml"))
+
+
 def _values(words: Sequence[str]) -> dict[str, Any]:
     """`NAME=VALUE` as a dictionary; values are JSON, or words."""
-    found = {}
+    found: dict[str, Any] = {}
     for word in words:
         name, separator, value = word.partition("=")
         if not separator:
             raise ValueError(f"--fine-tuning: expected NAME=VALUE, got {word!r}.")
+        if name in found:
+            raise ValueError(f"--fine-tuning: expected each name once, got {name!r} twice.")
         try:
             found[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except ValueError:
             found[name] = value
     return found
+
+
+def _seeds(text: str) -> list[int]:
+    """Whole numbers of 0 to 2**32 - 1, which NumPy, PyTorch and scikit-learn take, each once."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) < 11 and int(word) < 2**32 for word in words):
+        raise ValueError(f"--seeds: expected whole numbers from 0 to {2**32 - 1}, separated by commas, got {text!r}.")
+    return list(dict.fromkeys(map(int, words)))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,11 +98,13 @@ def run(arguments: argparse.Namespace) -> int:
         import torch
 
         from ..evaluation.bench import bench
-        from ..evaluation.protocols import EvaluatedModel
-        from ..evaluation.suite import read_suite, with_fine_tuning
+        from ..evaluation.evaluated_model import EvaluatedModel
+        from ..evaluation.suite import with_fine_tuning
+        from ..evaluation.suite_files import read_suite
     except ImportError as error:
         raise MissingExtraError(f"gengram bench needs {error.name}: pip install 'gengram[evaluation]'") from error
     suite = with_fine_tuning(read_suite(arguments.suite), _values(arguments.fine_tuning))
+    seeds = _seeds(arguments.seeds)
     models = [
         EvaluatedModel(
             name,
@@ -82,13 +122,13 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.data,
             arguments.output,
             tasks=arguments.tasks,
-            protocols=arguments.protocols.split(",") if arguments.protocols else None,
-            seeds=[int(seed) for seed in arguments.seeds.split(",")],
+            protocols=[word.strip() for word in arguments.protocols.split(",")] if arguments.protocols else None,
+            seeds=seeds,
             progress=not arguments.quiet,
         )
     except ImportError as error:  # of what a model's own code needs; its message names it
         raise MissingExtraError(str(error)) from error
-    print((arguments.output / "report.md").read_text())
+    print((arguments.output / "report.md").read_text(encoding="utf-8"))
     print(
         f"wrote results.parquet, results.json, report.md and report.svg of {len(results)} runs to {arguments.output}"
     )

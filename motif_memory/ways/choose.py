@@ -24,6 +24,9 @@ KERNELS = ("auto", "torch", "native")
 TABLE_MAJOR_TOKENS_PER_ROW = 0.15
 
 
+_HISTORY_HAS_GRADIENTS = "only the definition has gradients through the history that a pass continues"
+
+
 class Way(NamedTuple):
     """How a pass is computed, and why."""
 
@@ -129,6 +132,7 @@ def choose_way(
     *,
     is_as_trained: bool,
     can_project: str | None,
+    continues: bool,
     table_rows: int,
     find_fold: Callable[[bool], tuple[Any, str]],
 ) -> Way:
@@ -138,6 +142,7 @@ def choose_way(
         hidden_states: (batch, length, hidden) of the pass; they and PyTorch's state say whether gradients are wanted.
         is_as_trained: whether the original's order of operations is asked for by the configuration.
         can_project: why the projections cannot be taken of table rows, or None if they can.
+        continues: whether the pass goes on from a history, through which only the definition has gradients.
         table_rows: rows that a step would have to project.
         find_fold: called with whether folding is forced; finds or makes folded tables, and says why it has none.
 
@@ -151,10 +156,17 @@ def choose_way(
         raise ValueError("folded tables are asked for but this pass needs gradients; use torch.no_grad() and eval().")
     if wanted in ("folded", "table_major") and can_project is not None:
         raise ValueError(f"the algorithm {wanted} is asked for but {can_project}.")
-    kernels, no_kernels = ("torch", "") if can_project is not None else _kernels_of(hidden_states)
+    by_definition = needs_grad and continues
+    if by_definition and (wanted == "table_major" or forced_path().kernels == "native"):
+        asked = "native kernels are" if wanted != "table_major" else f"the algorithm {wanted} is"
+        raise ValueError(f"{asked} asked for but {_HISTORY_HAS_GRADIENTS}; use torch.no_grad() to decode.")
+    only_torch = can_project is not None or by_definition
+    kernels, no_kernels = ("torch", "") if only_torch else _kernels_of(hidden_states)
     fold = None
     if can_project is not None:
         algorithm, reason = "as_trained" if is_as_trained else "token_major", can_project
+    elif by_definition:
+        algorithm, reason = "token_major", _HISTORY_HAS_GRADIENTS
     elif wanted not in ("auto", "folded"):
         algorithm, reason = wanted, f"{wanted} is asked for"
     elif needs_grad:

@@ -34,14 +34,16 @@ def compute(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: Me
         assert weights is not None
         return memory.kept_fold.find(memory, weights, hidden_states, plan, state, is_forced)
 
+    work = _Pass(memory, hidden_states, plan, state, weights)
     way = choose_way(
         hidden_states,
         is_as_trained=memory.config.pooling == "as_trained",
         can_project=why_not,
+        continues=_history(work) is not None,
         table_rows=rows_to_project(plan.ngram_sizes),
         find_fold=find_fold,
     )
-    return _WAYS[way.algorithm](_Pass(memory, hidden_states, plan, state, weights), way)
+    return _WAYS[way.algorithm](work, way)
 
 
 def _check(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan) -> None:

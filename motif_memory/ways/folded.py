@@ -51,11 +51,15 @@ class _Windows:
 
     def scaled_key_value(self, batch: slice, begin: int, end: int) -> torch.Tensor:
         """`key_value` times the scale of the tables."""
-        ids = self.row_ids(batch, begin, end)
-        count, length, width = ids.shape
-        by_slab = [F.embedding_bag(ids.reshape(-1, width), slab, mode="sum") for slab in self.rows]
-        sums = (by_slab[0] if len(by_slab) == 1 else torch.cat(by_slab, dim=-1)).to(self.work)
-        places = (~self.regular[batch, begin:end]).reshape(-1).nonzero().flatten()
+        regular = self.regular[batch, begin:end]
+        count, length = regular.shape
+        places = (~regular).reshape(-1).nonzero().flatten()
+        if len(places) < regular.numel():
+            ids = self.row_ids(batch, begin, end).flatten(0, 1)
+            by_slab = [F.embedding_bag(ids, slab, mode="sum") for slab in self.rows]
+            sums = (by_slab[0] if len(by_slab) == 1 else torch.cat(by_slab, dim=-1)).to(self.work)
+        else:  # such as windows that are longer than all rows
+            sums = torch.empty(count * length, 2 * self.hidden, dtype=self.work, device=self.rows.device)
         for some in places.split(64):  # bounds the memory for their rows
             in_batch = batch.start + some // length
             sums[some] = self.irregular(in_batch, begin + some % length)
@@ -83,6 +87,9 @@ class _Windows:
             values = grad[batch[some], positions[some]][place] * weights.unsqueeze(-1).to(grad.dtype)
             _add_rows(out, rows, values)
         grad[batch, positions] = 0
+        slabs, _, width = self.rows.shape
+        if len(batch) == self.regular.numel():
+            return out.view(-1, slabs, width).transpose(0, 1).contiguous()
         ahead = self.plan.context + self.plan.reach_ahead  # position t has the window that ends at token ahead + t
         tokens = self.top.shape[1]
         chunk = _positions_at_a_time(grad.device, self.hidden)
@@ -99,7 +106,6 @@ class _Windows:
                     grams = self.plan.grams[row, ahead + begin - self.endings : ahead + end - self.endings]
                     oldest = grams % 5 ** (self.largest - 1) + self.sections.oldest
                     _add_rows(out, oldest, windows[begin:end])
-        slabs, _, width = self.rows.shape
         return out.view(-1, slabs, width).transpose(0, 1).contiguous()
 
 
@@ -186,10 +192,10 @@ def folded_memory(
         query = hidden_states[batch, begin:end].to(work)
         gate = scaled_gate(query, key, scaled_norm, layer.norm_eps, windows.scale)
         gates[batch, begin:end] = gate
+        gated = (gate / windows.scale).unsqueeze(-1) * value  # by a power of two: nothing is rounded
         if plan.exists is not None:
-            gate = gate * plan.exists[batch, begin:end].to(work)
-        gate = gate / windows.scale  # of the values, by a power of two: nothing is rounded
-        gated = torch.cat([tail, gate.unsqueeze(-1) * value], dim=1) if reach else gate.unsqueeze(-1) * value
+            gated = gated.masked_fill(~plan.exists[batch, begin:end].unsqueeze(-1), 0)
+        gated = torch.cat([tail, gated], dim=1) if reach else gated
         if end == length:
             last[batch] = gated[:, gated.shape[1] - kept :]
             gated = F.pad(gated, (0, 0, 0, reach - reach_back))

@@ -30,7 +30,7 @@ def window_features_backward(grad: torch.Tensor, plan: NgramPlan) -> list[torch.
         part = part / plan.counts(index).clamp_min(1).unsqueeze(-1).to(part.dtype)
         part = F.pad(part, (0, 0, plan.context, 0))
         by_ngram = _window_sum_transposed(part, plan.span(index), plan.behind, plan.ahead_with_context())
-        by_ngram = by_ngram * plan.valid(index).unsqueeze(-1).to(part.dtype)
+        by_ngram = by_ngram.masked_fill(~plan.valid(index).unsqueeze(-1), 0)
         rows = 5 ** plan.ngram_sizes[index]
         gradients.append(torch.ops.aten.embedding_dense_backward(by_ngram, plan.rows(index), rows, -1, False))
     return gradients
@@ -44,7 +44,8 @@ def _window_sum_transposed(
     if first <= 0 and behind is None and ahead is None:
         return window_sum(x, (-last, -first))
     total = torch.zeros_like(x)
-    for offset in range(first, last + 1):
+    longest = x.shape[1] - 1
+    for offset in range(max(first, -longest), min(last, longest) + 1):
         part = within_segment(x, offset, behind, ahead)
         moved = F.pad(part, (0, 0, max(offset, 0), max(-offset, 0)))
         start = max(-offset, 0)
@@ -101,7 +102,7 @@ def gated_memory_backward(
     grad_value = strength[:, core].unsqueeze(-1) * grad_gated
     grad_strength = (grad_gated * value).sum(-1)
     if plan.exists is not None:
-        grad_strength = grad_strength * plan.exists[:, core].to(work)
+        grad_strength = grad_strength.masked_fill(~plan.exists[:, core], 0)
     if grad_gate is not None:
         grad_strength = grad_strength + grad_gate[:, core]
     slope = torch.where(logit.abs() > 1e-6, 0.5 / logit.abs().clamp_min(1e-6).sqrt(), 0.0)

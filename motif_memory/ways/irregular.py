@@ -41,7 +41,9 @@ def irregular_rows(
         begin = torch.maximum(begin, here - plan.behind[batch, here])
     if plan.ahead is not None:
         stop = torch.minimum(stop, here + plan.ahead[batch, positions.unsqueeze(1)] + 1)
-    endings = end - torch.arange(plan.window, device=end.device)  # (places, window), the newest first
+    newest = end.clamp_max(plan.grams.shape[1] - 1)
+    count = min(plan.window, plan.grams.shape[1])
+    endings = newest - torch.arange(count, device=end.device)  # (places, at most window), the newest first
     is_inside = (endings >= begin) & (endings < stop)
     safe = endings.clamp(0, plan.grams.shape[1] - 1)
     longest = torch.minimum(plan.runs[batch, safe].long(), endings - begin + 1).clamp_max(largest)

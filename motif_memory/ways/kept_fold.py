@@ -120,26 +120,19 @@ class FoldKeeper:
         if fold is None or not same_fingerprint(fingerprint(weights), fold.fingerprint):
             self.drop()
             fold = self.make(weights, hidden_states.dtype, plan.ngram_sizes, plan.window)
-        if fold is None:
-            return None, "the memory's weights are not finite"
         if owner is not None:
             self._trusted.add(owner)
         return fold, ""
 
     @torch.no_grad()
-    def make(self, weights: Weights, dtype: torch.dtype, ngram_sizes: tuple[int, ...], window: int) -> Fold | None:
-        """Fold for hidden states of a dtype: 16-bit ones get float16 tables, others their own, unless asked.
-
-        None if the weights are not finite.
-        """
+    def make(self, weights: Weights, dtype: torch.dtype, ngram_sizes: tuple[int, ...], window: int) -> Fold:
+        """Fold for hidden states of a dtype: 16-bit ones get float16 tables, others their own, unless asked."""
         hidden, device = weights.key.shape[0], weights.key.device
         stored = self.dtype or (torch.float16 if dtype in (torch.bfloat16, torch.float16) else dtype)
         layout = packed_layout(device, dtype, hidden)
         made_from = fingerprint(weights)
         with torch.autocast(device_type=device.type, enabled=False):  # tables serve passes outside of it too
             tables = pack_tables(weights.tables, weights.key, weights.value, ngram_sizes, window, stored, layout)
-        if tables is None:
-            return None
         layer = weights.layer(is_causal=True)
         if layer.taps is not None:
             layer = layer._replace(taps=layer.taps.t().contiguous().t())  # a tap's weights lie together
@@ -251,8 +244,7 @@ def fold_memory(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
             overflow), and that of the weights for others.
 
     Raises:
-        ValueError: if the model is in training mode, or a memory has adapters, is offloaded, `as_trained` or not
-            finite.
+        ValueError: if the model is in training mode, or a memory has adapters, is offloaded or `as_trained`.
     """
     if model.training:
         raise ValueError("fold_memory is for inference; call model.eval() first.")
@@ -263,8 +255,7 @@ def fold_memory(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         keeper: FoldKeeper = memory.kept_fold
         keeper.is_requested, keeper.dtype = True, dtype
         config = memory.config
-        if keeper.make(weights, weights.key.dtype, config.ngram_sizes, config.window) is None:
-            raise ValueError("the memory's weights are not finite, so they cannot be folded.")
+        keeper.make(weights, weights.key.dtype, config.ngram_sizes, config.window)
     return model
 
 

@@ -186,10 +186,15 @@ def _gated_memory_backward_shapes(
 
 
 def _differentiate_gated_memory(native: bool, inputs: Sequence[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
-    hidden_states, (_, layer, _) = inputs[0], _plan_and_layer(inputs[3:])
+    hidden_states, (plan, layer, _) = inputs[0], _plan_and_layer(inputs[3:])
     *by_input, norm, taps = _call(
         "gated_memory_backward", native, _or_zeros(grads[0], hidden_states), grads[1], *inputs[:-1]
     )
+    if grads[2] is not None:
+        grad = _as_residual(grads[2], hidden_states)
+        fields = (*inputs[:3], *plan, *_without_convolution(layer))
+        *more, more_norm, _ = _call("gated_memory_backward", native, grad, None, *fields)
+        by_input, norm = [one + other for one, other in zip(by_input, more, strict=True)], norm + more_norm
     return *by_input, *[None] * _PLAN_FIELDS, norm, None, None if layer.taps is None else taps
 
 
@@ -240,14 +245,29 @@ def _folded_memory_backward_shapes(
 
 
 def _differentiate_folded_memory(native: bool, inputs: Sequence[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
-    hidden_states, rows, _, *fields = inputs
-    _, layer, _ = _plan_and_layer(fields)
+    hidden_states, rows, scale, *fields = inputs
+    plan, layer, _ = _plan_and_layer(fields)
     *before, _, top = inputs  # history is None
     grad_hidden, grad_rows, norm, taps = _call(
         "folded_memory_backward", native, _or_zeros(grads[0], hidden_states), grads[1], *before, top
     )
+    if grads[2] is not None:
+        grad = _as_residual(grads[2], hidden_states)
+        without = (hidden_states, rows, scale, *plan, *_without_convolution(layer))
+        more = _call("folded_memory_backward", native, grad, None, *without, top)
+        grad_hidden, grad_rows, norm = grad_hidden + more[0], grad_rows + more[1], norm + more[2]
     layer_gradients = (norm, None, None if layer.taps is None else taps)
     return grad_hidden, grad_rows.to(rows.dtype), None, *[None] * _PLAN_FIELDS, *layer_gradients
+
+
+def _as_residual(grad_gated: Tensor, hidden_states: Tensor) -> Tensor:
+    """The gradient of `gated`, which a continued text has, as that of the residual of a memory without convolution."""
+    missing = hidden_states.shape[1] - grad_gated.shape[1]
+    return torch.nn.functional.pad(grad_gated, (0, 0, missing, 0)).to(hidden_states.dtype)
+
+
+def _without_convolution(layer: MemoryLayer) -> MemoryLayer:
+    return layer._replace(taps=None, dilation=1, reach_back=0)
 
 
 def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:

@@ -4,7 +4,6 @@
 (`table_major.py`, every step).
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -97,16 +96,15 @@ def pack_tables(
     window: int,
     dtype: torch.dtype = torch.float16,
     slab_width: int | None = None,
-) -> PackedTables | None:
-    """Packed tables for inference, or None if the weights are not finite; arguments as in `project_tables`.
+) -> PackedTables:
+    """Packed tables for inference; arguments as in `project_tables`.
 
     Args:
-        dtype: of the rows. In float16 they are scaled by a power of two so that no window can overflow.
+        dtype: of the rows. In float16 they are scaled by a power of two so that no window can overflow. Rows that are
+            not finite stay so.
     """
     packed = project_tables(tables, key_weight, value_weight, ngram_sizes, window, slab_width=slab_width)
-    largest = packed.abs().max().item()
-    if not math.isfinite(largest):
-        return None
+    largest = packed.abs().nan_to_num_(0, 0, 0).max().item()
     scale = 1.0
     bound = largest * (window - max(ngram_sizes) + 2)  # of a window's sum
     if dtype == torch.float16 and bound > 0:

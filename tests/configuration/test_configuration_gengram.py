@@ -1,6 +1,11 @@
 """The configuration: what it describes, what it refuses, and that it survives saving."""
 
+import json
+import math
+
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from shared_files import fixture_json, needs_fixtures
 from transformers import AutoConfig
 
@@ -116,3 +121,139 @@ def test_states_that_a_cache_keeps():
     assert (
         GengramConfig(**SMALL, memory_layers=[1]).layer_types == ["full_attention", "hybrid"] + ["full_attention"] * 2
     )
+
+
+def test_a_default_that_contradicts_is_said_to_be_one():
+    with pytest.raises(ValueError, match=r"got 4 and 8 \(8 is the default; give num_key_value_heads too\)"):
+        GengramConfig(hidden_size=64, num_attention_heads=4)
+    with pytest.raises(ValueError, match=r"no field 'memory_0123456789'\. Its memory fields are memory_layers, "):
+        GengramConfig(**SMALL, memory_0123456789=1)
+    with pytest.raises(ValueError, match="no field 'num_hidden_layer'; did you mean 'num_hidden_layers'"):
+        GengramConfig(**SMALL, num_hidden_layer=2)
+    assert GengramConfig(**SMALL, of_another_library=1).of_another_library == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4096, got 1000000000"),
+        ({"memory_window": 10**9}, "memory_window must be at most 65536, got 1000000000"),
+        ({"memory_conv_dilation": 10**15}, "memory_conv_dilation must be at most 65536, got 10*"),
+        (
+            {"memory_conv_kernel": 1024, "memory_conv_dilation": 65},
+            "reach back at most 65536 bases, got .*1024 - 1.*65",
+        ),
+        ({"memory_ngram_sizes": [14], "memory_window": 20}, "sizes up to 13, got \\[14\\]"),
+        ({"vocab_size": 10**5000}, "vocab_size must be at most .*, got something of type int that is too large"),
+        ({"num_labels": 10**9}, "num_labels must be at most 65536"),
+        ({"num_labels": 0}, "num_labels must be at least 1"),
+        ({"num_labels": "3"}, "num_labels must be an integer, got '3'"),
+        ({"id2label": {1: "a", 2: "b"}}, "id2label must name the classes 0, 1, 2, ..., got"),
+        ({"id2label": ["a"]}, "id2label must be a dictionary"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number, got nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a finite number, got inf"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be positive, got 0.0"),
+        ({"memory_norm_eps": float("nan")}, "memory_norm_eps must be a finite number"),
+        ({"memory_norm_eps": 2.0}, "memory_norm_eps must be at most 1, got 2.0"),
+        ({"rope_theta": 0.0}, "rope_theta of rope_parameters must be at least 1, got 0.0"),
+        ({"rope_theta": float("nan")}, "rope_theta of rope_parameters must be a finite number"),
+        ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "rope_type must be one of default, linear"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "Missing required keys .*'factor'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": float("inf")}},
+            "factor of rope_parameters must be a finite number",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor of rope_parameters must be 1",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention of rope_parameters must be"),
+        ({"initializer_range": -0.1}, "initializer_range must be at least 0, got -0.1"),
+        ({"attention_dropout": 1.5}, "attention_dropout must be at most 1, got 1.5"),
+        ({"classifier_dropout": float("nan")}, "classifier_dropout must be a finite number"),
+        ({"router_aux_loss_coef": float("nan")}, "router_aux_loss_coef must be a finite number"),
+        ({"pad_token_id": 128}, "pad_token_id must lie in 0..127 \\(vocab_size\\), got 128"),
+        ({"eos_token_id": [12, -1]}, "eos_token_id must lie in 0..127 \\(vocab_size\\), got -1"),
+        ({"dtype": "nope"}, "dtype must be a dtype of PyTorch, .*, got 'nope'"),
+        ({"torch_dtype": 5}, "torch_dtype must be a dtype of PyTorch"),
+        ({"architectures": 5}, "architectures must be a list of names, got 5"),
+        ({"per_layer_config": {0: {"hidden_size": 8}}}, "layers are all alike"),
+        ({"is_encoder_decoder": True}, "Gengram is a decoder"),
+        ({"attribute_map": 5}, "attribute_map belongs to the class"),
+        ({"num_experts": 0.5}, "num_local_experts.*expected int, got float"),
+        ({"num_experts": -1}, "num_local_experts must be 0 or 1"),
+    ],
+    ids=lambda value: str(value)[:60] if not isinstance(value, dict) else next(iter(value)),
+)
+def test_bounds_are_stated(fields, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        GengramConfig(**{**SMALL, **fields})
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 800
+
+
+@pytest.mark.parametrize("changes", [{"num_experts": 0}, {"num_local_experts": 0}], ids=str)
+def test_what_depends_on_a_field_follows_it_wherever_it_is_given(changes, tmp_path):
+    GengramConfig(**SMALL).save_pretrained(tmp_path)
+    for config in (
+        GengramConfig(**SMALL, **changes),
+        GengramConfig.from_pretrained(tmp_path, **changes),
+        AutoConfig.from_pretrained(tmp_path, **changes),
+    ):
+        assert config.num_local_experts == config.num_experts == 0
+        assert "layers.*.mlp.gate_proj" in config.base_model_tp_plan
+    config.num_local_experts = 8
+    assert "layers.*.mlp.gate_proj" not in config.base_model_tp_plan
+    with pytest.raises(ValueError, match="two names of one field"):
+        GengramConfig.from_pretrained(tmp_path, num_experts=2, num_local_experts=4)
+    with pytest.raises(ValueError, match="memory_window must be at least the largest"):
+        GengramConfig.from_pretrained(tmp_path, memory_window=3)
+
+
+# Any values from a file
+
+numbers = st.one_of(
+    st.integers(-3, 40),
+    st.sampled_from([10**9, -(10**9), 10**15, 10**400, 2**31, 2**63]),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.booleans(),
+)
+values = st.recursive(
+    st.one_of(
+        st.none(), numbers, st.text(max_size=8), st.sampled_from(["exact", "mean", "silu", "float32", "linear"])
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=6),
+        st.dictionaries(st.sampled_from(["rope_type", "rope_theta", "factor", "0", "1", "a"]), inner, max_size=4),
+    ),
+    max_leaves=8,
+)
+FIELDS = [name for name in GengramConfig.__dataclass_fields__ if not name.startswith("_") and name != "model_type"]
+FIELDS += ["num_labels", "rope_theta", "rope_scaling", "num_experts", "layer_types", "torch_dtype", "per_layer_config"]
+FIELDS += ["output_attentions", "name_or_path", "memory_size", "x"]
+
+
+def is_read_or_refused_in_one_line(fields: dict, folder) -> None:
+    (folder / "config.json").write_text(json.dumps({**SMALL, "model_type": "gengram", **fields}))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        json.loads(config.to_json_string())
+    except (ValueError, OSError) as error:
+        assert len(str(error)) < 1500
+        return
+    assert len(config.layer_types) == config.num_hidden_layers <= 4096
+    assert config.memory.context < 2**16 and config.memory.conv_context <= 2**16
+    numbers = (config.rms_norm_eps, config.memory_norm_eps, config.rope_parameters["rope_theta"])
+    assert all(isinstance(number, int | float) and 0 < number < math.inf for number in numbers)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), values, min_size=1, max_size=2))
+def test_any_file_is_read_or_refused_in_one_line(fields, tmp_path):
+    is_read_or_refused_in_one_line(fields, tmp_path)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), values, min_size=1, max_size=3))
+def test_ten_thousand_files_are_read_or_refused_in_one_line(fields, tmp_path):
+    is_read_or_refused_in_one_line(fields, tmp_path)

@@ -1,6 +1,42 @@
-import pytest
+import itertools
 
-from gengram.data_preparation.split_rules import Part, SplitRule, parts_of_record, read_split_rules
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gengram.data_preparation.split_rules import (
+    ENDLESS,
+    Part,
+    SplitRule,
+    cut_record,
+    parts_of_record,
+    read_split_rules,
+)
+from gengram.support.errors import InputError
+
+PLACES = st.one_of(st.none(), st.integers(0, 12))
+RULES = st.builds(
+    lambda pattern, split, start, end: SplitRule(pattern, split, start, (start or 0) + end if end else None),
+    st.sampled_from(["*", "f:r", "f:s"]),
+    st.sampled_from(["a", "b", "-"]),
+    PLACES,
+    PLACES,
+)
+
+
+@given(st.lists(RULES, max_size=8))
+def test_every_base_belongs_to_the_first_rule_that_matches_it(rules):
+    parts = cut_record(rules, "f", "r")
+    assert parts[0].start == 0 and parts[-1].end == ENDLESS
+    assert all(left.end == right.start and left.split != right.split for left, right in itertools.pairwise(parts))
+    for base in range(30):
+        matching = [
+            rule.split
+            for rule in rules
+            if rule.pattern in ("*", "f:r") and (rule.start or 0) <= base < (ENDLESS if rule.end is None else rule.end)
+        ]
+        (split,) = [part.split for part in parts if part.start <= base < part.end]
+        assert split == (matching[0] if matching else "")
 
 
 def test_the_first_rule_that_matches_wins_base_by_base():
@@ -47,10 +83,18 @@ def test_reading_a_table(tmp_path):
         ("pattern\tsplit\tkeep\n*\ttrain\t0\n", "0 < keep <= 1"),
         ("pattern\tsplit\tstart\tend\n*\ttrain\t5\t5\n", "start < end"),
         ("pattern\tsplit\n*\ttrain\tmore\n", "line 2"),
+        ("pattern\tsplit\tsplit\n*\ttrain\ttest\n", "line 1: expected a header .* each once"),
+        ("pattern\tsplit\tstart\n*\ttrain\t1_000\n", "line 2: expected start and end as whole numbers"),
+        ("pattern\tsplit\tstart\n*\ttrain\t-5\n", "line 2: expected start and end as whole numbers"),
+        ("pattern\tsplit\tkeep\n*\ttrain\tnan\n", "line 2: expected keep as a number"),
+        ("pattern\tsplit\n*\t../evil\n", r"line 2: expected a split's name .* got '\.\./evil'"),
+        ("pattern\tsplit\n*\ttr\x1bain\n", r"line 2: expected a split's name .* got 'tr\\x1bain'"),
+        ("", "is empty, expected a split table file"),
     ],
 )
 def test_bad_tables_name_the_line(text, message, tmp_path):
     path = tmp_path / "splits.tsv"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=rf"splits\.tsv.*{message}") as caught:
         read_split_rules(path)
+    assert str(caught.value).isprintable()

@@ -28,12 +28,14 @@ from transformers import (
 )
 
 from gengram import (
+    DEFAULT_MODEL,
     GengramForCausalLM,
     GengramForMaskedLM,
     GengramForSequenceClassification,
     GengramForTokenClassification,
     GengramTokenizer,
 )
+from gengram.data_preparation import DataCollatorForGenomeModeling
 
 TOKENIZER = GengramTokenizer()
 IDS = random_ids(4, 30)
@@ -124,6 +126,30 @@ def test_sequence_classification_learns_and_is_saved(tmp_path):
     np.testing.assert_array_equal(again.predict(data).predictions, trainer.predict(data).predictions)
 
 
+@pytest.mark.parametrize(
+    "head", [GengramForCausalLM, GengramForSequenceClassification], ids=lambda head: head.__name__
+)
+def test_training_leaves_the_special_tokens_of_a_model_alone(head, tmp_path, caplog):
+    """`Trainer` makes a model's configuration agree with what its tokenizer names."""
+    data = repeats(8)
+    if head is GengramForSequenceClassification:
+        data = data.map(lambda row: {"labels": row["input_ids"][0] % 2})
+    for tokenizer in (TOKENIZER, AutoTokenizer.from_pretrained(DEFAULT_MODEL)):
+        model = new_model(head)
+        trainer = Trainer(
+            model,
+            arguments(tmp_path, max_steps=1),
+            train_dataset=data,
+            data_collator=LANGUAGE_MODELS.get(head, DataCollatorWithPadding(tokenizer)),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        trainer.save_model(str(tmp_path / "saved"))
+        again = head.from_pretrained(tmp_path / "saved")
+        assert not any("PAD/BOS/EOS" in message for message in caplog.messages)
+        assert (again.config.bos_token_id, again.config.eos_token_id, again.config.pad_token_id) == (None, None, 0)
+
+
 @needs_data
 @pytest.mark.slow
 def test_sequence_classification_finds_the_motif(tmp_path, record_property):
@@ -183,7 +209,7 @@ def test_token_classification_learns_labels_of_bases(tmp_path):
 
 LANGUAGE_MODELS = {
     GengramForCausalLM: DataCollatorForLanguageModeling(TOKENIZER, mlm=False),
-    GengramForMaskedLM: DataCollatorForLanguageModeling(TOKENIZER, mlm=True, mlm_probability=0.2),
+    GengramForMaskedLM: DataCollatorForGenomeModeling(TOKENIZER, mask_probability=0.2),
 }
 each_language_model = pytest.mark.parametrize("head", LANGUAGE_MODELS, ids=lambda head: head.__name__)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -6,7 +7,11 @@ import pytest
 
 from gengram.cli import main
 from gengram.data_preparation import SplitRule, WindowOptions, prepare_genome_dataset
-from gengram.evaluation.suite import read_suite, with_fine_tuning
+from gengram.evaluation import bench as bench_module
+from gengram.evaluation.protocols import KINDS
+from gengram.evaluation.suite import with_fine_tuning
+from gengram.evaluation.suite_files import read_suite
+from gengram.support.errors import InputError
 
 
 def random_sequence(generator: np.random.Generator, length: int) -> str:
@@ -95,24 +100,31 @@ def test_a_suite_of_every_kind_and_what_it_leaves(data, tiny_folder, tmp_path, c
     def fail(*arguments, **named):
         raise AssertionError("a run that is there was done again")
 
-    monkeypatch.setattr("gengram.evaluation.bench.RUNNERS", {kind: (known, fail) for kind, (known, _) in _runners()})
+    stopped = {kind: dataclasses.replace(known, read=fail, run=fail) for kind, known in KINDS.items()}
+    monkeypatch.setattr(bench_module, "KINDS", stopped)
     assert main([*words, "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out == report
-
-
-def _runners():
-    from gengram.evaluation.bench import RUNNERS
-
-    return list(RUNNERS.items())
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--tasks", "nothing"], "no task matches 'nothing'"),
-        (["--protocols", "magic"], "unknown protocols"),
-        (["--fine-tuning", "epoch=3"], "unknown options of fine-tuning ['epoch']"),
+        (["--protocols", "magic"], "task 'motif': unknown protocols 'magic'; it can do frozen, linear"),
+        (["--protocols", "liner"], "'liner' (nearest: 'linear')"),
+        (["--fine-tuning", "epoch=3"], "unknown options of fine_tuning: 'epoch' (nearest: 'epochs')"),
         (["--fine-tuning", "epochs"], "expected NAME=VALUE, got 'epochs'"),
+        (["--fine-tuning", "epochs=1", "epochs=2"], "expected each name once, got 'epochs' twice"),
+        (["--fine-tuning", "epochs=1e400"], "epochs must be above 0, got inf"),
+        (["--fine-tuning", "epochs=" + "9" * 6000], "epochs must be of type float"),
+        (["--seeds", "a"], "--seeds: expected whole numbers from 0 to 4294967295, separated by commas, got 'a'"),
+        (["--seeds", "-1"], "--seeds: expected whole numbers"),
+        (["--seeds", "4294967296"], "--seeds: expected whole numbers"),
+        (["--data", "absent", "--tasks", "motif", "--protocols", "baseline-kmer"], "absent/train.csv: no such file"),
+        (
+            ["--data", "absent", "--tasks", "repeats"],
+            "absent/prepared: expected the folder that `gengram prepare` wrote",
+        ),
         (["--fine-tuning", "pooling=middle"], "expected a pooling of"),
         (["--fine-tuning", "learning_rate=high"], "learning_rate must be of type float, got 'high'"),
         (["--protocols", "frozen", "--tasks", "motif"], "nothing to run"),
@@ -122,6 +134,33 @@ def test_what_cannot_be_run_is_a_clear_error(words, message, data, tmp_path, cap
     common = ["bench", "--suite", str(data / "suite.yaml"), "--data", str(data), "--output", str(tmp_path), "--quiet"]
     assert main([*common, *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_names_of_models_that_no_report_can_hold_are_refused(data, tmp_path):
+    model = bench_module.EvaluatedModel("a\udcff")
+    with pytest.raises(InputError, match="names of models without control characters"):
+        bench_module.bench(read_suite(data / "suite.yaml"), [model], data, tmp_path)
+
+
+def test_libraries_are_looked_for_before_the_work(data, tmp_path, monkeypatch, capsys):
+    found = bench_module.importlib.util.find_spec
+    monkeypatch.setattr(
+        bench_module.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "xgboost" else found(name, *rest),
+    )
+    words = ["bench", "--suite", str(data / "suite.yaml"), "--data", str(data), "--quiet", "--tasks", "motif"]
+    words += ["--output", str(tmp_path), "--protocols", "baseline-positional,baseline-kmer-xgboost"]
+    assert main(words) == 1
+    assert "task 'motif', baseline-kmer-xgboost: needs xgboost: pip install 'gengram[eval" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_help_names_the_suites_and_shows_a_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "likelihood, regulatory, variants" in text and "kind: variants" in text and "docs/evaluation.md" in text
 
 
 def test_options_of_fine_tuning_on_the_command_line():

@@ -1,7 +1,10 @@
+import datasets
+import numpy as np
 import pandas as pd
 import pytest
 
-from gengram.evaluation.labelled_data import overlap, read_labelled
+from gengram.evaluation.labelled_data import LabelledSequences, check_classes, overlap, read_labelled
+from gengram.support.errors import InputError
 
 
 def test_every_kind_of_file_gives_the_same(tmp_path):
@@ -32,27 +35,120 @@ def test_a_fasta_file_per_class(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("seq,label\nA,1\n", r"expected the columns \['sequence', 'label'\]"),
-        ("sequence,label\nA,\n", "empty cells"),
-        ("sequence,label\n", "no rows"),
+        ("seq,label\nA,1\n", r"a\.csv: expected the columns 'sequence', 'label', got 'seq'"),
+        (
+            "sequence,label\nA,x\nC,\nG,\n",
+            r"a\.csv, line 3: expected a value in the column 'label', got '' \(and 1 more",
+        ),
+        ("sequence,label\nA,0\nC,nan\nG,1.0\n", r"a\.csv, line 3: expected a value in the column 'label', got 'nan'"),
+        ("sequence,label\n,1\n", r"a\.csv, line 2: expected a sequence, got an empty cell"),
+        ("sequence,label\nA,1\n  ,1\n", r"a\.csv, line 3: expected a sequence, got an empty cell"),
+        ("sequence,label\n", r"a\.csv: expected rows with a sequence and a label each, got none"),
+        ("sequence,label\nA,1\nAC-GT,0\n", r"a\.csv, line 3: expected DNA .*, got '-' in 'AC-GT'"),
+        ("sequence,label\nMKLV,1\n", r"a\.csv, line 2: expected DNA .*, got 'L' in 'MKLV'"),
+        ("sequence,label\nAC GT,1\n", r"line 2: expected DNA .*, got ' ' in 'AC GT'"),
+        ("sequence,label\nACß,1\n", r"line 2: expected DNA .*, got 'ß' in 'ACß'"),  # upper case of which is SS
+        ("sequence,label\n\x1b[2JA,1\n", r"line 2: expected DNA .* in '\\x1b\[2JA'"),
     ],
 )
 def test_bad_tables_are_clear_errors(text, message, tmp_path):
     (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message) as error:
         read_labelled("a.csv", tmp_path)
+    assert str(error.value).isprintable()
+
+
+def test_words_for_nothing_are_sequences_and_classes(tmp_path):
+    (tmp_path / "a.csv").write_text("sequence,label\nNA,NA\nNAN,None\nUACG,NA\n")
+    found = read_labelled("a.csv", tmp_path)
+    assert (found.sequences, found.classes, found.labels.tolist()) == (
+        ["NA", "NAN", "TACG"],
+        ["NA", "None"],
+        [0, 1, 0],
+    )
+
+
+def test_a_whole_number_is_one_class_however_it_is_written(tmp_path):
+    """A program that had an empty cell in a column of 0 and 1 writes 0.0 and 1.0."""
+    (tmp_path / "train.csv").write_text("sequence,label\nA,0\nC,1\n")
+    (tmp_path / "test.csv").write_text("sequence,label\nA,1.0\nC,0.0\n")
+    train = read_labelled("train.csv", tmp_path)
+    assert read_labelled("test.csv", tmp_path, classes=train.classes).labels.tolist() == [1, 0]
+
+
+def test_records_without_bases_are_refused(tmp_path):
+    (tmp_path / "yes.fa").write_text(">a\nACG\n>empty\n>b\nA\n")
+    (tmp_path / "no.fa").write_text(">c\nGG\n")
+    with pytest.raises(InputError, match=r"record 'empty' of .*yes\.fa: expected a sequence, got an empty"):
+        read_labelled({"yes": "yes.fa", "no": "no.fa"}, tmp_path)
+    with pytest.raises(InputError, match="FASTA files have no column 'fold'"):
+        read_labelled({"yes": "yes.fa", "no": "no.fa"}, tmp_path, group_column="fold")
+
+
+def rows_of(*labels: str) -> LabelledSequences:
+    classes = sorted(set(labels))
+    return LabelledSequences(["ACGT"] * len(labels), np.array([classes.index(label) for label in labels]), classes)
+
+
+def test_classes_that_cannot_be_fitted_are_refused():
+    check_classes(rows_of("a", "b", "a", "b"), "x.csv")
+    with pytest.raises(InputError, match=r"x\.csv: expected two classes or more, got 'a'"):
+        check_classes(rows_of("a", "a"), "x.csv")
+    with pytest.raises(
+        InputError, match=r"x\.csv: expected 2 training rows or more of each class, got 1 of 'b'; remove"
+    ):
+        check_classes(rows_of("a", "b", "a"), "x.csv")
+    with pytest.raises(
+        InputError, match=r"1 of '0\.0', .* and 3 more classes; if the labels are numbers to predict, use"
+    ):
+        check_classes(rows_of(*(str(i / 10) for i in range(13))), "x.csv")
+
+
+def test_a_sample_keeps_rare_classes():
+    rows = rows_of(*["a"] * 500, *["b"] * 500, *["c"] * 4, *["d"] * 40)
+    for seed in range(20):
+        sample = rows.sample(200, seed)
+        assert len(sample) == 200
+        counts = sample.class_rows()
+        assert counts["c"] == 4 and counts["d"] >= 20
+        assert rows.sample(16, seed).class_rows().keys() == counts.keys()
+        assert min(rows.sample(16, seed).class_rows().values()) >= 2
+    assert rows.sample(2000, 0) is rows and rows.sample(None, 0) is rows
+
+
+def test_a_sample_is_a_plain_draw_where_no_class_is_rare():
+    rows = rows_of(*["a", "b"] * 500)
+    chosen = np.sort(np.random.default_rng(7).choice(1000, 300, replace=False))
+    assert rows.sample(300, 7).labels.tolist() == rows.labels[chosen].tolist()
 
 
 def test_classes_of_the_test_split_are_those_of_training(tmp_path):
     (tmp_path / "a.csv").write_text("sequence,label\nA,x\nC,y\n")
     (tmp_path / "b.csv").write_text("sequence,label\nA,y\n")
     assert read_labelled("b.csv", tmp_path, classes=["x", "y"]).labels.tolist() == [1]
-    with pytest.raises(ValueError, match="expected the classes"):
+    with pytest.raises(InputError, match=r"a\.csv: expected the classes of the training rows, 'x', got 'y'"):
         read_labelled("a.csv", tmp_path, classes=["x"])
 
 
 def test_overlap_counts_either_strand(tmp_path):
-    (tmp_path / "a.csv").write_text("sequence,label\nAACC,0\nGGTT,0\nACAC,1\nTTTT,1\n")
+    (tmp_path / "a.csv").write_text("sequence,label\nAACC,0\nGGTT,0\nACAC,1\nTTTT,1\nTTTTT,0\nAAAAA,1\n")
     (tmp_path / "b.csv").write_text("sequence,label\nGGTT,0\nGTGT,0\nCCCC,1\nAAAA,1\n")
     found = overlap(read_labelled("a.csv", tmp_path), read_labelled("b.csv", tmp_path))
-    assert (found.duplicates_in_train, found.test_rows_in_train, found.conflicting_labels) == (1, 3, 1)
+    assert (found.duplicates_in_train, found.conflicts_in_train) == (2, 1)
+    assert (found.test_rows_in_train, found.conflicting_labels) == (3, 1)
+
+
+def test_data_sets_of_the_hub_are_checked_like_files(tmp_path, monkeypatch):
+    rows = {"text": ["ACG", "A-G", "AC"], "label": [0, 1, None], "empty": ["", "A", "A"]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **named: datasets.Dataset.from_dict(rows))
+    source = {"repo": "org/name", "split": "train"}
+    for column, label, message in (
+        ("sequence", "label", "data set org/name, train: expected the columns 'sequence', 'label', got 'text'"),
+        ("text", "label", "data set org/name, train, row 3: expected a value in the column 'label', got ''"),
+        ("empty", "text", "data set org/name, train, row 1: expected a sequence, got an empty"),
+        ("text", "empty", "data set org/name, train, row 1: expected a value in the column 'empty'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_labelled(source, tmp_path, column, label)
+    with pytest.raises(InputError, match="expected repo, split, and optionally revision and name"):
+        read_labelled({"repo": "org/name"}, tmp_path)

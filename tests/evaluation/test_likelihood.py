@@ -7,7 +7,8 @@ from datasets import Dataset
 from tolerances import LOG_LIKELIHOOD_FP32
 
 from gengram import GengramForCausalLM, GengramTokenizer
-from gengram.evaluation.likelihood import bits_of_examples, bits_per_base
+from gengram.evaluation.likelihood import bits_of_examples, bits_per_base, causal_likelihood
+from gengram.inference.loaded_model import LoadedModel
 
 TEXTS = ["ACGTTGCAAATTGAC<EOD>ACNT", "GGCTA", "TTT"]
 
@@ -37,3 +38,35 @@ def test_the_interval_is_around_the_weighted_mean():
     found = bits_per_base(np.array([1.9, 1.8, 1.6]) * bases, bases)
     assert found.value == pytest.approx((19 + 1800 + 1600) / 2010)
     assert found.low < found.value < found.high
+    with pytest.raises(ValueError, match="examples with bases behind their first token, got none"):
+        bits_per_base(np.zeros(2), np.zeros(2, dtype=int))
+    with pytest.raises(ValueError, match="finite bits, got others for 1 of 2 examples"):
+        bits_per_base(np.array([np.nan, 1]), np.ones(2, dtype=int))
+
+
+class RotatedTokenizer:
+    """One token per base, but not those of Gengram."""
+
+    tokenizer = GengramTokenizer()
+    unk_token_id, mask_token_id, pad_token_id = tokenizer.unk_token_id, None, tokenizer.pad_token_id
+
+    def __call__(self, text):
+        return self.tokenizer(text.translate(str.maketrans("ACGT", "CGTA")))
+
+    def __len__(self):
+        return len(self.tokenizer)
+
+    def get_vocab(self):
+        return self.tokenizer.get_vocab()
+
+
+def test_a_model_with_other_tokens_is_refused():
+    """Its likelihoods would be those of other bases."""
+
+    class Model:
+        name, causal = "other", LoadedModel(None, RotatedTokenizer())
+
+    with pytest.raises(
+        ValueError, match=r"tokens are those of `gengram prepare`, got one that reads A, C, G and T as"
+    ):
+        causal_likelihood(Model(), {"test": examples()}, progress=False)

@@ -63,3 +63,14 @@ def test_an_order_out_of_range_is_an_error():
         MarkovModel(14)
     with pytest.raises(ValueError, match="strength must be above 0"):
         MarkovModel(0).log2_probabilities(np.array([0]), 0.0)
+
+
+def test_smoothing_cannot_be_chosen_on_nothing():
+    model = MarkovModel(2)
+    with pytest.raises(ValueError, match="bases both in the sequences that are counted and in those to choose by"):
+        model.choose_strength([np.array([0, 1, 2])])
+    model.count([np.array([0, 1])])
+    assert model.choose_strength([np.array([0, 1, 2])]) > 0
+    for nothing in ([], [np.array([0])], [np.array([0, 4, 4])]):
+        with pytest.raises(ValueError, match="to choose by, got none"):
+            model.choose_strength(nothing)

@@ -1,13 +1,14 @@
 """The fine-tuning scripts: how they label, weigh and measure; and each as a user runs it, on a tiny random model."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from example_scripts import load_example, run_example
+from example_scripts import load_example, run_example, run_script
 from peft import AutoPeftModelForSequenceClassification
 from tiny_models import tiny_config
 from tolerances import FLOAT32_RELATIVE, SAME_FP32, SAME_MODEL_FP32
@@ -188,16 +189,76 @@ def test_regression_metrics():
     assert all(estimate.low < estimate.value < estimate.high for estimate in noisy.values())
 
 
-def test_regression_tables_that_cannot_be_read(tmp_path):
+def test_regression_metrics_that_are_not_defined_are_nan():
+    varied = np.arange(5.0)
+    for targets, predictions in ((np.ones(5), varied), (np.ones(1), np.zeros(1))):
+        assert all(np.isnan(found.value) for found in regress.evaluate(targets, predictions).values())
+    found = regress.evaluate(varied, np.full(5, 2.0))
+    assert np.isnan(found["pearson"].value) and np.isnan(found["spearman"].value) and found["r2"].value == 0
+    with pytest.raises(ValueError, match="finite predictions, got others for 1 of 5 rows; has training diverged"):
+        regress.evaluate(varied, np.array([1, 2, np.nan, 3, 4]))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("ACGT\thigh\nACGT\t1\n", r"t\.tsv, line 2: expected a finite number in the column 'target', got 'high'\."),
+        ("ACGT\t1\nACGT\tnan\nA\t\n", r"t\.tsv, line 3: .* got 'nan' \(and 1 more such rows\)"),
+        ("ACGT\tinf\n", r"line 2: expected a finite number"),
+        ("ACGT\t0,5\n", r"line 2: .* got '0,5'"),
+        ("\t1\n", r"t\.tsv, line 2: expected a sequence, got an empty cell"),
+        ("chr1:1-9\t1\n", r"t\.tsv, line 2: expected DNA"),
+        ("ACGT\t1\t2\n", r"t\.tsv, line 2: expected 2 cells"),
+        ("", r"t\.tsv: expected rows with a sequence and a number each, got none"),
+    ],
+)
+def test_regression_tables_that_cannot_be_read(text, message, tmp_path):
     arguments = regress.DataArguments(train="", test="")
-    (tmp_path / "t.tsv").write_text("sequence\ttarget\nACGT\t1.5\nacgt\t-2e-3\n")
-    assert regress.read_table(str(tmp_path / "t.tsv"), arguments).values.tolist() == [["ACGT", 1.5], ["ACGT", -0.002]]
-    (tmp_path / "t.tsv").write_text("sequence\ttarget\nACGT\thigh\nACGT\t1\n")
-    with pytest.raises(ValueError, match=r"a number in each row, got 1 others: \[\['ACGT', 'high'\]\]"):
-        regress.read_table(str(tmp_path / "t.tsv"), arguments)
-    (tmp_path / "t.tsv").write_text("sequence\tactivity\nACGT\t1\n")
-    with pytest.raises(ValueError, match=r"columns \['sequence', 'target'\], got \['sequence', 'activity'\]"):
-        regress.read_table(str(tmp_path / "t.tsv"), arguments)
+    path = tmp_path / "t.tsv"
+    path.write_text("sequence\ttarget\nACGT\t1.5\nacgu\t-2e-3\n")
+    assert regress.read_table(str(path), arguments).values.tolist() == [["ACGT", 1.5], ["ACGT", -0.002]]
+    path.write_text("sequence\ttarget\n" + text)
+    with pytest.raises(ValueError, match=message):
+        regress.read_table(str(path), arguments)
+    path.write_text("sequence\tactivity\nACGT\t1\n")
+    with pytest.raises(ValueError, match=r"columns 'sequence', 'target', got 'sequence', 'activity'"):
+        regress.read_table(str(path), arguments)
+
+
+@pytest.mark.parametrize("targets", [["1"], ["1", "1.0", "1e0"], ["1e308", "-1e308", "1e308"]])
+def test_regression_targets_that_cannot_be_scaled(targets, tmp_path):
+    path = tmp_path / "t.tsv"
+    path.write_text("sequence\ttarget\n" + "".join(f"ACGT\t{target}\n" for target in targets))
+    arguments = regress.DataArguments(train=str(path), test=str(path))
+    with pytest.raises(ValueError, match=r"t\.tsv: expected two or more targets that differ"):
+        regress.read_tables(arguments, seed=0)
+
+
+def test_classes_that_cannot_be_learned_are_said_with_their_file(tmp_path):
+    path = tmp_path / "t.csv"
+    arguments = classify.DataArguments(train=str(path), test=str(path))
+    path.write_text("sequence,label\nA,x\nC,x\nG,y\n")
+    with pytest.raises(ValueError, match=r"t\.csv: expected 2 training rows or more of each class, got 1 of 'y'"):
+        classify.read_tables(arguments, seed=0)
+    arguments.validation = str(path)
+    assert classify.read_tables(arguments, seed=0)["train"].class_rows() == {"x": 2, "y": 1}
+    path.write_text("sequence,label,family\nA,x,1\nC,y,1\nG,y,2\nT,x,1\n")
+    arguments.validation, arguments.group_column = None, "family"
+    with pytest.raises(ValueError, match=r"t\.csv: expected every class both among the groups"):
+        classify.read_tables(arguments, seed=0)
+
+
+def test_errors_are_one_line_and_metrics_that_are_not_defined_are_null(tmp_path, capsys):
+    def fail():
+        raise ValueError("t.csv, line 2: no")
+
+    with pytest.raises(SystemExit, match=r"^error: t\.csv, line 2: no$"):
+        classify.run_as_script(fail)
+    classify.write_results(str(tmp_path), {"metrics": {"auc": float("nan")}}, pd.DataFrame({"a": [1]}))
+    assert json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail) == {
+        "metrics": {"auc": None}
+    }
+    assert json.loads(capsys.readouterr().out) == {"auc": None}
 
 
 def test_bidirectional_and_pooling_are_for_models_that_have_them(tmp_path, model):
@@ -218,6 +279,15 @@ def test_bidirectional_and_pooling_are_for_models_that_have_them(tmp_path, model
 
 
 # As a user runs them
+
+
+@pytest.mark.parametrize("script", ["fine_tuning/classify_sequences.py", "analysis/splice_sites.py"])
+def test_without_the_extra_the_scripts_name_it_in_one_line(script, tmp_path, monkeypatch):
+    (tmp_path / "sklearn.py").write_text("raise ModuleNotFoundError(\"No module named 'sklearn'\", name='sklearn')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    result = run_script(script, "--help")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.endswith("needs sklearn: pip install -e '.[evaluation]' in the root of the repository\n")
 
 
 @pytest.fixture(scope="module")

@@ -93,21 +93,45 @@ def test_folder_is_the_same_when_the_model_saves_itself(shard, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes(), name
 
 
-def test_demo_on_the_bundled_sequences(capsys):
-    assert main(["demo"]) == 0
+def test_demo_on_the_example(tmp_path, capsys):
+    for library in ("pysam", "pyBigWig", "matplotlib"):
+        pytest.importorskip(library)
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
     difference = float(re.search(r"logits of the authors' code: (\S+)", out)[1])
     assert difference < LOGITS_FP32
-    assert out.count("synthetic_repeat") == 2 and "Done." in out
+    assert out.count("llr ") == 5 and "Done." in out and "left out" not in out
+    surprisal = float(re.search(r"surprisal: (\S+)", out)[1])
+    assert 1.5 < surprisal < 2  # of real sequence: below chance, though this part is less repetitive than most
+    files = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"region.fa.gz", "region.gtf.gz", "region.vcf.gz", "scores.tsv", "exons.parquet", "tracks.svg"} <= files
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 1
+    assert "holds something already" in capsys.readouterr().err
 
 
 def test_demo_on_a_given_fasta(tmp_path, capsys):
     fasta = tmp_path / "mine.fa.gz"
     with gzip.open(fasta, "wt") as file:
-        file.write(">one\nacgtNNRY\nACGT\n>empty\n>x with words\nA\n")
+        file.write(">one\nacgtNNRY\nACGT\n>empty\n>x with words\nA\n" + ">long\n" + "ACGTT" * 1200 + "\n")
     assert main(["demo", "--fasta", str(fasta)]) == 0
     out = capsys.readouterr().out
-    assert "one: 12 bases" in out and "x: 1 bases" in out and "empty" not in out
+    assert "one: 12 bases\n" in out and "x: 1 bases\n" in out and "empty" not in out
+    assert "long: 6,000 bases, of which the first 5,000 are used" in out
+    assert "one:1-12: 192 numbers" in out and "long:1-5,000: 192 numbers" in out
+
+
+def test_the_demo_leaves_out_what_needs_a_library_that_is_not_there(tmp_path, capsys, monkeypatch):
+    from gengram.commands import score, track
+
+    def run(arguments):
+        raise MissingExtraError('pip install "gengram[genomics]"')
+
+    for command in (score, track):
+        monkeypatch.setattr(command, "run", run)
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert out.count('   left out: pip install "gengram[genomics]"') == 2
+    assert "numbers [" in out and "logits of the authors' code" in out
 
 
 @pytest.mark.parametrize(

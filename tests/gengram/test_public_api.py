@@ -11,17 +11,20 @@ import transformers
 
 import gengram
 from gengram.configuration import configuration_gengram
+from gengram.inference import base_tokens, one_hot
 from gengram.modeling_gengram import modeling_gengram
 from gengram.motif_memory import configuration_motif_memory, module, state
 from gengram.tokenization import tokenization_gengram
 
 MODULES = [configuration_gengram, modeling_gengram, tokenization_gengram, configuration_motif_memory, module, state]
+MODULES += [base_tokens, one_hot]
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_public_names():
     assert gengram.__all__ == [
         "DEFAULT_MODEL",
+        "DEMO_DATA",
         "GengramConfig",
         "GengramForCausalLM",
         "GengramForMaskedLM",
@@ -32,9 +35,15 @@ def test_public_names():
         "GengramTokenizer",
         "MotifMemory",
         "MotifMemoryConfig",
+        "OneHotModel",
         "__version__",
+        "attach_memory",
+        "attached_memories",
+        "detach_memory",
+        "load_memory",
         "memory_path",
         "register",
+        "save_memory",
     ]
     assert all(hasattr(gengram, name) for name in gengram.__all__)
 

@@ -29,6 +29,8 @@ for auto, expected in {
     assert type(auto.from_config(config)) is expected
     assert expected in auto._model_mapping._extra_content.values()
 assert type(transformers.AutoTokenizer.from_pretrained(gengram.DEFAULT_MODEL)) is gengram.GengramTokenizer
+tasks = {"dna-embedding", "dna-fill-mask", "dna-variant-effect"}
+assert tasks < set(transformers.pipelines.PIPELINE_REGISTRY.get_supported_tasks())
 assert not any(type(finder).__module__ == "gengram.auto" for finder in sys.meta_path)
 """
 
@@ -46,6 +48,8 @@ ORDERS = [
     "import gengram; import transformers.models.mixtral.modeling_mixtral",
     "import gengram; import transformers.modeling_layers",
     "import gengram; from transformers import Trainer",
+    "import transformers.pipelines; import gengram",
+    "import gengram; import transformers.pipelines",
 ]
 
 
@@ -89,6 +93,10 @@ assert "gengram.configuration" not in sys.modules
 import transformers.models.auto.modeling_auto, transformers.models.auto.tokenization_auto
 assert "gengram.modeling_gengram" not in sys.modules
 assert type(transformers.MODEL_MAPPING[BertConfig]) is type and BertConfig in transformers.TOKENIZER_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY
+_, task, _ = PIPELINE_REGISTRY.check_task("dna-embedding")
+assert "gengram.inference" not in sys.modules
+assert task["impl"].__name__ == "DnaEmbeddingPipeline" and "gengram.inference.pipelines" in sys.modules
 """
     run(code)
 

@@ -15,7 +15,7 @@ HEAVY = {"torch", "transformers", "numpy", "tokenizers", "safetensors", "dataset
 # What the configuration may need of the memory.
 DESCRIPTIONS = {"gengram.motif_memory", "gengram.motif_memory.configuration_motif_memory"}
 TINY = str(ROOT / "gengram" / "demo_data" / "tiny_checkpoint")
-FASTA = str(ROOT / "gengram" / "demo_data" / "synthetic.fa")
+FASTA = str(ROOT / "gengram" / "demo_data" / "region.fa.gz")
 
 
 def imported_by(*argv: str) -> tuple[int, set[str]]:

@@ -1,9 +1,18 @@
+import re
+
+import foreign_models
+import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_model
+from tolerances import MEAN_OF_EVEN_DRAWS, SAMPLED_SHARE
+from transformers.modeling_outputs import CausalLMOutput
 
-from gengram import GengramConfig, GengramTokenizer
-from gengram.inference.generation import all_but_bases
+from gengram import GengramConfig, GengramForCausalLM, GengramTokenizer
+from gengram.inference.generation import BaseGenerator, Sampling, all_but_bases, random_draws
 from gengram.inference.loaded_model import load_model
+
+BASES = "ACGT"
 
 
 def test_only_bases_are_generated(tiny_folder):
@@ -22,3 +31,127 @@ def test_letters_are_chosen_and_have_to_be_tokens():
     assert others == [token for token in range(config.vocab_size) if token not in config.memory_token_ids]
     with pytest.raises(ValueError, match="it lacks X"):
         all_but_bases(GengramTokenizer(), config, "ACX")
+
+
+def chances(logits, temperature=1.0, top_k=4, top_p=1.0) -> dict[str, float]:
+    """What each base is drawn with, by the definition."""
+    powers = {base: float(np.exp(logit / temperature)) for base, logit in zip(BASES, logits, strict=True)}
+    ranked = sorted(powers, key=lambda base: -powers[base])[:top_k]
+    kept, reached = [], 0.0
+    for base in ranked:
+        if reached < top_p:
+            kept.append(base)
+        reached += powers[base] / sum(powers.values())
+    return {base: powers[base] / sum(powers[other] for other in kept) if base in kept else 0 for base in BASES}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.5}, {"temperature": 3}, {"top_k": 2}, {"top_p": 0.6}, {"top_k": 3, "top_p": 0.7}],
+)
+def test_bases_are_drawn_with_their_probabilities(options):
+    logits = np.array([0.3, -0.4, 1.1, 0.2])
+    draws = (np.arange(10000) + 0.5) / 10000
+    chosen, margin = Sampling(**options).choose(np.tile(logits, (10000, 1)), draws)
+    expected = chances(logits, **options)
+    for digit, base in enumerate(BASES):
+        assert (chosen == digit).mean() == pytest.approx(expected[base], abs=SAMPLED_SHARE)
+    changes = np.flatnonzero(np.diff(chosen))
+    assert (margin[changes] < 1e-4).all() and margin.max() > 1e-3
+
+
+def test_no_temperature_is_the_most_likely_base():
+    logits = np.array([[0.0, 2.0, 1.0, 1.9999], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]])
+    chosen, margin = Sampling(temperature=0).choose(logits, np.zeros(3))
+    assert chosen.tolist() == [1, 0, 3]
+    assert margin[0] < 1e-4 and margin[1] == 0 and margin[2] > 0.9
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
+        ({"top_k": 0}, "top_k: expected 1 to 4, got 0"),
+        ({"top_p": 1.1}, "top_p: expected more than 0 and at most 1, got 1.1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+def test_random_numbers_belong_to_seed_name_and_sample():
+    first = random_draws(0, "chr1", 1, 1000)
+    assert np.array_equal(first[:10], random_draws(0, "chr1", 1, 10))
+    others = [random_draws(1, "chr1", 1, 1000), random_draws(0, "chr2", 1, 1000), random_draws(0, "chr1", 2, 1000)]
+    assert all(abs(np.corrcoef(first, other)[0, 1]) < 0.2 for other in others)
+    assert 0 <= first.min() and first.max() < 1 and first.mean() == pytest.approx(0.5, abs=MEAN_OF_EVEN_DRAWS)
+    assert first[:2].tolist() == [0.3143407057143862, 0.5818469597971326]  # whatever the version of NumPy
+
+
+def one_by_one(model, tokenizer, prompt, draws, context) -> str:
+    """The definition, without a cache or a batch: the new bases."""
+    before = len(tokenizer("")["input_ids"])
+    text = re.sub("[^ACGT]", "N", prompt.upper().replace("U", "T"))
+    half = (context - before) // 2
+    ids = tokenizer.convert_tokens_to_ids(list(BASES))
+    for draw in draws:
+        place = len(text)
+        if place + before == 0:
+            text += BASES[int(4 * draw)]
+            continue
+        seen = text[max(0, (place // half - 1) * half) :]
+        with torch.no_grad():
+            logits = model(**tokenizer(seen, return_tensors="pt")).logits[0, -1, ids]
+        ends = logits.double().softmax(0).cumsum(0)
+        text += BASES[int((draw >= ends[:3]).sum())]
+    return text[len(prompt) :]
+
+
+def gengram():
+    tokenizer = GengramTokenizer(model_max_length=24)
+    return tiny_model(GengramForCausalLM, max_position_embeddings=24, num_local_experts=0), tokenizer, 24
+
+
+MODELS = {
+    "gengram": gengram,
+    "llama": lambda: (*foreign_models.llama(), 64),
+    "gpt2": lambda: (*foreign_models.gpt2(), 64),
+}
+PROMPTS = ["ACGTTGCAA", "", "GATTNacguRYACGTTGCAAATTGACCAGT", "C"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_new_bases_are_those_drawn_one_by_one(name):
+    """Also beyond the context, of prompts of any length side by side, from nothing, and without a cache."""
+    model, tokenizer, context = MODELS[name]()
+    draws = np.stack([random_draws(3, prompt, 1, 40) for prompt in PROMPTS])
+    generator = BaseGenerator(model, tokenizer, Sampling())
+    assert generator.reader.can_continue
+    found = generator.continued(PROMPTS, draws)
+    assert found == [one_by_one(model, tokenizer, *pair, context) for pair in zip(PROMPTS, draws, strict=True)]
+    assert len(set(found)) == 4 and set("".join(found)) == set(BASES)
+    assert generator.continued(PROMPTS[:1], draws[:1]) == found[:1]
+    generator.reader._can_continue = False
+    assert generator.continued(PROMPTS, draws) == found
+
+
+class RoundsInBatches(torch.nn.Module):
+    """Four equal chances, but for a rounding that depends on the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.config = GengramConfig()
+
+    def forward(self, input_ids):
+        logits = torch.zeros(*input_ids.shape, 128)
+        logits[..., 8] += 1e-6 * (1 if len(input_ids) > 1 else -1)
+        return CausalLMOutput(logits=logits)
+
+
+def test_rounding_in_a_batch_changes_no_base():
+    generator = BaseGenerator(RoundsInBatches(), GengramTokenizer(), Sampling())
+    draws = np.full((3, 5), 0.25)
+    assert generator.continued(["A"] * 3, draws) == generator.continued(["A"], draws[:1]) * 3 == ["CCCCC"] * 3

@@ -3,7 +3,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, PreTrainedConfig
 
 from gengram import GengramForCausalLM, GengramForMaskedLM, GengramModel, GengramTokenizer
-from gengram.inference.loaded_model import context_length, load_model
+from gengram.inference.loaded_model import context_length, head_of, load_model
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,12 @@ def test_a_model_that_does_not_say_how_much_it_reads():
     config = PreTrainedConfig()
     assert context_length(config, GengramTokenizer()) == 10**9
     assert context_length(config, GengramTokenizer(model_max_length=7)) == 7
+
+
+def test_the_head_that_a_configuration_is_of():
+    assert head_of(PreTrainedConfig()) is None and head_of(PreTrainedConfig(architectures=["GengramModel"])) is None
+    for name, head in (("GengramForCausalLM", "causal"), ("GPT2LMHeadModel", "causal"), ("BertForMaskedLM", "masked")):
+        assert head_of(PreTrainedConfig(architectures=[name])) == head
+    own = {"AutoModelForCausalLM": "code.Own", "AutoModelForMaskedLM": "code.Other"}
+    for name, head in (("Own", "causal"), ("Other", "masked"), ("Base", None)):
+        assert head_of(PreTrainedConfig(architectures=[name], auto_map=own)) == head

@@ -148,7 +148,7 @@ def test_decoding_equals_prefill():
     model, ids = tiny_model(GengramForCausalLM).fold_memory(torch.float16), random_ids(2, 40)
     with memory_path("folded"):
         full, cache = model(ids).logits, DynamicCache(config=model.config)
-        parts = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 1, 20, 1, 10], dim=1)]
+        parts = [model(piece, cache=cache).logits for piece in ids.split([7, 1, 1, 20, 1, 10], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, **CLOSE)
 
 

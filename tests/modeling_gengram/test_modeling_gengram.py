@@ -1,12 +1,14 @@
 """The models: invariances that must hold whatever the weights are, and what users ask of them."""
 
 import copy
+import inspect
+import warnings
 
 import pytest
 import torch
 from tiny_models import random_ids, tiny_config, tiny_model
 from tolerances import CHANGED_LOGITS, ROUTER_LOSSES_FP32, ROUTER_LOSSES_FP32_RELATIVE, SAME_FP32
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, MixtralForCausalLM, StaticCache
 
 from gengram import (
     GengramConfig,
@@ -62,7 +64,7 @@ def test_cached_equals_full_whatever_the_chunks(variant):
     for chunks in ([40], [1] * 40, [7, 1, 1, 20, 11], [3, 37]):
         cache, parts = DynamicCache(config=model.config), []
         for piece in ids.split(chunks, dim=1):
-            parts.append(model(piece, past_key_values=cache).logits)
+            parts.append(model(piece, cache=cache).logits)
         torch.testing.assert_close(torch.cat(parts, dim=1), full, **FP32)
 
 
@@ -83,11 +85,39 @@ def test_a_cache_has_two_names(head):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
+def test_the_older_name_of_a_cache_is_deprecated_where_the_library_says_so(head):
+    model, ids = tiny_model(head), random_ids(1, 9)
+    if head is GengramForMaskedLM:
+        pytest.skip("has no cache")
+    is_renamed = "cache" in inspect.signature(MixtralForCausalLM.forward).parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        first = model(ids, cache=DynamicCache(config=model.config))  # nor does a head use the older name inside
+        if head is GengramForCausalLM:
+            model.generate(ids, max_new_tokens=2, do_sample=False)
+        if not is_renamed:
+            second = model(ids, past_key_values=DynamicCache(config=model.config))
+    if is_renamed:
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated .* Use `cache` instead"):
+            second = model(ids, past_key_values=DynamicCache(config=model.config))
+    assert torch.equal(first[0], second[0])
+
+
+@torch.no_grad()
+def test_a_cache_is_returned_only_if_it_is_used():
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 9)
+    cache = DynamicCache(config=model.config)
+    assert len(model(ids, cache=cache, use_cache=False).to_tuple()) == 1
+    assert model(ids[:, :1], cache=cache)[1] is cache and cache.get_seq_length() == 10
+
+
+@torch.no_grad()
 def test_static_cache_equals_full(variant):
     model, ids = tiny_model(GengramForCausalLM, **variant), random_ids(2, 24)
     cache = StaticCache(config=model.config, max_cache_len=32)
-    parts = [model(ids[:, :10], past_key_values=cache).logits]
-    parts += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(10, 24)]
+    parts = [model(ids[:, :10], cache=cache).logits]
+    parts += [model(ids[:, t : t + 1], cache=cache).logits for t in range(10, 24)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **FP32)
 
 
@@ -247,12 +277,13 @@ def test_masked_base_does_not_leak_into_its_own_prediction():
 @torch.no_grad()
 def test_cache_of_another_kind_is_a_clear_error():
     model = tiny_model(GengramForCausalLM)
-    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
-        model(random_ids(1, 5), past_key_values=DynamicCache())
+    other = StaticCache(config=tiny_config(memory_layers=[]), max_cache_len=8)
+    with pytest.raises(ValueError, match=r"no room for the memory of layer 0: .* DynamicCache\(config=model.config\)"):
+        model(random_ids(1, 5), cache=other)
     cache = DynamicCache(config=model.config)
-    model(random_ids(1, 5), past_key_values=cache)
+    model(random_ids(1, 5), cache=cache)
     with pytest.raises(ValueError, match="is_causal=False"):
-        model(random_ids(1, 5), past_key_values=cache, is_causal=False)
+        model(random_ids(1, 5), cache=cache, is_causal=False)
 
 
 @torch.no_grad()
@@ -466,6 +497,34 @@ def test_assisted_decoding_rolls_the_memory_back():
     assert torch.equal(model.generate(ids, assistant_model=assistant, **GENERATION), model.generate(ids, **GENERATION))
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_the_first_layers_draft_what_all_layers_check(layers):
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 14)
+    expected = model.generate(ids, **GENERATION)
+    assert torch.equal(model.generate(ids, assistant_early_exit=layers, **GENERATION), expected)
+    assert torch.equal(model.generate(ids, **GENERATION), expected)
+
+
+def test_a_failed_draft_leaves_no_trace(monkeypatch):
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 14)
+    expected = model.generate(ids, **GENERATION)
+    for layers in (0, -1, 5):
+        with pytest.raises(ValueError, match=f"assistant_early_exit must lie in 1..4 .*, got {layers}"):
+            model.generate(ids, assistant_early_exit=layers, **GENERATION)
+    layer, forward = model.model.layers[0], model.model.layers[0].forward
+
+    def fail(*args, **kwargs):
+        if model.config.num_hidden_layers == 1:
+            raise RuntimeError("in the middle of a draft")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        model.generate(ids, assistant_early_exit=1, **GENERATION)
+    monkeypatch.undo()
+    assert torch.equal(model.generate(ids, **GENERATION), expected)
+
+
 @torch.no_grad()
 def test_cache_can_be_cropped_and_reordered():
     model, ids = tiny_model(GengramForCausalLM), random_ids(3, 20)
@@ -474,11 +533,11 @@ def test_cache_can_be_cropped_and_reordered():
     for layer in cache.layers:
         if hasattr(layer, "activate_past_recording"):
             layer.activate_past_recording()
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     cache.crop(-6)
     order = torch.tensor([2, 0, 0])
     cache.reorder_cache(order)
-    ours = model(ids[order][:, 14:], past_key_values=cache).logits
+    ours = model(ids[order][:, 14:], cache=cache).logits
     torch.testing.assert_close(ours, model(ids[order]).logits[:, 14:], **FP32)
 
 

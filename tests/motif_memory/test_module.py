@@ -8,9 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_files import FIXTURES, fixture_json, fixture_tensors, needs_fixtures
-from tolerances import AS_TRAINED_BF16, MEMORY_FP32, MEMORY_FP64, RANDOM_MEMORY_FP64, RANDOM_MEMORY_GRADIENT_FP64
+from tolerances import (
+    AS_TRAINED_BF16,
+    GRADIENTS_FP32,
+    MEMORY_FP32,
+    MEMORY_FP64,
+    RANDOM_MEMORY_FP64,
+    RANDOM_MEMORY_GRADIENT_FP64,
+    SAME_FP32,
+    ZERO_NORM,
+)
 
-from gengram.motif_memory import MotifMemory, MotifMemoryConfig, letter_codes, plan_ngrams
+from gengram.motif_memory import MemoryState, MotifMemory, MotifMemoryConfig, letter_codes, plan_ngrams
+from gengram.motif_memory.ways.choose import memory_path
+from gengram.motif_memory.ways.native import status
 
 LETTERS = [8, 5, 6, 7, 9]
 
@@ -236,7 +247,8 @@ def test_a_configuration_is_checked_and_goes_through_json():
     for wrong, message in [
         (dict(ngram_sizes=[]), "ngram_sizes must name at least one size"),
         (dict(ngram_sizes=[9], window=8), "window must be at least the largest of ngram_sizes"),
-        (dict(norm_eps=float("nan")), "norm_eps must be positive"),
+        (dict(norm_eps=float("nan")), "norm_eps must be a finite number"),
+        (dict(norm_eps=-1.0), "norm_eps must be"),
         (dict(pooling="mean"), "pooling must be one of"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -261,3 +273,48 @@ def test_plans_and_codes_of_something_else_are_errors():
     for letters in ((8, 5, 6, 7), "ACGTN"):
         with pytest.raises(ValueError, match="five token ids"):
             letter_codes(ids, letters)
+
+
+def test_a_continued_text_has_gradients():
+    """Native kernels have none through the history; the way chosen must."""
+    config = MotifMemoryConfig(ngram_sizes=(1, 2, 3), embedding_dim=32, window=5)
+    torch.manual_seed(0)
+    memory, ids, hidden = MotifMemory(config, 32), torch.randint(5, 9, (2, 40)), torch.randn(2, 40, 32)
+    for weight in memory.parameters():  # far from 0, where the gate's square root is steep
+        torch.nn.init.normal_(weight, mean=0.2, std=0.3)
+    whole = memory(hidden, plan_for(config, ids)).residual
+    expected = torch.autograd.grad(whole.square().sum(), list(memory.parameters()))
+    for lengths in ([40], [30, 10], [37, 1, 1, 1]):
+        state, pieces, start = MemoryState(config), [], 0
+        for layer_length in lengths:
+            part = slice(start, start + layer_length)
+            output = memory(hidden[:, part], plan_for(config, ids[:, part], state=state), state)
+            state.advance(0, output)
+            state.advance_letters(letter_codes(ids[:, part], LETTERS))
+            pieces.append(output.residual)
+            start += layer_length
+        joined = torch.cat(pieces, dim=1)
+        torch.testing.assert_close(joined, whole, rtol=0, atol=SAME_FP32)
+        found = torch.autograd.grad(joined.square().sum(), list(memory.parameters()))
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() <= GRADIENTS_FP32 * other.norm().clamp(min=ZERO_NORM)
+
+
+@pytest.mark.parametrize("path", [{"algorithm": "table_major"}, {"kernels": "native"}])
+def test_ways_without_gradients_through_a_history_are_refused(path):
+    if "kernels" in path and not status().available:
+        pytest.skip(status().reason)
+    config = MotifMemoryConfig(ngram_sizes=(1, 2), embedding_dim=16, window=5)
+    memory, ids, hidden = MotifMemory(config, 16), torch.randint(5, 9, (1, 8)), torch.randn(1, 8, 16)
+    state = MemoryState(config)
+    with torch.no_grad():
+        state.advance(0, memory(hidden, plan_for(config, ids, state=state), state))
+        state.advance_letters(letter_codes(ids, LETTERS))
+    plan = plan_for(config, ids, state=state)
+    with (
+        memory_path(**path),
+        pytest.raises(ValueError, match=r"only the definition has gradients .* torch.no_grad\(\)"),
+    ):
+        memory(hidden, plan, state)
+    with memory_path(**path), torch.no_grad():
+        memory(hidden, plan, state)

@@ -24,6 +24,7 @@ LANGUAGES = {"python", "bash", "sh", "shell", "console", ""}  # others, such as 
 SHELL = LANGUAGES - {"python"}
 # Words of documented Python that stand for something of the reader's.
 PLACEHOLDERS = {"PATH_OR_ID": gengram.DEFAULT_MODEL}
+EXTRAS = {"captum", "tangermeme"}  # libraries that the tests can do without
 
 
 class Block(NamedTuple):
@@ -84,7 +85,12 @@ def test_code_runs(block, tmp_path, monkeypatch):
     for word, value in PLACEHOLDERS.items():
         text = text.replace(word, value)
     lines_above = "\n" * block.line  # so that a traceback names the document's line
-    exec(compile(lines_above + text, str(ROOT / block.document), "exec"), {"__name__": "document"})
+    try:
+        exec(compile(lines_above + text, str(ROOT / block.document), "exec"), {"__name__": "document"})
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        pytest.skip(f"{error.name} is not installed")
 
 
 def documented_lines() -> list[tuple[str, str]]:

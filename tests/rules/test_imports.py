@@ -50,10 +50,12 @@ EXCEPTIONS = {
 LIBRARIES = {
     "motif_memory": {"torch"},
     "motif_memory.state": {"torch", "transformers"},  # adapters to caches
-    "motif_memory.attach": {"torch", "transformers"},  # grafting into a model
+    "motif_memory.grafts": {"torch", "transformers", "safetensors", "huggingface_hub"},  # on models of Transformers
     "tokenization.byte_table": {"numpy"},  # text to bytes, without Hugging Face
     "tokenization.soft_mask": {"numpy"},
     "sequences": {"numpy"},
+    "sequences.htslib": {"pysam"},
+    "sequences.tables": {"pyarrow"},
 }
 
 # Modules that import one another inside functions, and why it is not cut.
@@ -62,7 +64,6 @@ CYCLES_IN_FUNCTIONS = {
         {
             "gengram.cli",
             "gengram.commands.convert",
-            "gengram.commands.demo",
             "conversion_scripts.convert_megatron_to_hf",
             "conversion_scripts.convert_hf_to_megatron",
         }

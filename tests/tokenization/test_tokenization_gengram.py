@@ -22,6 +22,7 @@ from transformers import (
     BertForMaskedLM,
     BertForTokenClassification,
     DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
     pipeline,
 )
 
@@ -107,7 +108,7 @@ def test_vocabulary_is_the_authors(tokenizer):
     named = {
         name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
     }
-    assert named == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4, "bos": 14, "eos": 12}
+    assert named == {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4, "bos": None, "eos": None}
     assert sorted(tokenizer.all_special_ids) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 15]
     assert tokenizer.num_special_tokens_to_add(False) == tokenizer.num_special_tokens_to_add(True) == 0
     assert tokenizer.nucleotide_ids == GengramConfig().memory_token_ids == [8, 5, 6, 7, 9]
@@ -388,21 +389,29 @@ def test_pairs_and_offsets(tokenizer):
     assert words.word_ids() == [0, 0, 0, 1]
 
 
-def test_long_input_is_warned_about_once(tokenizer):
-    import logging
+@pytest.mark.parametrize("use_lookup", [True, False])
+def test_long_input_is_warned_about_once_and_truly(tokenizer, use_lookup, caplog):
+    """Positions are rotary: there is nothing to index, so no indexing errors."""
+    tokenizer.use_lookup, tokenizer.model_max_length = use_lookup, 3
+    tokenizer("ACG")
+    tokenizer("ACGT", truncation=True, max_length=4)
+    assert not caplog.messages
+    tokenizer("ACGT")
+    tokenizer("ACGT")
+    (message,) = caplog.messages
+    assert "4 tokens is longer than the 3" in message and "rotary" in message and "indexing" not in message
 
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("transformers.tokenization_utils_base")
-    logger.addHandler(handler)
-    tokenizer.model_max_length = 3
-    try:
-        tokenizer("ACGT")
-        tokenizer("ACGT")
-    finally:
-        logger.removeHandler(handler)
-    assert sum("longer than the specified maximum sequence length" in message for message in messages) == 1
+
+def test_start_and_end_are_named_only_if_they_are_added(tokenizer):
+    """`Trainer` writes what a tokenizer names into the model's configuration."""
+    assert tokenizer.bos_token is None and tokenizer.eos_token is None
+    assert tokenizer.get_special_tokens_mask([14, 8, 12], already_has_special_tokens=True) == [1, 0, 1]
+    assert tokenizer.decode([14, 8, 12], skip_special_tokens=True) == "A"
+    framed = GengramTokenizer(add_bos_token=True, add_eos_token=True)
+    assert (framed.bos_token_id, framed.eos_token_id) == (14, 12) and framed("A")["input_ids"] == [14, 8, 12]
+    tokenizer.add_eos_token = True
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (None, 12) and tokenizer("A")["input_ids"] == [8, 12]
+    assert GengramTokenizer(eos_token="<EOS>", add_eos_token=True)("A")["input_ids"] == [8, 15]
 
 
 # Decoding
@@ -516,6 +525,36 @@ def test_unknown_characters_raise_on_request(tokenizer):
         tokenizer("AooC".replace("A", "AA"))
     tokenizer.unknown_characters = "unk"
     assert tokenizer("J")["input_ids"] == [1]
+
+
+@pytest.mark.parametrize("use_lookup", [True, False])
+def test_unknown_characters_can_be_refused_in_one_call(tokenizer, use_lookup):
+    tokenizer.use_lookup = use_lookup
+    for call in (tokenizer, tokenizer.encode, tokenizer.tokenize):
+        with pytest.raises(ValueError, match="'X' at position 2"):
+            call("ACXG", unknown_characters="error")
+    with pytest.raises(ValueError, match=r"sequence 1 .*'!' at position 0"):
+        tokenizer(["ACG", "!"], unknown_characters="error", padding=True, return_tensors="pt")
+    with pytest.raises(ValueError, match=r"must be one of \('unk', 'error'\), got 'raise'"):
+        tokenizer("ACXG", unknown_characters="raise")
+    assert tokenizer("ACXG")["input_ids"] == [8, 5, 1, 6]  # nothing is left of it
+    assert tokenizer([], unknown_characters="error")["input_ids"] == []
+    tokenizer.unknown_characters = "error"
+    assert tokenizer("ACXG", unknown_characters="unk")["input_ids"] == [8, 5, 1, 6]
+
+
+def test_a_saved_tokenizer_that_refuses_does_so_without_the_package(tokenizer, tmp_path):
+    tokenizer.unknown_characters = "error"
+    tokenizer.save_pretrained(tmp_path)
+    plain = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert plain("acgtRU[UNK]")["input_ids"] == [8, 5, 6, 7, 9, 7, 1]
+    with pytest.raises(Exception, match=r"Missing .* token from the vocabulary"):
+        plain("ACX")
+    for again in (tokenizer, GengramTokenizer.from_pretrained(tmp_path, unknown_characters="unk")):
+        assert again("ACX", unknown_characters="unk")["input_ids"] == [8, 5, 1]
+        again.unknown_characters = "unk"
+        again.save_pretrained(tmp_path / "again")
+        assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "again")("ACX")["input_ids"] == [8, 5, 1]
 
 
 def test_unknown_characters_option_is_checked_and_saved(tokenizer, tmp_path):

@@ -65,7 +65,6 @@ def test_float16_tables_are_scaled_and_do_not_overflow(size):
     for mine, theirs in zip(folded_key_value(folded, plan), exact, strict=True):
         assert torch.isfinite(mine).all()
         assert (mine.double() - theirs).norm() / theirs.norm() < 2 * torch.finfo(torch.float16).eps
-    assert pack_tables([table / 0 for table in tables], key_weight, value_weight, sizes, window) is None  # not finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -1,0 +1,183 @@
+"""The hidden folder beside an output with the results of finished chunks, so that a run can be stopped anywhere.
+
+.OUTPUT.chunks/
+    record.json         what is computed and how; only a run with an equal record goes on from here
+    lock-0              held by process 0 while it runs; the system frees it when the process ends, however
+    failed-1            why process 1 ended, for process 0, which waits for it
+    00000012.arrow      result of chunk 12, there as a whole or not at all
+    output/             where process 0 writes the output, before it gets its name
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ...support.whole_output import write_whole
+from .record import differences
+
+_POLL = 0.2  # seconds between two looks at what other processes finished
+
+
+class FinishedChunks:
+    """The results of a run's finished chunks, on disk.
+
+    Args:
+        output: the file or folder that they are for.
+        record: of the run.
+        process: number of this process among those that work on the same output.
+        restart: whether to discard what an earlier run left, whatever it is.
+
+    Raises:
+        ValueError: if the folder holds results of another run, or is not a folder of ours.
+        BlockingIOError: if another process of this number is working on the output.
+    """
+
+    def __init__(self, output: Path, record: Mapping[str, Any], process: int = 0, restart: bool = False):
+        self.folder = output.parent / f".{output.name}.chunks"
+        self._process = process
+        self._started = time.time()
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_own(self.folder, stat.S_ISDIR)
+        self._lock = self._locked(output)
+        try:
+            self._keep_record(record, restart)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _locked(self, output: Path) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        lock = os.open(self.folder / f"lock-{self._process}", flags, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise BlockingIOError(
+                f"another process is working on {output} at this moment; wait for it, or choose another output."
+            ) from None
+        return lock
+
+    def _keep_record(self, record: Mapping[str, Any], restart: bool) -> None:
+        place = self.folder / "record.json"
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / f"failed-{self._process}").unlink()
+        if place.exists() or place.is_symlink():
+            _check_own(place, stat.S_ISREG)
+            try:
+                before = json.loads(place.read_text())
+            except (ValueError, RecursionError):
+                before = {}
+            changed = differences(before, record) if isinstance(before, dict) else ["record"]
+            if changed and not restart:
+                raise ValueError(
+                    f"{self.folder} keeps the finished part of another run for the same output; it differs in "
+                    f"{', '.join(changed[:8])}. Repeat that command to go on with it, or add --restart to discard it."
+                )
+            if changed or (restart and self._process == 0):
+                self._discard()
+        write_whole(place, json.dumps(record))
+        if self._process == 0:
+            self._discard_output()
+
+    def _discard_output(self) -> None:
+        """Remove what a run that was killed while it wrote has left."""
+        unfinished = self.folder / "output"
+        if unfinished.is_symlink() or unfinished.exists():
+            _check_own(unfinished, stat.S_ISDIR)
+            shutil.rmtree(unfinished)
+
+    def _discard(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != "output" and not path.name.startswith("lock-"):
+                path.unlink()
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:08d}.arrow"
+
+    def missing(self, indices: Iterable[int]) -> list[int]:
+        """Those chunks that have no result yet."""
+        return [index for index in indices if not self._path(index).exists()]
+
+    def save(self, index: int, result: pa.Table) -> None:
+        """Keep the result of a chunk."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, result.schema) as writer:
+            writer.write_table(result)
+        write_whole(self._path(index), sink.getvalue().to_pybytes())
+
+    def result(self, index: int) -> pa.Table:
+        """The result of a finished chunk.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        path = self._path(index)
+        _check_own(path, stat.S_ISREG)
+        try:
+            with pa.OSFile(str(path)) as file:
+                return pa.ipc.open_file(file).read_all()
+        except pa.ArrowInvalid as error:
+            path.unlink()
+            raise ValueError(f"{path} is damaged and was removed; repeat the command to compute it again.") from error
+
+    def results(self, indices: Iterable[int]) -> "Results":
+        """The results of these chunks, one after the other, each time that they are asked for."""
+        return Results(self, indices)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell process 0 that this one ended."""
+        write_whole(self.folder / f"failed-{self._process}", f"{type(error).__name__}: {error}")
+
+    def wait_for(self, indices: Iterable[int]) -> Iterator[int]:
+        """Wait until other processes have finished these chunks; yields how many came at each look.
+
+        Raises:
+            RuntimeError: if one of the processes ended with an error since this one started.
+        """
+        missing = self.missing(indices)
+        while missing:
+            for path in self.folder.glob("failed-*"):
+                if path.stat().st_mtime >= self._started:
+                    raise RuntimeError(f"process {path.name.partition('-')[2]} of this run ended: {path.read_text()}")
+            time.sleep(_POLL)
+            left = self.missing(missing)
+            yield len(missing) - len(left)
+            missing = left
+
+    def close(self) -> None:
+        """Let the next run work here."""
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """Remove the folder: the output is there."""
+        _check_own(self.folder, stat.S_ISDIR)
+        shutil.rmtree(self.folder)
+
+
+class Results:
+    """Results of finished chunks, read from the disk one by one in each loop over them."""
+
+    def __init__(self, finished: FinishedChunks, indices: Iterable[int]):
+        self._finished, self._indices = finished, list(indices)
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        return map(self._finished.result, self._indices)
+
+
+def _check_own(path: Path, is_kind: Any) -> None:
+    """Refuse links, other kinds of file and other people's, which something else put here."""
+    found = path.lstat()
+    if not is_kind(found.st_mode) or found.st_uid != os.geteuid():
+        raise ValueError(
+            f"{path} is not what gengram wrote there: a link, another kind of file, or another user's. Look at it, "
+            "and remove it or choose another output."
+        )

@@ -1,0 +1,157 @@
+"""The job of `gengram score`: variants in, the effect of each out."""
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ...sequences.genome import Genome, open_genome
+from ...sequences.variant_files import read_variants
+from ...sequences.variants import ReferenceCheck, Variant
+from ..effects import SCORES
+from ..loaded_model import head_of
+from ..memory_use import fast_memory, memories_of
+from ..variant_effects import VariantEffect, effects_of_checked
+from ..window_effects import WindowEffects
+from .job import JobChunk, ModelOptions
+from .score_outputs import OUTPUTS, check_fits_vcf, score_table, write_scores
+from .tables import check_table_output
+
+DEFAULT_CONTEXT = 512
+_ALLELES_PER_CHUNK = 256
+
+# The number of a record, one of its alternative alleles, and what is known of it before a model is asked.
+_Checked = tuple[int, Variant, str]
+
+
+@dataclass
+class ScoreJob:
+    """Effects of all variants of a file.
+
+    Args:
+        variants: VCF, BCF or a table: see `read_variants`.
+        fasta: the genome.
+        output: its name says the format, one of `OUTPUTS`.
+        model: which model, and how it is used.
+        context: bases of the window around a variant.
+        scores: names of `SCORES`; by default all that the model has.
+
+    Raises:
+        ValueError: if the output's name says no format, or a score or the context makes no sense.
+    """
+
+    variants: Path
+    fasta: Path
+    output: Path
+    model: ModelOptions
+    context: int = DEFAULT_CONTEXT
+    scores: tuple[str, ...] | None = None
+    name: str = field(default="score", init=False)
+    unit: str = field(default="variant", init=False)
+    inputs: Mapping[str, Path] = field(init=False)  # the files that decide the result
+    counts: Counter[str] = field(default_factory=Counter, init=False)  # of what was written, by status
+
+    def __post_init__(self) -> None:
+        check_table_output(self.output, OUTPUTS)
+        self.inputs = {"variants": self.variants, "fasta": self.fasta}
+        if self.context < 2:
+            raise ValueError(f"--context: expected 2 bases or more, got {self.context}.")
+        unknown = [name for name in self.scores or () if name not in SCORES]
+        if unknown or self.scores == ():
+            raise ValueError(f"--scores: expected some of {', '.join(SCORES)}, got {', '.join(self.scores or ())!r}.")
+
+    def settings(self) -> dict[str, Any]:
+        """The job's own options that decide the result."""
+        return {"context": self.context, "scores": None if self.scores is None else list(self.scores)}
+
+    @functools.cached_property
+    def genome(self) -> Genome:
+        """The genome, opened once in each process."""
+        return open_genome(self.fasta)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "genome"}
+
+    def chunks(self) -> Iterator[JobChunk]:
+        """Alleles with what is known of them before the model is asked; all those of a record are in one chunk.
+
+        Raises:
+            InputError: if the input cannot be read, or does not fit the genome.
+        """
+        check = ReferenceCheck(self.genome)
+        content: list[_Checked] = []
+        file = read_variants(self.variants)
+        becomes_vcf = not file.is_vcf and self.output.suffix not in (".tsv", ".parquet")
+        for number, record in enumerate(file):
+            if becomes_vcf:
+                check_fits_vcf(record)
+            if not record.alternatives:
+                content.append((number, Variant(record.contig, record.start, record.reference, "."), "no_alt"))
+            content += ((number, variant, check.status(variant)) for variant in record.variants())
+            if len(content) >= _ALLELES_PER_CHUNK:
+                yield JobChunk(len(content), content)
+                content = []
+        if content:
+            yield JobChunk(len(content), content)
+        check.finish()
+
+    def worker(self, device: str | None) -> "ScoreWorker":
+        """Load the model, and open the genome."""
+        return ScoreWorker(self, device)
+
+    def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
+        """Write the scores, and count them."""
+        self.counts.clear()
+        write_scores(self._counted(results), output, record, read_variants(self.variants), self.genome)
+
+    def _counted(self, results: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in results:
+            self.counts.update(table["status"].to_pylist())
+            yield table
+
+
+class ScoreWorker:
+    """Computes chunks of a `ScoreJob`.
+
+    Args:
+        job: the job.
+        device: where the model runs.
+    """
+
+    def __init__(self, job: ScoreJob, device: str | None):
+        head = head_of(job.model.load_config()) or "causal"
+        loaded = job.model.load(head, device)
+        has_memory = bool(memories_of(loaded.model))
+        scores = job.scores or tuple(name for name in SCORES if name != "memory" or has_memory)
+        self._effects = WindowEffects(
+            loaded.model,
+            loaded.tokenizer,
+            scores,
+            job.model.strands,
+            is_masked=head == "masked",
+            tokens_per_pass=job.model.batch_tokens,
+        )
+        try:
+            self._effects.check_length(job.context)
+        except ValueError as error:
+            raise ValueError(f"--context: {error}") from None
+        self._genome, self._context = job.genome, job.context
+        self._fast = contextlib.ExitStack()  # as long as this object
+        self._fast.enter_context(fast_memory(loaded.model))
+        self.advance: Callable[[int], Any] | None = None  # called with the number of variants that are done
+
+    def __call__(self, content: list[_Checked]) -> pa.Table:
+        """The scores of a chunk: rows of `RESULTS`."""
+        return score_table(zip((number for number, *_ in content), self._found(content), strict=True))
+
+    def _found(self, content: list[_Checked]) -> Iterator[VariantEffect]:
+        checked = ((variant, status) for _, variant, status in content)
+        for effect in effects_of_checked(self._effects, self._genome, checked, self._context):
+            yield effect
+            if self.advance is not None:
+                self.advance(1)

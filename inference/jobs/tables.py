@@ -1,0 +1,53 @@
+"""Outputs that are tables, written piece by piece."""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from ...support.whole_output import write_whole
+from .record import record_json
+
+TABLE_SUFFIXES = (".parquet", ".tsv")
+
+
+def check_table_output(output: Path, allowed: Iterable[str] = TABLE_SUFFIXES) -> None:
+    """Refuse an output whose name does not say its format.
+
+    Raises:
+        ValueError: for another ending.
+    """
+    allowed = tuple(allowed)
+    if not output.name.endswith(allowed):
+        raise ValueError(f"--output: expected a name that ends in {', '.join(allowed)}, got {output.name!r}.")
+
+
+def write_table(tables: Iterable[pa.Table], output: Path, record: dict[str, Any], schema: pa.Schema) -> None:
+    """Write rows to a `.parquet` or `.tsv` file, and how they were made.
+
+    Parquet keeps the record in the file's metadata under `gengram`; beside a TSV stands `NAME.tsv.json`.
+
+    Args:
+        tables: the rows, in pieces of this schema.
+        output: the file.
+        record: of the run.
+        schema: columns, so that a table without rows has them too.
+    """
+    if output.suffix == ".parquet":
+        schema = schema.with_metadata({"gengram": record_json(record)})
+        with pa.parquet.ParquetWriter(output, schema, compression="zstd") as writer:
+            for table in tables:
+                writer.write_table(table.cast(schema).replace_schema_metadata(schema.metadata))
+        return
+    with output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(
+            file, delimiter="\t", lineterminator="\n"
+        )  # quotes only what holds tabs, quotes, line ends
+        writer.writerow(schema.names)
+        for table in tables:
+            writer.writerows(zip(*(column.to_pylist() for column in table.cast(schema).columns), strict=True))
+    write_whole(output.with_name(f"{output.name}.json"), json.dumps(record, indent=2) + "\n")

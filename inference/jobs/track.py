@@ -1,0 +1,240 @@
+"""`gengram track`: values for every base of regions or whole genomes, as files that genome browsers read."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ...sequences.genome import Genome, open_genome
+from ...sequences.intervals import Interval, parse_region, read_bed
+from ...support.default_model import model_name
+from ...support.errors import InputError
+from ...support.whole_output import write_whole
+from ..base_tokens import BaseTokens
+from ..loaded_model import head_of
+from ..long_sequences import checked_overlap
+from ..tracks import OF_MEMORY, PREDICTED, UNITS, VALUES, Track, TrackModel, tracks_of
+from .job import JobChunk, ModelOptions, Worker
+from .record import differences, record_of
+from .run import JobSummary
+from .track_files import FORMATS, TrackWriter
+
+LONGEST_CHUNK = 1 << 18  # bases
+WINDOWS_PER_CHUNK = 64  # of each strand; where chunks meet, one of them is read twice
+
+
+@dataclass
+class TrackJob:
+    """Tracks of regions of a genome; make it with `track_job`.
+
+    Args:
+        fasta: the genome.
+        model: which model, and how.
+        regions: texts such as `chr1:1,000-2,000`.
+        beds: files of further regions; without these and texts, all of the genome.
+        tracks: what is computed.
+        is_masked: whether the model predicts masked bases.
+        context, overlap: how the model reads long sequences, see `long_sequences`.
+        format: bigwig or bedgraph.
+        chunk: bases that are computed and stored as a whole; they do not change the values.
+    """
+
+    fasta: Path
+    model: ModelOptions
+    regions: tuple[str, ...]
+    beds: tuple[Path, ...]
+    tracks: tuple[Track, ...]
+    is_masked: bool
+    context: int
+    overlap: int
+    format: str = "bigwig"
+    chunk: int = LONGEST_CHUNK
+    name: str = "track"
+    unit: str = "bp"
+
+    @property
+    def inputs(self) -> Mapping[str, Path]:
+        return {"fasta": self.fasta, **{f"regions_{number}": bed for number, bed in enumerate(self.beds, start=1)}}
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "regions": list(self.regions),
+            "tracks": [track.name for track in self.tracks],
+            "context": self.context,
+            "overlap": self.overlap,
+            "format": self.format,
+            "chunk": self.chunk,
+        }
+
+    def chunks(self) -> Iterator[JobChunk]:
+        with open_genome(self.fasta) as genome:
+            for region in regions_of(genome, self.regions, self.beds):
+                for start in range(region.start, region.end, self.chunk):
+                    end = min(start + self.chunk, region.end)
+                    yield JobChunk(end - start, (region.record, start, end))
+
+    def worker(self, device: str | None) -> Worker:
+        loaded = self.model.load(head_of(self.model.load_config()), device)
+        loaded.model.config.use_cache = False
+        values = tuple(dict.fromkeys(track.value for track in self.tracks))
+        tokens = BaseTokens.of(loaded.tokenizer)
+        options = (self.model.strands, self.context, self.overlap, self.model.batch_tokens)
+        return _Worker(TrackModel(loaded.model, tokens, self.is_masked, values, *options), open_genome(self.fasta))
+
+    def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
+        with open_genome(self.fasta) as genome:
+            contigs = {name: genome.contigs[name] for name in sorted(genome.contigs)}
+        output.mkdir()
+        files = {track.name: f"{track.name}.{FORMATS[self.format].suffix}" for track in self.tracks}
+        with contextlib.ExitStack() as stack:
+            writers: dict[str, TrackWriter] = {
+                name: stack.enter_context(FORMATS[self.format](output / file, contigs)) for name, file in files.items()
+            }
+            for result in results:
+                place = json.loads(result.schema.metadata[b"place"])
+                for name, writer in writers.items():
+                    writer.add(place["record"], place["start"], result[name].to_numpy())
+        described = [
+            {"file": files[track.name], **track._asdict(), "unit": UNITS[track.value]} for track in self.tracks
+        ]
+        write_whole(output / "record.json", json.dumps({**record, "tracks": described}, indent=2) + "\n")
+
+
+class _Worker:
+    """A model and a genome, as a function of regions."""
+
+    def __init__(self, model: TrackModel, genome: Genome):
+        self.model, self.genome = model, genome
+        self.advance: Callable[[int], Any] = lambda bases: None
+
+    def __call__(self, content: tuple[str, int, int]) -> pa.Table:
+        record, start, end = content
+        length = self.genome.contigs[record]
+        first = max(0, start - self.model.context)
+        letters = self.genome.fetch(record, first, min(length, end + self.model.context))
+        values = self.model.of_part(lambda a, b: letters[a - first : b - first], length, start, end, self.advance)
+        place = json.dumps({"record": record, "start": start})
+        return pa.table(values).replace_schema_metadata({"place": place})
+
+
+def track_job(
+    fasta: str | Path,
+    model: ModelOptions,
+    regions: Sequence[str | Path] = (),
+    whole_genome: bool = False,
+    values: Sequence[str] | None = None,
+    context: int | None = None,
+    overlap: int | None = None,
+    format: str = "bigwig",
+) -> TrackJob:
+    """A job that `run_job` runs.
+
+    Args:
+        fasta: the genome.
+        model: which model, and how.
+        regions: BED files, and texts such as `chr1:1,000-2,000`.
+        whole_genome: all of it, instead of regions.
+        values: of `VALUES`; by default all that the model has.
+        context: bases that the model reads at once; by default as many as it can.
+        overlap: bases that two windows share; half the context by default.
+        format: bigwig or bedgraph.
+
+    Raises:
+        ValueError: if a value or option does not fit the model.
+        OSError: if there is no such model.
+    """
+    if format not in FORMATS:
+        raise InputError(f"--format: expected {' or '.join(FORMATS)}, got {format!r}.")
+    if whole_genome == bool(regions):
+        raise InputError(
+            "expected regions or --whole-genome, and not both: a BED file, or regions such as chr9:10,000-20,000."
+        )
+    beds = [region for region in regions if _is_file(region)]
+    config = model.load_config()
+    tokens, head = BaseTokens.of(model.load_tokenizer()), head_of(config)
+    name, memory_layers = model_name(model.model), getattr(config, "memory_layers", None) or []
+    values = _checked_values(values, name, head, memory_layers)
+    if head == "masked" and tokens.mask is None and set(values) & set(PREDICTED):
+        raise InputError(f"{name}: expected a tokenizer with a mask token, which its masked model needs.")
+    context = model.bases_at_once(context)
+    overlap = checked_overlap(context, overlap)
+    return TrackJob(
+        Path(fasta),
+        model,
+        tuple(str(region) for region in regions if region not in beds),
+        tuple(map(Path, beds)),
+        tuple(tracks_of(values, model.strands, memory_layers)),
+        head == "masked",
+        context,
+        overlap,
+        format,
+        min(LONGEST_CHUNK, max(context, WINDOWS_PER_CHUNK * (context - overlap))),
+    )
+
+
+def finished_tracks(job: TrackJob, output: Path) -> JobSummary | None:
+    """What the run did that made `output`, if it was a run of this very job."""
+    try:
+        stored = json.loads((output / "record.json").read_text())
+    except (OSError, ValueError):
+        return None
+    record = record_of(job)
+    if not isinstance(stored, dict) or differences({**record, "tracks": stored.get("tracks")}, stored):
+        return None
+    return JobSummary(output, sum(chunk.size for chunk in job.chunks()), 0, True, record)
+
+
+def _is_file(region: str | Path) -> bool:
+    """Whether this is the name of a BED file, there or not, and no region."""
+    return ".bed" in Path(region).suffixes[-2:] or Path(region).exists()
+
+
+def _checked_values(
+    values: Sequence[str] | None, name: str, head: str | None, memory_layers: Sequence[int]
+) -> list[str]:
+    """The values that are asked for, or all that there are, each once and in the order of `VALUES`."""
+    unknown = [value for value in values or () if value not in VALUES]
+    if unknown or (values is not None and not values):
+        raise InputError(f"--values: expected some of {','.join(VALUES)}, got {','.join(unknown) or 'none'}.")
+    lacking: dict[str, str] = {}
+    if head is None:
+        why = "its configuration names no causal or masked language model"
+        lacking |= dict.fromkeys(PREDICTED, why)
+    if not memory_layers:
+        lacking |= dict.fromkeys(OF_MEMORY, "it has no memory; only Gengram models do")
+    for value in values or ():
+        if value in lacking:
+            raise InputError(f"--values: {name} gives no {value}, since {lacking[value]}.")
+    found = [value for value in VALUES if value in (values or VALUES) and value not in lacking]
+    if not found:
+        raise InputError(f"{name} gives no tracks: {lacking['surprisal']}, and {lacking['gate']}.")
+    return found
+
+
+def regions_of(genome: Genome, texts: Sequence[str] = (), beds: Sequence[Path] = ()) -> list[Interval]:
+    """Regions that are computed, sorted by record and start; those that overlap or touch are one.
+
+    Args:
+        genome: whose names are used, with and without `chr`.
+        texts: such as `chr1:1,000-2,000`.
+        beds: files of further regions; without texts and files, all contigs are regions.
+
+    Raises:
+        InputError: if a region does not lie in the genome.
+    """
+    wanted = [parse_region(text, genome.lengths) for text in texts]
+    for bed in beds:
+        wanted += read_bed(bed, genome.lengths)
+    if not texts and not beds:
+        wanted = [Interval(name, 0, length) for name, length in genome.contigs.items() if length]
+    merged: list[Interval] = []
+    for name, start, end in sorted((genome.contig(region.record), region.start, region.end) for region in wanted):
+        if merged and merged[-1].record == name and start <= merged[-1].end:
+            merged[-1] = Interval(name, merged[-1].start, max(end, merged[-1].end))
+        else:
+            merged.append(Interval(name, start, end))
+    return merged

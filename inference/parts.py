@@ -1,0 +1,67 @@
+"""What parts of a model put out in a pass, seen from outside."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .effect_formulas import RowPairs, embedding_distances, memory_changes
+from .memory_use import memories_of
+
+
+class Seen:
+    """What parts of a model put out in its last pass.
+
+    Args:
+        hidden: the last hidden states, (batch, length, hidden).
+        residuals: what each memory added to the residual stream, (batch, length, hidden).
+    """
+
+    def __init__(self) -> None:
+        self.hidden: torch.Tensor | None = None
+        self.residuals: list[torch.Tensor] = []
+
+
+@contextlib.contextmanager
+def seen(model: Any, hidden: bool, residuals: bool) -> Iterator[Seen]:
+    """A block in which the parts that are asked for are seen in every pass."""
+    found = Seen()
+    hooks = []
+
+    def see_hidden(_module: Any, _inputs: Any, outputs: Any) -> None:
+        found.hidden = outputs[0]
+
+    def see_residual(_module: Any, _inputs: Any, outputs: Any) -> None:
+        found.residuals.append(outputs.residual)
+
+    def start(_module: Any, _inputs: Any) -> None:
+        found.hidden, found.residuals = None, []
+
+    hooks.append(model.register_forward_pre_hook(start))
+    if hidden:
+        hooks.append(model.base_model.register_forward_hook(see_hidden))
+    if residuals:
+        hooks += [memory.register_forward_hook(see_residual) for memory in memories_of(model)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def distances_of_parts(parts: Seen, pairs: RowPairs, skipped: int, window: int) -> dict[str, torch.Tensor]:
+    """`embedding_distance` and `memory_change` of an `Effect`, (pairs,) each, of the parts that were seen.
+
+    Args:
+        parts: of the pass of these rows.
+        pairs: the rows that are compared.
+        skipped: how many places stand in front of the rows' letters.
+        window: letters of a window.
+    """
+    found = {}
+    if parts.hidden is not None:
+        found["embedding_distance"] = embedding_distances(parts.hidden[:, skipped:], pairs, window)
+    if parts.residuals:
+        found["memory_change"] = memory_changes([residual[:, skipped:] for residual in parts.residuals], pairs)
+    return found

@@ -1,0 +1,240 @@
+"""Pipelines of Transformers for DNA: `pipeline("dna-variant-effect")`, `"dna-embedding"` and `"dna-fill-mask"`.
+
+`gengram.auto` tells Transformers of them when `gengram` is imported, and imports this module when one is made.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel, Pipeline
+
+from ..sequences.gaps import find_gaps
+from ..sequences.genome import Genome, genome_of, open_genome
+from ..sequences.variants import ReferenceCheck, Variant
+from ..support.default_model import DEFAULT_MODEL
+from ..support.errors import InputError, shortened
+from .effects import NUMBERS, SCORES
+from .embeddings import SequenceEncoder
+from .filling import DEFAULT_CONTEXT, DEFAULT_JOINT, GapFiller, gap_windows, with_bases
+from .loaded_model import HEADS, LoadedModel, head_of
+from .memory_use import memories_of
+from .variant_effects import effects_of_checked
+from .window_effects import WindowEffects
+
+BATCH_SIZE = 64  # inputs that are computed together, unless the user says otherwise
+
+
+class AutoLanguageModel:
+    """Loads a model with the head that it was saved with, causal or masked."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, **loading: Any) -> Any:
+        """The model; arguments as those of the library's Auto classes."""
+        known = {
+            key: loading[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in loading
+        }
+        head = head_of(AutoConfig.from_pretrained(name, **known)) or "causal"
+        return HEADS[head].from_pretrained(name, **loading)
+
+
+class DnaPipeline(Pipeline):
+    """What the pipelines have in common: which inputs they take, and how these are put together.
+
+    An input, or a list, a dataset or a generator of inputs. One gives its result, a list a list, and anything else an
+    iterator, whose results come as they are asked for, `batch_size` at a time. Results do not depend on the batches.
+    """
+
+    _load_tokenizer = True
+    _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = False
+
+    options: tuple[str, ...] = ()  # what can be given to `pipeline(...)` or with the inputs
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.model.eval()
+        self._made: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        inputs: Any,
+        *arguments: Any,
+        num_workers: int | None = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Results of the inputs; `num_workers` is for other pipelines."""
+        if isinstance(inputs, str | Mapping):
+            return next(self._results([inputs], 1, options))
+        results = self._results(inputs, batch_size or self._batch_size or BATCH_SIZE, options)
+        return list(results) if isinstance(inputs, list | tuple) else results
+
+    def _results(self, inputs: Iterable[Any], batch_size: int, options: dict[str, Any]) -> Iterator[Any]:
+        options = {**self._forward_params, **self._sanitize_parameters(**options)[1]}
+        items = map(self.preprocess, inputs)
+        while batch := list(itertools.islice(items, batch_size)):
+            with self.device_placement(), torch.inference_mode():
+                found = list(self._forward(batch, **options))
+            yield from map(self.postprocess, found)
+
+    def _sanitize_parameters(self, **given: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        unknown = [name for name in given if name not in self.options]
+        if unknown:
+            raise TypeError(f"{self.task}: expected some of {', '.join(self.options)}, got {', '.join(unknown)}.")
+        return {}, given, {}
+
+    def preprocess(self, input_: Any, **_: Any) -> Any:
+        """What is read of an input: a sequence, or the value of `sequence` in a dictionary."""
+        sequence = input_.get("sequence") if isinstance(input_, Mapping) else input_
+        if not isinstance(sequence, str):
+            raise InputError(f'{self.task}: expected a sequence or {{"sequence": ...}}, got {shortened(input_)}.')
+        return sequence
+
+    def postprocess(self, model_outputs: Any, **_: Any) -> Any:
+        """A result as it is."""
+        return model_outputs
+
+    def _once(self, make: Callable[..., Any], **options: Any) -> Any:
+        """What `make` makes with these options, made once."""
+        key = (make, *sorted(options.items()))
+        if key not in self._made:
+            self._made[key] = make(**options)
+        return self._made[key]
+
+
+class DnaEmbeddingPipeline(DnaPipeline):
+    """`"dna-embedding"`: a sequence, or `{"sequence": ...}`, gives a vector (hidden,), or (bases, hidden), float32.
+
+    Options: `layer`, `pooling` and `strands` as those of `SequenceEncoder.vectors`; `context` and `overlap`.
+    """
+
+    options = ("layer", "pooling", "strands", "context", "overlap")
+
+    def _forward(
+        self,
+        batch: list[str],
+        layer: int = -1,
+        pooling: str = "mean",
+        strands: str = "both",
+        context: int | None = None,
+        overlap: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        encoder = self._once(self._encoder, context=context, overlap=overlap)
+        yield from encoder.vectors(batch, layer, pooling, strands)
+
+    def _encoder(self, context: int | None, overlap: int | None) -> SequenceEncoder:
+        loaded = LoadedModel(self.model.base_model, self.tokenizer)
+        return SequenceEncoder(loaded, context=context, overlap=overlap)
+
+
+class DnaFillMaskPipeline(DnaPipeline):
+    """`"dna-fill-mask"`: a sequence with N, `?` or `[MASK]` gives `{"sequence": filled, "gaps": [...]}`.
+
+    Each gap is a dictionary with start (from 0), base, p_A, p_C, p_G, p_T and status, as the table of `gengram fill`,
+    whose options these are: `strands`, `context`, `joint`, `nearest`, `longest_run`, `with_codes` and
+    `least_probability`.
+    """
+
+    options = ("strands", "context", "joint", "nearest", "longest_run", "with_codes", "least_probability")
+
+    def _forward(
+        self,
+        batch: list[str],
+        strands: str = "both",
+        context: int | None = None,
+        joint: int = DEFAULT_JOINT,
+        nearest: bool = False,
+        longest_run: int = 16,
+        with_codes: bool = False,
+        least_probability: float = 0.0,
+    ) -> Iterator[dict[str, Any]]:
+        filler = self._once(self._filler, strands=strands)
+        most = min(filler.longest, DEFAULT_CONTEXT) if context is None else context
+        sequences = [find_gaps(text, longest_run, with_codes) for text in batch]
+        windows = [
+            list(gap_windows(each.letters, each.gaps, most, None if filler.is_masked else joint)) for each in sequences
+        ]
+        found = filler.fill(list(itertools.chain.from_iterable(windows)), nearest, least_probability)
+        for sequence, own in zip(sequences, windows, strict=True):
+            gaps = list(itertools.chain.from_iterable(itertools.islice(found, len(own))))
+            filled = with_bases(sequence.letters, ((gap.place, gap.base, gap.status) for gap in gaps))
+            yield {"sequence": filled, "gaps": [gap.row() for gap in gaps]}
+
+    def _filler(self, strands: str) -> GapFiller:
+        return GapFiller(self.model, self.tokenizer, strands)
+
+
+class DnaVariantEffectPipeline(DnaPipeline):
+    """`"dna-variant-effect"`: a variant gives the numbers of `gengram score`, and its status.
+
+    A variant is `{"sequence": ..., "start": ..., "ref": ..., "alt": ...}`, start from 0; or, with the option `fasta`,
+    `{"chrom": ..., "pos": ..., "ref": ..., "alt": ...}`, pos from 1 as in VCF. The result is a dictionary of llr,
+    llr_forward, llr_reverse, jsd, embedding_distance and memory_change, None where there is no number, and status:
+    `scored`, or why not.
+
+    Options: `fasta`, the genome's file; `context`, bases of a window; `scores`, some of `SCORES`; `strands`.
+    """
+
+    options = ("fasta", "context", "scores", "strands")
+
+    def preprocess(self, input_: Any, **_: Any) -> dict[str, Any]:
+        """A variant with all it needs."""
+        for names in (("sequence", "start", "ref", "alt"), ("chrom", "pos", "ref", "alt")):
+            if isinstance(input_, Mapping) and all(name in input_ for name in names):
+                return {name: input_[name] for name in names}
+        raise InputError(
+            f"{self.task}: expected a dictionary with sequence, start (from 0), ref and alt, or with chrom, pos (from "
+            f"1), ref and alt; got {shortened(input_)}."
+        )
+
+    def _forward(
+        self,
+        batch: list[dict[str, Any]],
+        fasta: str | Path | None = None,
+        context: int = 512,
+        scores: Iterable[str] | None = None,
+        strands: str = "both",
+    ) -> Iterator[dict[str, Any]]:
+        scores = tuple(scores) if scores is not None else self._all_scores()
+        effects = self._once(self._effects, scores=scores, strands=strands)
+        genome, variants = self._variants(batch, fasta)
+        check = ReferenceCheck(genome)
+        checked = [(variant, check.status(variant)) for variant in variants]
+        for _, status, found in effects_of_checked(effects, genome, checked, min(context, effects.longest)):
+            numbers = dict.fromkeys(NUMBERS) if found is None else found.numbers()
+            yield {**numbers, "status": status}
+
+    def _effects(self, scores: tuple[str, ...], strands: str) -> WindowEffects:
+        return WindowEffects(self.model, self.tokenizer, scores, strands)
+
+    def _all_scores(self) -> tuple[str, ...]:
+        return tuple(name for name in SCORES if name != "memory" or memories_of(self.model))
+
+    def _variants(self, batch: list[dict[str, Any]], fasta: str | Path | None) -> tuple[Genome, list[Variant]]:
+        """The variants, and the genome or the sequences that they are of."""
+        is_of_genome = ["chrom" in each for each in batch]
+        if not any(is_of_genome):
+            sequences = {f"input {number}": each["sequence"] for number, each in enumerate(batch)}
+            places = zip(sequences, (each["start"] for each in batch), strict=True)
+            genome = genome_of(sequences, "the sequence")
+        elif fasta is None or not all(is_of_genome):
+            raise InputError(f"{self.task}: give the genome as fasta=..., and only variants of it.")
+        else:
+            places = ((each["chrom"], each["pos"] - 1) for each in batch)
+            genome = self._once(open_genome, path=fasta)
+        alleles = ((each["ref"], each["alt"]) for each in batch)
+        return genome, [Variant(*place, *pair) for place, pair in zip(places, alleles, strict=True)]
+
+
+# What Transformers' registry of pipelines holds for each task.
+TASKS: dict[str, dict[str, Any]] = {
+    task: {"impl": pipeline, "pt": (loader,), "default": {"model": (DEFAULT_MODEL, None)}, "type": "text"}
+    for task, pipeline, loader in (
+        ("dna-embedding", DnaEmbeddingPipeline, AutoModel),
+        ("dna-fill-mask", DnaFillMaskPipeline, AutoLanguageModel),
+        ("dna-variant-effect", DnaVariantEffectPipeline, AutoLanguageModel),
+    )
+}

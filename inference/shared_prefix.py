@@ -1,0 +1,119 @@
+"""Texts that begin alike: what they share is computed once, and the model's cache of it is handed to all of them."""
+
+import copy
+import inspect
+import logging
+from typing import Any, NamedTuple
+
+import torch
+
+from .base_tokens import BaseTokens
+
+logger = logging.getLogger(__name__)
+
+# What Transformers and models with code of their own call a cache, newest name first.
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# How far logits may be apart with and without a cache, in standard deviations of logits: some roundings of the model's
+# dtype, but no more than this.
+_ROUNDINGS, _MOST_APART = 256, 0.05
+_PROBE_LENGTH, _PROBE_SPLIT = 45, 29
+
+
+class Pass(NamedTuple):
+    """What a model made of a batch: logits (batch, length, vocabulary), and its cache if that was asked for."""
+
+    logits: torch.Tensor
+    cache: Any = None
+
+
+class CausalReader:
+    """A causal model that reads texts from the start, or on from a cache.
+
+    Args:
+        model: of Transformers, in `eval()`.
+        tokens: of its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokens: BaseTokens):
+        self.model, self.tokens = model, tokens
+        parameters = inspect.signature(model.forward).parameters
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._cache_name = next((name for name in _CACHE_NAMES if name in parameters), None)
+        self._takes_use_cache = "use_cache" in parameters or takes_any
+        self._can_continue: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids have to be."""
+        return next(self.model.parameters()).device
+
+    def read(self, ids: torch.Tensor, cache: Any = None, keeps_cache: bool = False) -> Pass:
+        """Logits after each token of `ids` (batch, length), which follow what is in the cache."""
+        options: dict[str, Any] = {"use_cache": keeps_cache or cache is not None} if self._takes_use_cache else {}
+        if cache is not None:
+            options[str(self._cache_name)] = cache
+        outputs = self.model(input_ids=ids, **options)
+        logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+        kept = next((outputs[name] for name in _CACHE_NAMES if name in outputs), None) if keeps_cache else None
+        return Pass(logits, kept)
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether a text that is continued from a cache gets the logits of the whole text; tried once."""
+        if self._can_continue is None:
+            reason = self._why_not()
+            self._can_continue = not reason
+            logger.info(
+                "%s: what texts share is %s",
+                type(self.model).__name__,
+                f"not reused, {reason}" if reason else "reused",
+            )
+        return self._can_continue
+
+    def _why_not(self) -> str:
+        if self._cache_name is None or not self._takes_use_cache:
+            return "its forward takes no cache"
+        generator = torch.Generator().manual_seed(0)
+        letters = torch.tensor(self.tokens.bases)[torch.randint(4, (3, _PROBE_LENGTH), generator=generator)]
+        letters[1:2, :_PROBE_SPLIT] = letters[:1, :_PROBE_SPLIT]
+        ids = letters.to(self.device)
+        owners = torch.tensor([0, 0, 1], device=self.device)
+        try:
+            whole = self.read(ids).logits
+            trunk = self.read(ids[[0, 2], :_PROBE_SPLIT], keeps_cache=True)
+            if trunk.cache is None:
+                return "it returns no cache"
+            again = []
+            for _ in range(2):  # the second time, the first must have left no traces
+                branch = branched(trunk.cache, owners)
+                again.append(self.read(ids[:, _PROBE_SPLIT:], branch).logits)
+        except Exception as error:  # of any kind: a cache that cannot do this is another model's, or its own code's
+            return f"its cache cannot be shared ({type(error).__name__}: {error})"
+        scale = whole.float().std()
+        apart = torch.stack([(logits - whole[:, _PROBE_SPLIT:]).abs().float() for logits in again]).flatten()
+        allowed = min(_ROUNDINGS * torch.finfo(whole.dtype).eps, _MOST_APART)
+        if not bool(apart.quantile(0.9) <= allowed * scale):
+            return "its logits are others when a text is continued from a cache"
+        return ""
+
+
+def branched(cache: Any, rows: torch.Tensor) -> Any:
+    """A cache whose rows are these of another, which stays as it is.
+
+    Args:
+        cache: of Transformers.
+        rows: (new batch,) indices into its batch.
+    """
+    branch = copy.copy(cache)
+    branch.layers = [_shallow_copy(layer) for layer in cache.layers]
+    branch.reorder_cache(rows)  # selects into new tensors
+    return branch
+
+
+def _shallow_copy(layer: Any) -> Any:
+    """A layer of a cache with containers of its own, which hold the same tensors."""
+    new = copy.copy(layer)
+    for name, value in vars(new).items():
+        if isinstance(value, (dict, list)):
+            setattr(new, name, copy.copy(value))
+    return new

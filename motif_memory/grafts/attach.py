@@ -1,0 +1,253 @@
+"""Puts memories in front of layers of any model of Transformers, and takes them out again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..configuration_motif_memory import MotifMemoryConfig
+from ..module import MotifMemory
+from .layer import CHILD, GRAFT, cache_among, has_memory, put_in, take_out, tie, tokens_in, untie
+from .pass_of_host import HostPass, PassOfThread
+from .token_letters import Spelling, check_token_letters, token_letters_of
+
+IN_CONFIG = "motif_memory"  # in the host's configuration, so that it is saved with it
+
+
+class Graft:
+    """What ties the memories to their host.
+
+    Args:
+        config: of the memories.
+        layers: names of the layers, relative to the base model.
+        token_letters: the bases that each token spells.
+        is_causal: whether windows look back only.
+    """
+
+    def __init__(
+        self, config: MotifMemoryConfig, layers: Sequence[str], token_letters: Sequence[str], is_causal: bool
+    ):
+        self.config = config
+        self.layers = tuple(layers)
+        self.token_letters = list(token_letters)
+        self.is_causal = is_causal
+        self._spellings: dict[torch.device, Spelling] = {}
+        self._passes = PassOfThread()
+
+    def current_pass(self) -> HostPass | None:
+        """The pass that the host is in."""
+        return self._passes.current
+
+    def begin(self, host: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> HostPass:
+        """Note what the memories read in a call of the host.
+
+        Raises:
+            ValueError: if the host is called without ids.
+        """
+        input_ids = options.get("input_ids", arguments[0] if arguments else None)
+        if input_ids is None:
+            raise ValueError(
+                f"{type(host).__name__} has a motif memory, which reads letters: give input_ids, not inputs_embeds, "
+                "or take the memory out with detach_memory(model)."
+            )
+        now = HostPass(
+            input_ids,
+            options.get("attention_mask", arguments[1] if len(arguments) > 1 else None),
+            options.get("position_ids"),
+            tokens_in(cache_among(arguments, options)),
+            self._spelling(input_ids.device),
+            self.is_causal,
+        )
+        self._passes.current = now
+        return now
+
+    def end(self) -> None:
+        """The call has ended."""
+        self._passes.current = None
+
+    def _spelling(self, device: torch.device) -> Spelling:
+        if device not in self._spellings:
+            self._spellings[device] = Spelling.of(self.token_letters).to(device)
+        return self._spellings[device]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it, without the letters of the tokens."""
+        return {"config": self.config.to_dict(), "layers": list(self.layers), "is_causal": self.is_causal}
+
+
+def attach_memory(
+    model: Any,
+    config: MotifMemoryConfig,
+    *,
+    layers: Sequence[int | str],
+    tokenizer: Any = None,
+    token_letters: Sequence[str] | None = None,
+    is_causal: bool | None = None,
+) -> Any:
+    """Put a motif memory in front of layers of a model of Transformers; the model is changed and returned.
+
+    The model computes exactly what it did before until the memories are trained: their value projections start at 0.
+    While it decodes, what the memories remember is kept in the model's own cache.
+
+    Args:
+        model: a decoder or an encoder, with any head or none.
+        config: of the memories; hidden size, dtype and device come from the model.
+        layers: numbers of the layers, counted from 0, or their names, such as `"encoder.layer.3"`.
+        tokenizer: the model's, from which it is learnt which bases each token spells: one, k-mers, or byte pairs. The
+            feature of a token of several bases is that of its last one.
+        token_letters: the bases of each token, `""` for none, instead of a tokenizer.
+        is_causal: whether a window looks back only, or is centred; by default as the model's attention does.
+
+    Raises:
+        ValueError: if the layers cannot be found, have a memory already, or no token spells DNA.
+
+    Example:
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from gengram import GengramTokenizer, MotifMemoryConfig, attach_memory
+    >>> sizes = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+    >>> config = MotifMemoryConfig(ngram_sizes=(1, 2, 3), embedding_dim=8, window=9)
+    >>> model = attach_memory(model, config, layers=[1, 3], tokenizer=GengramTokenizer())
+    """
+    host = base_model_of(model)
+    if getattr(host, GRAFT, None) is not None:
+        raise ValueError(f"{type(host).__name__} has a motif memory already; take it out first with detach_memory.")
+    if getattr(host.config, "is_encoder_decoder", False):
+        raise ValueError(f"expected a decoder or an encoder, got {type(host).__name__}, which is both.")
+    if token_letters is None:
+        if tokenizer is None:
+            raise ValueError("expected a tokenizer, or token_letters: the string of bases that each token spells.")
+        token_letters = token_letters_of(tokenizer)
+    embedding = host.get_input_embeddings()
+    letters = check_token_letters(token_letters, getattr(embedding, "num_embeddings", None))
+    names = _layer_names(host, layers)
+    chosen = [host.get_submodule(name) for name in names]
+    if is_causal is None:
+        is_causal = _is_causal(host)
+    if config.pooling == "as_trained" and not is_causal:
+        raise ValueError('pooling="as_trained" is causal; use "exact" for a model that looks both ways.')
+    graft = Graft(config, names, letters, is_causal)
+    text_config = host.config.get_text_config()
+    for index, layer in enumerate(chosen):
+        like = next((weight for weight in layer.parameters() if weight.is_floating_point()), None)
+        memory = MotifMemory(config, text_config.hidden_size, layer_idx=index, initializer_range=None)
+        _initialise(memory, getattr(text_config, "initializer_range", None) or 0.02)
+        if like is not None:
+            memory.to(device=like.device, dtype=like.dtype)
+        memory.train(layer.training)
+        put_in(layer, memory, graft)
+    tie(host, graft)
+    setattr(host.config, IN_CONFIG, graft.to_dict())
+    return model
+
+
+def detach_memory(model: Any) -> Any:
+    """Take the memories out; the model is changed and returned.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    graft, host = graft_of(model), base_model_of(model)
+    for name in graft.layers:
+        take_out(host.get_submodule(name))
+    untie(host)
+    if hasattr(host.config, IN_CONFIG):
+        delattr(host.config, IN_CONFIG)
+    return model
+
+
+def graft_of(model: Any) -> Graft:
+    """What `attach_memory` made.
+
+    Raises:
+        ValueError: if the model has no memory that was attached.
+    """
+    graft = getattr(base_model_of(model), GRAFT, None)
+    if graft is None:
+        raise ValueError(f"{type(model).__name__} has no motif memory that was attached; see attach_memory.")
+    return graft
+
+
+def attached_memories(model: Any) -> dict[str, MotifMemory]:
+    """The memories of a model, by the names of their layers."""
+    host = base_model_of(model)
+    return {name: getattr(host.get_submodule(name), CHILD) for name in graft_of(model).layers}
+
+
+def base_model_of(model: Any) -> Any:
+    """The part of a model that reads ids and holds the layers, whatever is around it (a head, an adapter of PEFT)."""
+    while True:
+        inner = getattr(model, "base_model", model)
+        if inner is model:
+            break
+        model = inner
+    if not hasattr(model, "get_input_embeddings") and hasattr(model, "model"):  # PEFT's tuner around the model
+        return base_model_of(model.model)
+    if not hasattr(model, "config"):
+        raise ValueError(f"expected a model of Transformers, got a {type(model).__name__}.")
+    return model
+
+
+def _initialise(memory: MotifMemory, std: float) -> None:
+    memory.reset_parameters(std)
+    nn.init.zeros_(memory.value_proj.weight)
+
+
+def _layer_lists(host: Any) -> dict[str, nn.ModuleList]:
+    """Lists of layers, by name: the outermost lists of as many modules as the configuration says, or all outermost."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in host.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            lists[name] = module
+    text_config = host.config.get_text_config()
+    expected = getattr(text_config, "num_hidden_layers", None)
+    fitting = {name: found for name, found in lists.items() if len(found) == expected}
+    return fitting or lists
+
+
+def _layer_names(host: Any, layers: Sequence[int | str]) -> list[str]:
+    if isinstance(layers, (str, int)) or not layers:
+        raise ValueError(f"layers: expected a list of numbers or names of layers, got {layers!r}.")
+    numbers = [layer for layer in layers if not isinstance(layer, str)]
+    names = [layer for layer in layers if isinstance(layer, str)]
+    if numbers:
+        lists = _layer_lists(host)
+        if len(lists) != 1:
+            found = ", ".join(f"{name} ({len(modules)} modules)" for name, modules in lists.items()) or "none"
+            raise ValueError(
+                f"layers: which of the lists of {type(host).__name__} holds its layers? Found: {found}. Give names, "
+                "such as " + ", ".join(repr(f"{name}.0") for name in list(lists)[:3] or ["layers"]) + "."
+            )
+        (list_name, modules), *_ = lists.items()
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(modules):
+                raise ValueError(
+                    f"layers: {type(host).__name__} has layers 0..{len(modules) - 1} in {list_name}, got {number!r}."
+                )
+        names += [f"{list_name}.{number}" for number in numbers]
+    for name in names:
+        try:
+            layer = host.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"layers: {type(host).__name__} has no module {name!r}.") from None
+        if has_memory(layer):
+            raise ValueError(f"layers: {name} has a motif memory already.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"layers: expected each layer once, got {list(layers)}.")
+    order = {name: place for place, (name, _) in enumerate(host.named_modules())}
+    return sorted(names, key=order.__getitem__)
+
+
+def _is_causal(host: Any) -> bool:
+    """Whether the host looks back only, by its attention, or by whether it can generate."""
+    kinds = {
+        bool(module.is_causal) for module in host.modules() if isinstance(getattr(module, "is_causal", None), bool)
+    }
+    if len(kinds) == 1:
+        return kinds.pop()
+    config: Any = host.config
+    architectures = " ".join(getattr(config, "architectures", None) or [])
+    return bool(getattr(config, "is_decoder", False)) or "CausalLM" in architectures or not kinds

@@ -1,0 +1,132 @@
+"""The host's classes with something on top: a model that says what it reads, a layer with a memory in front of it."""
+
+from typing import Any
+
+import torch
+from transformers import Cache
+
+CHILD = "motif_memory"  # the memory's name in its layer
+GRAFT = "_motif_memory_graft"  # what ties the memories together, at the model and at each of their layers
+_PASS = "motif_memory_pass"
+
+
+def cache_among(arguments: tuple[Any, ...], options: dict[str, Any]) -> Cache | None:
+    """The cache among the arguments of a call, which models give different names."""
+    return next((value for value in (*arguments, *options.values()) if isinstance(value, Cache)), None)
+
+
+def tokens_in(cache: Cache | None) -> int | torch.Tensor:
+    """Tokens that a cache holds; 0 if it cannot say, as one without attention."""
+    try:
+        return 0 if cache is None else cache.get_seq_length() + 0  # a copy: static caches count in place
+    except ValueError:
+        return 0
+
+
+class _LayerWithMemory:
+    """What a layer's class gets on top: `hidden_states + memory(hidden_states)` goes into the layer.
+
+    The memory is computed inside `forward`, where gradient checkpointing and FSDP expect a layer's work. What it reads
+    besides is handed over as an argument, so that a layer that is computed again in the backward pass reads the same.
+    """
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        options[_PASS] = getattr(self, GRAFT).current_pass()
+        return super().__call__(*arguments, **options)  # type: ignore[misc]
+
+    def forward(self, *arguments: Any, motif_memory_pass: Any = None, **options: Any) -> Any:
+        """The layer's own arguments, of which the first is (batch, length, hidden)."""
+        if motif_memory_pass is None:
+            raise RuntimeError(
+                "a layer with a motif memory was called by itself; call the model, which knows the ids."
+            )
+        by_name = len(arguments) == 0  # compiled code takes no `not` of a tuple
+        hidden_states = options["hidden_states"] if by_name else arguments[0]
+        cache = cache_among(arguments, options)
+        memory = getattr(self, CHILD)
+        plan, state = motif_memory_pass.plan(getattr(self, GRAFT).config, cache, hidden_states.device)
+        output = memory(hidden_states, plan, state)
+        if state is not None:
+            state.advance(memory.layer_idx, output)
+        hidden_states = hidden_states + output.residual
+        if by_name:
+            options["hidden_states"] = hidden_states
+        else:
+            arguments = (hidden_states, *arguments[1:])
+        return super().forward(*arguments, **options)  # type: ignore[misc]
+
+
+class _ModelWithMemory:
+    """What the class of the base model gets on top: its memories are told what it reads."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        graft = getattr(self, GRAFT)
+        now = graft.begin(self, arguments, options)
+        try:
+            output = super().__call__(*arguments, **options)  # type: ignore[misc]
+        finally:
+            graft.end()
+        now.finish()
+        return output
+
+
+class _Importable:
+    """Copies and pickles name the host's class, which can be imported."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (_on_top(type(self)), host_class(type(self))), self.__dict__
+
+
+def _empty(on_top: type, host: type) -> Any:
+    return torch.nn.Module.__new__(_extended(on_top, host))
+
+
+_extensions: dict[tuple[Any, Any], Any] = {}
+
+
+def _extended(on_top: Any, host: Any) -> Any:
+    """The host's class with `on_top` on top, under the host's name; always the same class."""
+    if (on_top, host) not in _extensions:
+        names = {"__module__": host.__module__, "__qualname__": host.__qualname__, "__doc__": host.__doc__}
+        _extensions[on_top, host] = type(host.__name__, (on_top, _Importable, host), names)
+    return _extensions[on_top, host]
+
+
+def _on_top(module_class: type) -> type:
+    return module_class.__mro__[1]
+
+
+def host_class(module_class: type) -> type:
+    """The class of a layer or model without what is on top."""
+    return module_class.__mro__[3] if issubclass(module_class, _Importable) else module_class
+
+
+def has_memory(layer: torch.nn.Module) -> bool:
+    """Whether a memory stands in front of this layer."""
+    return isinstance(layer, _LayerWithMemory)
+
+
+def put_in(layer: Any, memory: torch.nn.Module, graft: Any) -> None:
+    """Put a memory in front of a layer, as its child."""
+    layer.add_module(CHILD, memory)
+    setattr(layer, GRAFT, graft)
+    layer.__class__ = _extended(_LayerWithMemory, type(layer))
+
+
+def take_out(layer: torch.nn.Module) -> None:
+    """The layer as it was."""
+    layer.__class__ = host_class(type(layer))
+    delattr(layer, CHILD)
+    delattr(layer, GRAFT)
+
+
+def tie(model: Any, graft: Any) -> None:
+    """Let a base model tell its memories what it reads."""
+    setattr(model, GRAFT, graft)
+    model.__class__ = _extended(_ModelWithMemory, type(model))
+
+
+def untie(model: torch.nn.Module) -> None:
+    """The base model as it was."""
+    model.__class__ = host_class(type(model))
+    delattr(model, GRAFT)

@@ -1,0 +1,144 @@
+"""What a graft remembers while its host decodes: kept in the host's cache, reordered, cropped and reset with it."""
+
+from typing import Any
+
+import torch
+
+from ..configuration_motif_memory import MotifMemoryConfig
+from ..state import MemoryState
+
+_ATTRIBUTE = "motif_memory_state"
+MOST_CROPPED = 512  # tokens that a cache can take back: what a graft keeps beyond what it reads
+
+
+class GraftState(MemoryState):
+    """Token ids and inputs of the convolutions of the last tokens, in pieces as they came.
+
+    Joining pieces only when they are read makes a decoding step independent of how much is kept.
+    """
+
+    def __init__(self, config: MotifMemoryConfig):
+        super().__init__(config)
+        self._pieces: dict[tuple[int, str], list[torch.Tensor]] = {}
+
+    @property
+    def keeps_all(self) -> bool:
+        return True  # a cache may be cropped at any time
+
+    def has_history(self, layer: int) -> bool:
+        return any(key[0] in (layer, 0) for key in self._pieces)
+
+    def ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids of the `window - 1` tokens before `ids` (batch, length), -1 where there is none."""
+        most = self.config.context
+        kept = self._read("ids", 0) if most else None
+        if kept is None:
+            return ids.new_full((ids.shape[0], most), -1)
+        kept = kept[:, -most:, 0]
+        return torch.nn.functional.pad(kept, (most - kept.shape[1], 0), value=-1)
+
+    def advance_ids(self, ids: torch.Tensor) -> None:
+        """Keep the ids of this pass, (batch, length)."""
+        self._write("ids", 0, ids.unsqueeze(-1), self.config.context)
+
+    def _read(self, name: str, layer: int) -> torch.Tensor | None:
+        pieces = self._pieces.get((layer, name))
+        if not pieces:
+            return None
+        needed, taken = self._needed(name), 0
+        for first in range(len(pieces) - 1, -1, -1):
+            taken += pieces[first].shape[1]
+            if taken >= needed:
+                break
+        return pieces[first] if first == len(pieces) - 1 else torch.cat(pieces[first:], dim=1)
+
+    def _needed(self, name: str) -> int:
+        return {"ids": self.config.context, "conv_inputs": self.config.conv_context}.get(name, self.config.window)
+
+    def _write(self, name: str, layer: int, new: torch.Tensor, most: int) -> None:
+        kept = most + MOST_CROPPED
+        pieces = self._pieces.setdefault((layer, name), [])
+        pieces.append(new[:, -kept:].clone() if new.shape[1] > kept else new)
+        total = sum(piece.shape[1] for piece in pieces)
+        while total - pieces[0].shape[1] >= kept:
+            total -= pieces.pop(0).shape[1]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Rows of the batch, in this order."""
+        for key, pieces in self._pieces.items():
+            self._pieces[key] = [piece[rows.to(piece.device)] for piece in pieces]
+
+    def repeat(self, repeats: int) -> None:
+        """Every row of the batch so many times."""
+        for key, pieces in self._pieces.items():
+            self._pieces[key] = [piece.repeat_interleave(repeats, dim=0) for piece in pieces]
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last tokens.
+
+        Raises:
+            ValueError: if that is more than is kept.
+        """
+        for (_, name), pieces in self._pieces.items():
+            left, is_whole = tokens, sum(piece.shape[1] for piece in pieces) < self._needed(name) + MOST_CROPPED
+            while pieces and left >= pieces[-1].shape[1]:
+                left -= pieces.pop().shape[1]
+            if left and pieces:
+                pieces[-1] = pieces[-1][:, :-left]
+            if not is_whole and sum(piece.shape[1] for piece in pieces) < self._needed(name):
+                raise ValueError(
+                    f"a motif memory was asked to forget {tokens} tokens, but keeps what is needed for "
+                    f"{MOST_CROPPED}; run the text that stays again, with a new cache."
+                )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._pieces.clear()
+
+
+class _FollowedCache:
+    """What a cache class gets on top, so that the state follows what is done with the cache."""
+
+    def _state(self) -> GraftState:
+        return getattr(self, _ATTRIBUTE)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._state().select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._state().select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._state().repeat(repeats)
+
+    def crop(self, *arguments: Any, **options: Any) -> None:
+        before = int(self.get_seq_length())  # type: ignore[attr-defined]
+        super().crop(*arguments, **options)  # type: ignore[misc]
+        self._state().crop(before - int(self.get_seq_length()))  # type: ignore[attr-defined]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self._state().reset()
+
+
+_followed_classes: dict[Any, Any] = {}
+
+
+def _followed(cache_class: Any) -> Any:
+    if cache_class not in _followed_classes:
+        names = {"__module__": cache_class.__module__}
+        _followed_classes[cache_class] = type(cache_class.__name__, (_FollowedCache, cache_class), names)
+    return _followed_classes[cache_class]
+
+
+def state_in(cache: Any, config: MotifMemoryConfig) -> GraftState | None:
+    """The state that a cache of Transformers carries; a cache without one gets an empty one. None without a cache."""
+    if cache is None:
+        return None
+    if not isinstance(cache, _FollowedCache):
+        setattr(cache, _ATTRIBUTE, GraftState(config))
+        cache.__class__ = _followed(type(cache))
+    return getattr(cache, _ATTRIBUTE)

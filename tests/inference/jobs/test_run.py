@@ -1,0 +1,223 @@
+"""The engine of the jobs: whole or not at all, once each, resumable, in parts, in several processes and on Ray."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from source_tree import ROOT
+from squares_job import Squares
+
+from gengram.inference.jobs import ModelOptions, Share, run_job
+from gengram.inference.jobs.tables import write_table
+
+NUMBERS = list(range(20))  # seven chunks
+
+
+@pytest.fixture
+def job(tmp_path):
+    path = tmp_path / "numbers.txt"
+    path.write_text("\n".join(map(str, NUMBERS)))
+    return Squares(path, ModelOptions())
+
+
+def computed(job):
+    log = job.numbers.with_suffix(".log")
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def squares(output):
+    return pq.read_table(output)["square"].to_pylist()
+
+
+def in_process(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/support/squares_job.py"), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_an_output_holds_all_results_in_order_and_the_record(job, tmp_path):
+    summary = run_job(job, tmp_path / "out.parquet")
+    assert squares(summary.output) == [number**2 for number in NUMBERS]
+    assert (summary.items, summary.computed, summary.is_written) == (20, 20, True)
+    record = json.loads(pq.read_schema(summary.output).metadata[b"gengram"])
+    assert record["settings"] == {"per_chunk": 3} and record["inputs"]["numbers"]["bytes"] == 49
+    assert set(record["model"]["files"]) >= {"model.safetensors", "config.json"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["numbers.log", "numbers.txt", "out.parquet"]
+    with pytest.raises(FileExistsError, match=r"out.parquet exists already"):
+        run_job(job, tmp_path / "out.parquet")
+
+
+def test_a_tsv_has_plain_columns_and_its_record_beside_it(job, tmp_path):
+    run_job(job, tmp_path / "out.tsv")
+    lines = (tmp_path / "out.tsv").read_text().splitlines()
+    assert lines[0].split("\t") == ["number", "square"] and lines[4] == "3\t9" and len(lines) == 21
+    assert json.loads((tmp_path / "out.tsv.json").read_text())["job"] == "squares"
+
+
+def test_text_in_a_tsv_is_quoted_only_where_it_must_be(tmp_path):
+    table = pa.table({"text": ["chr1", 'a "b"', "", None], "number": [0.1, None, 1e-9, -3.0]})
+    write_table([table], tmp_path / "out.tsv", {}, table.schema)
+    lines = (tmp_path / "out.tsv").read_text().split("\n")
+    assert lines == ["text\tnumber", "chr1\t0.1", '"a ""b"""\t', "\t1e-09", "\t-3.0", ""]
+
+
+def test_an_empty_input_gives_an_empty_table(job, tmp_path):
+    job.numbers.write_text("")
+    assert run_job(job, tmp_path / "out.parquet").items == 0
+    assert squares(tmp_path / "out.parquet") == []
+
+
+def test_a_failed_run_goes_on_where_it_stopped(job, tmp_path):
+    whole = run_job(job, tmp_path / "whole.parquet").output.read_bytes()
+    job.numbers.with_suffix(".log").unlink()
+    with pytest.raises(RuntimeError, match="cannot square 11") as raised:
+        run_job(replace(job, fail_at=11), tmp_path / "out.parquet")
+    assert "3 of 7 parts are finished" in raised.value.__notes__[0]
+    assert not (tmp_path / "out.parquet").exists() and len(computed(job)) == 3
+    summary = run_job(job, tmp_path / "out.parquet")
+    assert summary.output.read_bytes() == whole and summary.computed == 11
+    assert len(computed(job)) == 7  # nothing twice
+    assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("kills", [[4], [0, 10, 19]])
+def test_a_killed_process_loses_only_the_chunk_in_hand(job, tmp_path, kills):
+    for kill in kills:
+        process = in_process(job.numbers, tmp_path / "out.parquet", kill)
+        assert process.wait() == -9
+        process.stderr.close()
+        job.numbers.with_suffix(".died").unlink()
+    run_job(job, tmp_path / "out.parquet")
+    assert squares(tmp_path / "out.parquet") == [number**2 for number in NUMBERS]
+    assert len(computed(job)) == 7
+
+
+def test_another_run_for_the_same_output_is_not_mixed_in(job, tmp_path):
+    with pytest.raises(RuntimeError):
+        run_job(replace(job, fail_at=11), tmp_path / "out.parquet")
+    with pytest.raises(ValueError, match=r"differs in settings.per_chunk.*--restart"):
+        run_job(replace(job, per_chunk=4), tmp_path / "out.parquet")
+    job.numbers.write_text("\n".join(map(str, reversed(NUMBERS))))
+    with pytest.raises(ValueError, match=r"differs in inputs.numbers.sha256"):
+        run_job(job, tmp_path / "out.parquet")
+    assert squares(run_job(job, tmp_path / "out.parquet", restart=True).output) == [n**2 for n in reversed(NUMBERS)]
+
+
+def test_parts_joined_are_the_whole(job, tmp_path):
+    found = []
+    for part in range(4):
+        summary = run_job(job, tmp_path / f"{part}.parquet", shard=Share(part, 4))
+        found += squares(summary.output)
+    assert found == [number**2 for number in NUMBERS] and len(computed(job)) == 7
+    assert Share.parse("2/4") == Share(1, 4)
+    for wrong in ("0/4", "5/4", "1", "1/0", "a/b", "-1/4", "1/4/2"):
+        with pytest.raises(ValueError, match="expected a part"):
+            Share.parse(wrong)
+
+
+def test_chunks_that_belong_together_stay_in_one_part(job, tmp_path):
+    together = replace(job, joined=3)  # chunks 0 to 2, 3 to 5, and 6
+    parts = [run_job(together, tmp_path / f"{part}.parquet", shard=Share(part, 5)).output for part in range(5)]
+    assert [len(squares(part)) for part in parts] == [0, 9, 0, 9, 2]
+    assert [square for part in parts for square in squares(part)] == [number**2 for number in NUMBERS]
+
+
+def test_launched_processes_make_one_output(job, tmp_path):
+    processes = [
+        in_process(job.numbers, tmp_path / "out.parquet", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+        for rank in (1, 0)
+    ]
+    assert [process.wait() for process in processes] == [0, 0], [process.stderr.read() for process in processes]
+    assert squares(tmp_path / "out.parquet") == [number**2 for number in NUMBERS]
+    assert len(computed(job)) == 7 and not list(tmp_path.glob(".out*"))
+    for process in processes:
+        process.stderr.close()
+
+
+def test_two_runs_at_once_for_one_output_are_refused(job, tmp_path, monkeypatch):
+    def worker(self, device):
+        with pytest.raises(BlockingIOError, match="another process is working on"):
+            run_job(job, tmp_path / "out.parquet")
+        return original(self, device)
+
+    original = Squares.worker
+    monkeypatch.setattr(Squares, "worker", worker)
+    run_job(replace(job), tmp_path / "out.parquet")
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "pipe"])
+def test_a_planted_work_folder_is_refused(job, tmp_path, kind):
+    place, elsewhere = tmp_path / ".out.parquet.chunks", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("kept")
+    {"link": lambda: place.symlink_to(elsewhere), "file": place.touch, "pipe": lambda: os.mkfifo(place)}[kind]()
+    with pytest.raises((ValueError, FileExistsError)):
+        run_job(job, tmp_path / "out.parquet")
+    assert (elsewhere / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["record.json", "lock-0", "00000000.arrow", "output"])
+def test_a_planted_link_in_the_work_folder_is_refused(job, tmp_path, name):
+    with pytest.raises(RuntimeError):
+        run_job(replace(job, fail_at=11), tmp_path / "out.parquet")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("kept")
+    planted = tmp_path / ".out.parquet.chunks" / name
+    planted.unlink(missing_ok=True)
+    planted.symlink_to(elsewhere if name == "output" else elsewhere / "precious")
+    with pytest.raises((ValueError, OSError)):
+        run_job(job, tmp_path / "out.parquet")
+    assert (elsewhere / "precious").read_text() == "kept"
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_damaged_result_is_computed_again(job, tmp_path):
+    with pytest.raises(RuntimeError):
+        run_job(replace(job, fail_at=11), tmp_path / "out.parquet")
+    (tmp_path / ".out.parquet.chunks" / "00000001.arrow").write_bytes(b"no table")
+    with pytest.raises(ValueError, match=r"00000001.arrow is damaged and was removed; repeat the command"):
+        run_job(job, tmp_path / "out.parquet")
+    assert squares(run_job(job, tmp_path / "out.parquet").output) == [number**2 for number in NUMBERS]
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "nothing"])
+def test_inputs_that_cannot_be_read_twice_are_refused(job, tmp_path, what):
+    place = tmp_path / "input"
+    {"pipe": lambda: os.mkfifo(place), "folder": place.mkdir, "nothing": lambda: None}[what]()
+    with pytest.raises(OSError, match=r"input (is a pipe|is a folder|does not exist)"):
+        run_job(replace(job, numbers=place), tmp_path / "out.parquet")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match="strands: expected both, forward, reverse, got 'left'"):
+        ModelOptions(strands="left")
+    for wrong in (0, -1, 1.5, True, "8"):
+        with pytest.raises(ValueError, match="batch_tokens: expected a whole number"):
+            ModelOptions(batch_tokens=wrong)
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_though_a_worker_is_killed(job, tmp_path):
+    ray = pytest.importorskip("ray")
+    import squares_job as module
+
+    ray.cloudpickle.register_pickle_by_value(module)
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
+    )
+    try:
+        run_job(replace(job, kill_at=10), tmp_path / "out.parquet", engine="ray")
+    finally:
+        ray.shutdown()
+    assert squares(tmp_path / "out.parquet") == [number**2 for number in NUMBERS]
+    assert job.numbers.with_suffix(".died").exists()
