@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 
 from ...support.errors import ConversionError, quoted, shortened
 from ...support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
+from ...support.printable import printable
 from ..files.file_facts import check_unchanged, facts_in
 from ..hub.hub_path import HubPath, SourcePath, open_source
 from .checkpoint import TRACKER, MegatronCheckpoint
@@ -56,7 +57,7 @@ def find_iteration(path: SourcePath) -> SourcePath:
     """The folder that holds one iteration's files."""
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
-        raise NotACheckpointError(f"{path} {kind}; expected the folder of a Megatron checkpoint")
+        raise NotACheckpointError(f"{printable(path, most=1000)} {kind}; expected the folder of a Megatron checkpoint")
     if isinstance(path, HubPath):
         path = _only_checkpoint(path)
     if checkpoint_format(path) is not None:
@@ -84,7 +85,7 @@ def find_iteration(path: SourcePath) -> SourcePath:
         found = quoted(sorted(child.name for child in path.iterdir())) or "nothing"
         hint = "; it looks like a converted folder already" if (path / "config.json").is_file() else ""
         raise NotACheckpointError(
-            f"{path} is not a Megatron checkpoint: expected mp_rank_*/model_optim_rng.pt (format torch), or "
+            f"{printable(path, most=1000)} is not a Megatron checkpoint: expected mp_rank_*/model_optim_rng.pt (format torch), or "
             f".metadata, common.pt and *.distcp (format torch_dist), or iter_* folders of these; found {found}{hint}"
         )
     if checkpoint_format(path / name) is None:

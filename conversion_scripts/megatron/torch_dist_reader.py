@@ -32,11 +32,14 @@ from .torch_archive import LazyTensor, TorchArchive
 # Names that are not weights. Every match is of the whole name, so that `optimizer.state.param.decoder.layers…`, which
 # has the shapes of the model, can never be taken for it.
 _NOT_WEIGHTS = (
-    (re.compile(r"optimizer\..*"), "optimizer state"),
-    (re.compile(r"chained_\d+\.optimizer\..*"), "optimizer state"),
-    (re.compile(r"rng_state(/.*)?"), "random number states"),
-    (re.compile(r"rerun_state_machine_state(/.*)?"), "rerun state of the trainer"),
-    (re.compile(r"(decoder|embedding|output_layer)(\..*)?\._extra_state(/.*)?"), "_extra_state (FP8 scales, unused)"),
+    (re.compile(r"(?s:optimizer\..*)"), "optimizer state"),
+    (re.compile(r"(?s:chained_\d+\.optimizer\..*)"), "optimizer state"),
+    (re.compile(r"(?s:rng_state(/.*)?)"), "random number states"),
+    (re.compile(r"(?s:rerun_state_machine_state(/.*)?)"), "rerun state of the trainer"),
+    (
+        re.compile(r"(?s:(decoder|embedding|output_layer)(\..*)?\._extra_state(/.*)?)"),
+        "_extra_state (FP8 scales, unused)",
+    ),
 )
 _STACKED_LAYERS = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 _STACKED_EXPERTS = re.compile(r"(.*\.mlp\.experts\.)experts\.(linear_fc[12]\.weight)")
