@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..support.errors import ConversionError
+from ..support.whole_output import check_output_is_free
+from ..support.work_folder import work_path
 from .files.conversion_record import needed_record
 from .files.dtypes import dtype_name
-from .files.partial_folder import PartialFolder, check_output_is_free, partial_path
+from .files.partial_folder import PartialFolder
 from .files.safetensors_writer import shard_size
 from .files.tensor_memory import reused_memory
 from .mapping.match import parameters
@@ -57,18 +59,18 @@ def convert_to_hf(
             the Hub's cache; `"auto"`, whole if nearly all of a file is wanted.
 
     Raises:
-        ConversionError: if the checkpoint or the output cannot be used; nothing is left behind.
+        ConversionError: if the checkpoint cannot be used; nothing is left behind.
+        InputError, FileExistsError: if the output cannot be written there.
         FetchError, OSError: if fetching, reading or writing fails; finished weight files are kept for the next call.
     """
     started = time.monotonic()
     limit = shard_size(max_shard_size)
     output = Path(os.path.abspath(output))
-    if not partial_path(output).exists():
+    if not os.path.lexists(work_path(output)):
         check_output_is_free(output)
     job = prepare_job(source, dtype, revision, fetch)
     with PartialFolder(output, identity_of(job, limit), restart, keep_parts=job.repository is not None) as place:
         if not place.published:
-            check_output_is_free(output)
             try:
                 write_folder(job, place, limit, progress, fetch)
             except (ConversionError, OSError):
@@ -104,7 +106,7 @@ def plan_conversion(
     Of a checkpoint on the Hub, metadata is fetched, and a few megabytes to measure the rate.
 
     Raises:
-        ConversionError: if the checkpoint or the output cannot be used.
+        ConversionError, FileExistsError: if the checkpoint or the output cannot be used.
     """
     limit = shard_size(max_shard_size)
     output = Path(os.path.abspath(output))

@@ -16,14 +16,17 @@ import torch
 from tqdm import tqdm
 
 from ..configuration.configuration_gengram import GengramConfig
+from ..support.errors import ConversionError, shortened
+from ..support.printable import printable
 from .files.dtypes import dtype_name
+from .files.file_facts import check_unchanged, facts_in
 from .files.hf_folder import StoredTensor, read_config, stored_tensors
 from .files.tensor_memory import reused_memory
 from .files.weight_hash import tensor_bytes
 from .mapping.arguments import config_from_args, differing_fields
 from .mapping.match import Move, Output, match
 from .megatron.checkpoint import MegatronCheckpoint
-from .megatron.open_checkpoint import open_checkpoint
+from .megatron.open_checkpoint import NotACheckpointError, open_checkpoint
 
 _BLOCK = 2**22  # elements whose difference is taken at once
 
@@ -62,8 +65,8 @@ class Difference:
         sides = f"{self.first} and {self.second}" if self.first != self.second else self.first
         if self.kind == "values":
             largest = "a number that is not finite" if self.largest is None else f"{self.largest:.3g}"
-            return f"{self.name}: {self.elements:,} elements differ, by at most {largest} ({sides})"
-        return f"{self.name}: {self.kind} differs ({sides})"
+            return f"{printable(self.name)}: {self.elements:,} elements differ, by at most {largest} ({sides})"
+        return f"{printable(self.name)}: {self.kind} differs ({sides})"
 
 
 @dataclass
@@ -89,9 +92,9 @@ class DiffReport:
         """The report for people: every difference on a line."""
         lines = [f"{self.equal} tensors are equal"]
         lines += [f"differs: {difference}" for difference in self.differing]
-        lines += [f"only in {self.first}: {name}" for name in self.only_in_first]
-        lines += [f"only in {self.second}: {name}" for name in self.only_in_second]
-        lines += [f"config: {name} is {a!r} and {b!r}" for name, (a, b) in self.config.items()]
+        lines += [f"only in {self.first}: {printable(name)}" for name in self.only_in_first]
+        lines += [f"only in {self.second}: {printable(name)}" for name in self.only_in_second]
+        lines += [f"config: {name} is {shortened(a)} and {shortened(b)}" for name, (a, b) in self.config.items()]
         verdict = "the same model" if self.same else "not the same model"
         return "\n".join([*lines, f"{self.first} and {self.second}: {verdict}"])
 
@@ -105,8 +108,8 @@ def diff_checkpoints(first: str | Path, second: str | Path, progress: bool = Tru
     Raises:
         ConversionError: if one of them cannot be read.
     """
-    config_a, weights_a = open_weights(Path(first))
-    config_b, weights_b = open_weights(Path(second))
+    opened = [open_weights(Path(path)) for path in (first, second)]
+    (config_a, weights_a), (config_b, weights_b) = ((side.config, side.weights) for side in opened)
     report = DiffReport(str(first), str(second))
     hf = [_is_hf(Path(path)) for path in (first, second)]
     for name in differing_fields(config_a, config_b, all_fields=all(hf)):
@@ -125,24 +128,42 @@ def diff_checkpoints(first: str | Path, second: str | Path, progress: bool = Tru
             else:
                 report.differing.append(difference)
             bar.update(weights_a[name].nbytes)
+    for side in opened:
+        side.check_unchanged()
     return report
 
 
-def open_weights(path: Path) -> tuple[GengramConfig, dict[str, Weight]]:
-    """The configuration and the weights of a checkpoint of any kind, under the names of the Hugging Face model.
+@dataclass(frozen=True)
+class OpenedWeights:
+    """A checkpoint of any kind: its configuration, its weights under the names of the Hugging Face model, and a check
+    that its files are still those that were opened."""
+
+    config: GengramConfig
+    weights: dict[str, Weight]
+    check_unchanged: Callable[[], None]
+
+
+def open_weights(path: Path) -> OpenedWeights:
+    """The checkpoint or folder at `path`.
 
     Raises:
         ConversionError: if it is none, or is damaged.
     """
     if _is_hf(path):
-        config = read_config(path)
-        stored = stored_tensors(path)
-        return config, {name: _stored_weight(tensor) for name, tensor in stored.items()}
-    checkpoint = open_checkpoint(path)
+        facts = facts_in(path)
+        config, stored = read_config(path), stored_tensors(path)
+        files = [path / "config.json", *dict.fromkeys(tensor.path for tensor in stored.values())]
+        weights = {name: _stored_weight(tensor) for name, tensor in stored.items()}
+        return OpenedWeights(config, weights, partial(check_unchanged, path, files, facts))
+    try:
+        checkpoint = open_checkpoint(path)
+    except NotACheckpointError as error:
+        raise ConversionError(f"{error}, or a Hugging Face folder, which has a config.json") from None
     config = config_from_args(checkpoint.args)
     plan = match(checkpoint.shapes, config)
     reader = _Reader(checkpoint)
-    return config, {output.name: _planned_weight(output, checkpoint, reader) for output in plan.outputs}
+    weights = {output.name: _planned_weight(output, checkpoint, reader) for output in plan.outputs}
+    return OpenedWeights(config, weights, checkpoint.check_unchanged)
 
 
 def _is_hf(path: Path) -> bool:

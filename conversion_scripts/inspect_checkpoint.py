@@ -7,13 +7,15 @@ from typing import Any
 
 from ..configuration.configuration_gengram import GengramConfig
 from ..support.errors import ConversionError, size_text
+from ..support.printable import printable
+from .files.conversion_record import read_record
 from .files.dtypes import dtype_name
-from .files.hf_folder import RECORD, config_fields, read_json, stored_tensors
+from .files.hf_folder import config_fields, config_of, stored_tensors
 from .hub.hub_path import HubPath, SourcePath, open_source, size_of
 from .mapping.arguments import config_from_args
 from .mapping.match import match, parameters
 from .megatron.checkpoint import summary_of_dropped
-from .megatron.open_checkpoint import open_checkpoint
+from .megatron.open_checkpoint import NotACheckpointError, open_checkpoint
 
 
 @dataclass
@@ -46,12 +48,12 @@ class CheckpointInfo:
         lines = [f"{self.path}: {self.kind}{step}{layout}", f"files: {self.files}, {size_text(self.nbytes)}"]
         if self.parameters is not None:
             lines.append(f"model: {self.parameters:,} parameters in {', '.join(self.dtypes)}")
-        lines += [f"  {name}: {value}" for name, value in self.model.items()]
+        lines += [f"  {name}: {printable(str(value), most=1000)}" for name, value in self.model.items()]
         if self.left_out:
             lines.append("a conversion leaves out:")
             lines += [f"  {line}" for line in self.left_out]
         if self.converted_from:
-            lines.append(f"converted from: {self.converted_from}")
+            lines.append(f"converted from: {printable(self.converted_from, most=1000)}")
         lines.append(f"PROBLEM: {self.problem}" if self.problem else "nothing is missing")
         return "\n".join(lines)
 
@@ -67,7 +69,11 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
         place.repository.may_fetch_files = False
     if (place / "config.json").is_file():
         return _inspect_repository(place) if isinstance(place, HubPath) else _inspect_folder(place)
-    checkpoint = open_checkpoint(place)
+    try:
+        checkpoint = open_checkpoint(place)
+    except NotACheckpointError as error:
+        known = "a Hugging Face folder (with a config.json), or ORG/NAME on the Hub"
+        raise ConversionError(f"{error}, {known}") from None
     info = CheckpointInfo(
         path=str(checkpoint.path),
         kind=f"megatron {checkpoint.format}",
@@ -113,7 +119,7 @@ def _inspect_repository(folder: HubPath) -> CheckpointInfo:
     info = CheckpointInfo(
         path=str(folder),
         kind="hugging face",
-        dtypes=[str(fields.get("dtype", "unknown"))],
+        dtypes=[printable(str(fields.get("dtype", "unknown")), most=40)],
         files=len(weights),
         nbytes=sum(size_of(file) for file in weights),
     )
@@ -125,13 +131,14 @@ def _inspect_repository(folder: HubPath) -> CheckpointInfo:
 
 def _add_description(info: CheckpointInfo, folder: SourcePath, fields: dict[str, Any]) -> None:
     try:
-        info.model = _facts(GengramConfig.from_dict(fields))
-    except (ValueError, TypeError) as error:
-        info.problem = f"config.json is not valid: {error}"
-    if (folder / RECORD).is_file():
-        source = read_json(folder / RECORD).get("source", {})
-        info.iteration = source.get("iteration")
-        info.converted_from = f"{source.get('path')} ({source.get('format')})"
+        info.model = _facts(config_of(fields, folder))
+        record = read_record(folder)
+    except ConversionError as error:
+        info.problem = str(error)
+        return
+    if record is not None:
+        info.iteration = record.iteration
+        info.converted_from = f"{record.source} ({record.format})"
 
 
 def _facts(config: GengramConfig) -> dict[str, Any]:

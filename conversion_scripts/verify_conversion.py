@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from ..configuration.configuration_gengram import GengramConfig
 from ..modeling_gengram.modeling_gengram import GengramForCausalLM
 from ..support.errors import ConversionError, quoted, shortened
-from .files.dtypes import DTYPES
-from .files.hf_folder import RECORD, StoredTensor, read_json, stored_tensors
+from ..support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
+from ..support.printable import printable
+from .files.conversion_record import ConversionRecord, needed_record
+from .files.file_facts import check_unchanged, facts_in
+from .files.hf_folder import RECORD, StoredTensor, read_config, stored_tensors
 from .files.tensor_memory import reused_memory
 from .files.weight_hash import tensor_digest, weight_digest
 from .mapping.match import Move, match
@@ -55,6 +57,8 @@ def verify_conversion(output: str | Path, source: str | Path | None = None, load
     output = Path(output)
     if not output.is_dir():
         raise ConversionError(f"{output} is not a folder; expected the output of `gengram convert to-hf`")
+    facts = facts_in(output)
+    _refuse_pointers(output)
     record = _read_record(output)
     report = VerificationReport(output)
     tensors = stored_tensors(output)
@@ -67,34 +71,29 @@ def verify_conversion(output: str | Path, source: str | Path | None = None, load
         report.checks.append("two loads are identical and equal the files; a forward pass is finite")
     else:
         report.skipped.append("loading, as asked")
+    check_unchanged(output, facts, facts)
     return report
 
 
-def _read_record(output: Path) -> dict[str, Any]:
-    path = output / RECORD
-    if not path.is_file():
-        raise ConversionError(f"{path} is missing; expected a folder written by `gengram convert to-hf`")
-    record = read_json(path)
-    try:
-        version = record["table_version"]
-        sources = record["source"]["tensors"]
-        weights = record["weights"]
-        for entry in (*sources.values(), *weights.values()):
-            if entry["dtype"] not in DTYPES or not isinstance(entry["sha256"], str):
-                raise ValueError(f"entry {shortened(entry)}")
-            entry["shape"] = tuple(int(size) for size in entry["shape"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConversionError(f"{path} is not the record of a conversion ({shortened(str(error))})") from None
-    if version != TABLE_VERSION:
+def _read_record(output: Path) -> ConversionRecord:
+    record = needed_record(output)
+    if record.table_version != TABLE_VERSION:
         raise ConversionError(
-            f"{path} was written with version {shortened(version)} of the weight table, this is version "
-            f"{TABLE_VERSION}; convert again, or verify with the version of gengram that it names"
+            f"{output / RECORD} was written with version {shortened(record.table_version)} of the weight table, this "
+            f"is version {TABLE_VERSION}; convert again, or verify with the version of gengram that it names"
         )
     return record
 
 
-def _check_against_record(output: Path, record: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
-    weights = record["weights"]
+def _refuse_pointers(output: Path) -> None:
+    """No file of the folder is a Git LFS pointer, those included that are not read here, as the tokenizer's."""
+    for path in sorted(output.iterdir()):
+        if path.is_file() and path.stat().st_size < POINTER_BYTES:
+            refuse_lfs_pointer(path.read_bytes(), str(path), ConversionError)
+
+
+def _check_against_record(output: Path, record: ConversionRecord, tensors: dict[str, StoredTensor]) -> None:
+    weights = record.weights
     missing = [name for name in weights if name not in tensors]
     extra = [name for name in tensors if name not in weights]
     if missing or extra:
@@ -104,12 +103,12 @@ def _check_against_record(output: Path, record: dict[str, Any], tensors: dict[st
     wrong = []
     for name, tensor in tensors.items():
         expected = weights[name]
-        if tensor.shape != expected["shape"] or tensor.dtype != DTYPES[expected["dtype"]]:
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise ConversionError(
-                f"{tensor.path}: {name} must be {expected['dtype']} of shape {expected['shape']}, got {tensor.dtype} "
-                f"of shape {tensor.shape}"
+                f"{tensor.path}: {shortened(name)} must be {expected.dtype} of shape {expected.shape}, got "
+                f"{tensor.dtype} of shape {tensor.shape}"
             )
-        if weight_digest(tensor.shape, tensor.dtype, tensor.pieces()) != expected["sha256"]:
+        if weight_digest(tensor.shape, tensor.dtype, tensor.pieces()) != expected.sha256:
             wrong.append(name)
     if wrong:
         raise ConversionError(
@@ -119,14 +118,10 @@ def _check_against_record(output: Path, record: dict[str, Any], tensors: dict[st
 
 
 def _check_round_trip(
-    output: Path, record: dict[str, Any], tensors: dict[str, StoredTensor], report: VerificationReport
+    output: Path, record: ConversionRecord, tensors: dict[str, StoredTensor], report: VerificationReport
 ) -> None:
-    try:
-        config = GengramConfig.from_pretrained(output)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConversionError(f"{output}: config.json cannot be used: {error}") from None
-    sources = record["source"]["tensors"]
-    plan = match({name: entry["shape"] for name, entry in sources.items()}, config)
+    sources = record.sources
+    plan = match({name: entry.shape for name, entry in sources.items()}, read_config(output))
     names = {out.name for out in plan.outputs}
     if names != set(tensors):
         raise ConversionError(
@@ -135,11 +130,11 @@ def _check_round_trip(
         )
     wrong, narrowed = [], 0
     for move in plan.moves:
-        dtype = DTYPES[sources[move.source]["dtype"]]
+        dtype = sources[move.source].dtype
         parts = list(_targets(move, tensors))
         if torch.promote_types(parts[0].dtype, dtype) != parts[0].dtype:
             narrowed += 1
-        elif tensor_digest([move.entry.layout.to_megatron(parts).to(dtype)]) != sources[move.source]["sha256"]:
+        elif tensor_digest([move.entry.layout.to_megatron(parts).to(dtype)]) != sources[move.source].sha256:
             wrong.append(move.source)
     if wrong:
         raise ConversionError(
@@ -159,26 +154,27 @@ def _targets(move: Move, tensors: dict[str, StoredTensor]) -> Iterator[torch.Ten
         yield tensors[target.name].read(target.index)
 
 
-def _check_source(record: dict[str, Any], source: str | Path | None, report: VerificationReport) -> None:
-    recorded = record["source"].get("path")
+def _check_source(record: ConversionRecord, source: str | Path | None, report: VerificationReport) -> None:
+    recorded = record.source
     if source is None:
-        if isinstance(recorded, str) and recorded.startswith("hf://"):
+        if recorded is not None and recorded.startswith("hf://"):
             report.skipped.append(f"the source on the Hub (--source {recorded} fetches it once more and compares)")
             return
-        if not isinstance(recorded, str) or not Path(recorded).is_dir():
+        if recorded is None or not Path(recorded).is_dir():
             report.skipped.append(
                 f"the source, which is no longer at {shortened(recorded)} (--source names another place)"
             )
             return
         source = recorded
     checkpoint = open_checkpoint(source)
-    expected = record["source"]["tensors"]
+    expected = record.sources
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
         raise ConversionError(f"{source} lacks {quoted(missing, list(checkpoint.tensors))}; it is another checkpoint")
     wrong = [
-        name for name, entry in expected.items() if tensor_digest([checkpoint.tensors[name].read()]) != entry["sha256"]
+        name for name, entry in expected.items() if tensor_digest([checkpoint.tensors[name].read()]) != entry.sha256
     ]
+    checkpoint.check_unchanged()
     if wrong:
         raise ConversionError(
             f"{source}: {len(wrong)} tensors differ from those that were converted: {quoted(wrong)}; it is another "
@@ -187,30 +183,34 @@ def _check_source(record: dict[str, Any], source: str | Path | None, report: Ver
     report.checks.append(f"{len(expected)} tensors of {source} have the recorded hashes")
 
 
-def _check_loading(output: Path, record: dict[str, Any]) -> None:
+def _check_loading(output: Path, record: ConversionRecord) -> None:
     first = _loaded_digests(output, record, run=True)
     second = _loaded_digests(output, record, run=False)
     differing = [name for name in first if first[name] != second[name]]
     if differing:
         raise ConversionError(f"{output}: two loads differ in {quoted(differing)}; please report it")
-    wrong = [name for name, entry in record["weights"].items() if first.get(name) != entry["sha256"]]
+    wrong = [name for name, entry in record.weights.items() if first.get(name) != entry.sha256]
     if wrong:
         raise ConversionError(f"{output}: loaded weights differ from the files in {quoted(wrong)}; please report it")
 
 
-def _loaded_digests(output: Path, record: dict[str, Any], run: bool) -> dict[str, str]:
+def _loaded_digests(output: Path, record: ConversionRecord, run: bool) -> dict[str, str]:
     """Hashes of the weights of one load, in the dtypes of the files."""
     # Grouped matrix products ask for widths that not every small model has; the loop over experts takes all.
-    loaded: Any = GengramForCausalLM.from_pretrained(
-        output, dtype="auto", experts_implementation="eager", output_loading_info=True
-    )
+    try:
+        loaded: Any = GengramForCausalLM.from_pretrained(
+            output, dtype="auto", experts_implementation="eager", output_loading_info=True
+        )
+    except Exception as error:  # of any kind: what config.json asks for beside the model is up to Transformers
+        words = printable(" ".join(str(error).split()) or type(error).__name__, most=600)
+        raise ConversionError(f"{output}: the model cannot be loaded: {words}") from None
     model, notes = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if notes.get(kind):
             raise ConversionError(f"{output}: loading reports {kind}: {quoted(sorted(map(str, notes[kind])))}")
-    weights = record["weights"]
+    weights = record.weights
     digests = {
-        name: weight_digest(tuple(tensor.shape), DTYPES[weights[name]["dtype"]], [tensor])
+        name: weight_digest(tuple(tensor.shape), weights[name].dtype, [tensor])
         for name, tensor in model.state_dict().items()
         if name in weights
     }

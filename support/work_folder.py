@@ -20,7 +20,7 @@ from typing import Any
 from .errors import InputError, size_text
 from .printable import printable
 
-_LOCK, _FOLDER = "lock", "folder"
+LOCK, _FOLDER = "lock", "folder"
 _CONTENTS = {_FOLDER: stat.S_ISDIR}
 
 
@@ -73,7 +73,7 @@ def _left_behind(work: Path, restart: bool | None) -> str:
 
 
 def _remove_empty(work: Path) -> None:
-    (work / _LOCK).unlink(missing_ok=True)
+    (work / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # another process may have come in
         work.rmdir()
 
@@ -95,7 +95,7 @@ def locked(work: Path, output: Path, contents: Mapping[str, Callable[[int], bool
             work.mkdir(mode=0o700)
         _check_ours(work, contents)
         try:
-            handle = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+            handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         except FileNotFoundError:  # its owner has just removed the folder
             continue
         with os.fdopen(handle, "r+b", buffering=0) as lock:
@@ -106,7 +106,7 @@ def locked(work: Path, output: Path, contents: Mapping[str, Callable[[int], bool
                     "or choose another output."
                 )
             try:
-                is_current = os.path.samestat(os.fstat(lock.fileno()), os.lstat(work / _LOCK))
+                is_current = os.path.samestat(os.fstat(lock.fileno()), os.lstat(work / LOCK))
             except FileNotFoundError:
                 is_current = False
             if not is_current:  # it was removed between our opening and locking it
@@ -126,7 +126,7 @@ def _check_ours(work: Path, contents: Mapping[str, Callable[[int], bool]]) -> No
             found |= {child: os.lstat(child) for child in work.iterdir()}
     except FileNotFoundError:  # removed by its owner just now
         return
-    kinds = {work: stat.S_ISDIR, work / _LOCK: stat.S_ISREG}
+    kinds = {work: stat.S_ISDIR, work / LOCK: stat.S_ISREG}
     kinds |= {work / name: is_of_kind for name, is_of_kind in contents.items()}
     for path, status in found.items():
         is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()

@@ -55,9 +55,9 @@ def check_unchanged(folder: SourcePath, files: Iterable[SourcePath], before: Map
     if changed:
         names = quoted(relative_name(file, folder) for file in changed)
         raise ConversionError(
-            f"{folder}: files were changed while they were read: {names}. What was made of them is a mixture, and is "
-            "discarded. Let the program that writes there finish, such as a training run, or make a copy; then run "
-            "the same command again"
+            f"{folder}: files were changed while they were read: {names}. What was read of them is a mixture, and "
+            "nothing of it is kept. Let the program that writes there finish, such as a training run, or make a copy; "
+            "then run the same command again"
         )
     gone = [file for file, facts in now.items() if facts is None]
     if gone:

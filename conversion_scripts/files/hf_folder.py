@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from ...configuration.configuration_gengram import GengramConfig
 from ...support.errors import ConversionError, quoted, shortened
+from ...support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
+from ...support.printable import printable
 from ..hub.hub_path import SourcePath, size_of
 from .dtypes import SAFETENSORS_NAMES
 
@@ -54,8 +56,10 @@ def read_json(path: SourcePath) -> Any:
         raise ConversionError(f"{path} is missing")
     if size_of(path) > 2**28:
         raise ConversionError(f"{path} has {size_of(path)} bytes; at most {2**28} are read")
+    content = path.read_bytes()
+    refuse_lfs_pointer(content[:POINTER_BYTES], str(path), ConversionError)
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON ({shortened(str(error))})") from None
 
@@ -69,7 +73,9 @@ def config_fields(folder: SourcePath) -> dict[str, Any]:
     fields = read_json(folder / "config.json")
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind != GengramConfig.model_type:
-        raise ConversionError(f"{folder} is a folder of model_type {kind!r}, expected {GengramConfig.model_type!r}")
+        raise ConversionError(
+            f"{folder} is a folder of model_type {shortened(kind)}, expected {GengramConfig.model_type!r}"
+        )
     return fields
 
 
@@ -79,11 +85,20 @@ def read_config(folder: SourcePath) -> GengramConfig:
     Raises:
         ConversionError: if it is of another model, or not valid.
     """
-    fields = config_fields(folder)
+    return config_of(config_fields(folder), folder)
+
+
+def config_of(fields: dict[str, Any], folder: SourcePath) -> GengramConfig:
+    """The configuration with these fields, from the `config.json` of a folder.
+
+    Raises:
+        ConversionError: if it is not valid, in one line.
+    """
     try:
         return GengramConfig.from_dict(fields)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"{folder / 'config.json'} is not valid: {error}") from None
+    except Exception as error:  # of any kind: Transformers reads some fields before they are checked
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ConversionError(f"{folder / 'config.json'} is not valid: {printable(words, most=600)}") from None
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -92,7 +107,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         ConversionError: if a file is missing, superfluous or unreadable, or contradicts the index.
     """
-    there = sorted(path.name for path in folder.glob("model*.safetensors"))
+    there = sorted(path.name for path in folder.glob("model*.safetensors") if path.is_file())
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -111,13 +126,15 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         )
     tensors: dict[str, StoredTensor] = {}
     for name in named:
+        with open(folder / name, "rb") as start:
+            refuse_lfs_pointer(start.read(POINTER_BYTES), str(folder / name), ConversionError)
         with _opened(folder / name) as file:
             for key in file.keys():
                 view = file.get_slice(key)
                 dtype = _DTYPES.get(view.get_dtype())
                 if dtype is None:
                     raise ConversionError(
-                        f"{folder / name}: {key} has dtype {view.get_dtype()}, expected a float type"
+                        f"{folder / name}: {shortened(key)} has dtype {view.get_dtype()}, expected a float type"
                     )
                 tensors[key] = StoredTensor(key, folder / name, tuple(view.get_shape()), dtype)
     if weight_map is not None:
@@ -132,4 +149,6 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path} is not a readable safetensors file ({error}); convert again") from None
+        raise ConversionError(
+            f"{path} is not a readable safetensors file ({shortened(str(error))}); convert again"
+        ) from None

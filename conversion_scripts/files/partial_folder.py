@@ -5,24 +5,30 @@
     journal.jsonl   line 1: what is converted and how; then one line per finished weight file, with its hashes
     parts.jsonl     one line per finished tensor or slice of the weight file that is being written
     folder/         becomes OUTPUT by being renamed, when it is whole
+
+Nothing in it is believed to be ours by its name: links, other kinds of file and files of others are refused.
 """
 
 import contextlib
 import json
 import os
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from ...support.errors import ConversionError, quoted, shortened, size_text
+from ...support.errors import DISK_IS_FULL, ConversionError, plain_words, shortened, size_text
+from ...support.printable import printable
+from ...support.whole_output import check_output_is_free
+from ...support.work_folder import LOCK, locked, terminate_as_exit, work_path
 
-_LOCK, _JOURNAL, _PARTS, _FOLDER = "lock", "journal.jsonl", "parts.jsonl", "folder"
+_JOURNAL, _NEW_JOURNAL, _PARTS, _FOLDER = "journal.jsonl", "journal.jsonl.new", "parts.jsonl", "folder"
+_CONTENTS = {_FOLDER: stat.S_ISDIR, _JOURNAL: stat.S_ISREG, _NEW_JOURNAL: stat.S_ISREG, _PARTS: stat.S_ISREG}
 _RESERVE = 16 * 2**20  # configuration, tokenizer, code
+_MOST_NOTES = 2**28  # bytes of a journal that are read
+_WHOLE = "."  # stands in the journal for all files of the folder
 
 
 @dataclass(frozen=True)
@@ -50,17 +56,12 @@ class FinishedPart:
     unchecked: dict[str, str] = field(default_factory=dict)
 
 
-def partial_path(output: Path) -> Path:
-    """Where the unfinished conversion into `output` lives."""
-    return output.parent / f".{output.name}.partial"
-
-
 class PartialFolder:
     """A folder that becomes `output` when `publish()` is called.
 
     If the block is left before that, by an error, Ctrl-C or SIGTERM, finished weight files stay for the next time, and
     what is finished of the one that was being written; but nothing stays if no file is finished (unless `keep_parts`),
-    or if a `ConversionError` while writing says that the checkpoint is unusable.
+    or if a `ConversionError` while writing says that the checkpoint is unusable. The error says in a note what stays.
 
     Args:
         output: The folder to be; its parents are made.
@@ -69,12 +70,14 @@ class PartialFolder:
         keep_parts: Whether the start of the first file is worth keeping, since it came over a network.
 
     Raises:
-        ConversionError: if another process is converting into `output`, or an unfinished conversion is not this one.
+        FileExistsError: if `output` is there, and is not an empty folder.
+        InputError: if another process is converting into `output`, or something else is in the hidden folder's place.
+        ConversionError: if an unfinished conversion is not this one.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], restart: bool = False, keep_parts: bool = False):
         self.output = output
-        self.path = partial_path(output)
+        self.path = work_path(output)
         self.folder = self.path / _FOLDER
         self.identity = identity
         self.restart = restart
@@ -83,32 +86,51 @@ class PartialFolder:
         self.finished: dict[str, FinishedFile] = {}
         self.published = False
         self._writing = False
-        self._lock: BinaryIO | None = None
-        self._signals = contextlib.ExitStack()
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "PartialFolder":
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        self._check_ours()
-        self._lock = _locked(self.path)
-        self._signals.enter_context(terminate_as_exit())
-        try:
-            if self.restart:
-                self._discard(keep_lock=True)
-            self.finished = self._read_journal()
-            self.parts = self._read_parts()
-            self.published = self._is_published()
-        except BaseException:
-            self._unlock()
-            raise
+        with contextlib.ExitStack() as held:
+            held.enter_context(terminate_as_exit())
+            held.enter_context(locked(self.path, self.output, _CONTENTS))
+            try:
+                self._look_inside()
+            except BaseException:
+                if not any(os.path.lexists(self.path / name) for name in _CONTENTS):
+                    self._remove_lock()
+                raise
+            self._held = held.pop_all()
         return self
 
+    def _look_inside(self) -> None:
+        if self.restart:
+            self._discard()
+        self._check_files()
+        self.finished = self._read_journal()
+        self.parts = self._read_parts()
+        self.published = self._is_published()
+        if not self.published:
+            check_output_is_free(self.output)
+
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:  # libraries do not say what was being written
+            words = plain_words(OSError(error.errno, ""))
+            named = OSError(f"{printable(self.output)} was not written: {words}")
+            self._tidy_up(named)
+            raise named from error
+        self._tidy_up(error)
+
+    def _tidy_up(self, error: BaseException | None) -> None:
+        """Discards what is of no use any more; of the rest, the error says that it is kept."""
         try:
             unusable = isinstance(error, ConversionError) and self._writing
             if error is None or unusable or not (self.finished or (self.keep_parts and self.parts)):
                 self._discard()
+                self._remove_lock()
+            else:
+                error.__notes__ = [*getattr(error, "__notes__", ()), self._kept()]  # Python 3.10 lacks `add_note`
         finally:
-            self._unlock()
+            self._held.close()
 
     def begin(self, kept: dict[str, FinishedFile], parts: list[FinishedPart], needed_bytes: int) -> None:
         """Starts writing: all but what is kept is deleted, and `needed_bytes` more must fit on the disk."""
@@ -117,39 +139,41 @@ class PartialFolder:
         names = {*kept, *(part.file for part in parts)}
         for child in self.folder.iterdir():
             if child.name not in names:
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
+                _remove(child)
         check_space(self.output.parent, needed_bytes)
-        (self.path / _PARTS).write_text("".join(json.dumps(asdict(part)) + "\n" for part in parts), encoding="utf-8")
-        lines = [self.identity, *(asdict(entry) for entry in kept.values())]
-        fresh = self.path / f"{_JOURNAL}.new"
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.path / _JOURNAL)
+        self._write(_PARTS, parts)
+        self._write(_NEW_JOURNAL, [self.identity, *kept.values()])
+        (self.path / _NEW_JOURNAL).replace(self.path / _JOURNAL)
         self._writing = True
 
     def record(self, entry: FinishedFile) -> None:
         """Notes that a weight file is on disk."""
-        with open(self.path / _JOURNAL, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(entry)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._write(_JOURNAL, [entry], flags=os.O_APPEND)
         self.finished[entry.file] = entry
         (self.path / _PARTS).unlink(missing_ok=True)
         self.parts = []
 
+    def record_whole(self) -> None:
+        """Notes that the folder is whole, and on disk."""
+        for path in sorted(self.folder.rglob("*")):
+            _sync(path)
+        self.record(FinishedFile(_WHOLE, {}, {}))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether an earlier run wrote the folder to the end."""
+        return _WHOLE in self.finished and self.folder.is_dir()
+
     def record_part(self, part: FinishedPart) -> None:
         """Notes that a part of a weight file was written; that it reached the disk is for the next time to check."""
-        with open(self.path / _PARTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(part)) + "\n")
+        self._write(_PARTS, [part], flags=os.O_APPEND, to_disk=False)
         self.parts.append(part)
 
     def publish(self) -> None:
         """Makes the folder the output, which must still be free."""
         self._writing = False  # whatever stands in the way now, the weights are good
-        for child in self.folder.iterdir():
-            _sync(child)
+        for path in sorted(self.folder.rglob("*")):
+            _sync(path)
         _sync(self.folder)
         check_output_is_free(self.output)
         if self.output.is_dir():
@@ -160,66 +184,132 @@ class PartialFolder:
 
     def _is_published(self) -> bool:
         """Whether an earlier run made the output and was killed before it could tidy up."""
-        return bool(self.finished) and not self.folder.exists() and self.output.is_dir() and any(self.output.iterdir())
+        is_there = self.output.is_dir() and not self.output.is_symlink() and any(self.output.iterdir())
+        return bool(self.finished) and is_there and not self.folder.exists()
 
-    def _check_ours(self) -> None:
-        if not self.path.is_dir() or self.path.is_symlink():
-            if self.path.exists() or self.path.is_symlink():
-                raise ConversionError(f"{self.path} is in the way; the unfinished output is kept there: delete it")
+    def _check_files(self) -> None:
+        """Refuses to continue in files that a conversion would not have left in the folder."""
+        if not self.folder.exists():
             return
-        strange = sorted(
-            {child.name for child in self.path.iterdir()} - {_LOCK, _JOURNAL, f"{_JOURNAL}.new", _PARTS, _FOLDER}
-        )
-        if strange:
-            raise ConversionError(f"{self.path} holds {quoted(strange)}, which no conversion wrote; move it away")
+        for path in self.folder.rglob("*"):
+            found = os.lstat(path)
+            is_own = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+            if not is_own or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+                raise ConversionError(
+                    f"{printable(path)} is a link, of another kind, or of another owner, which no conversion left; "
+                    f"look at {printable(self.path)} and move it away"
+                )
 
     def _read_journal(self) -> dict[str, FinishedFile]:
         """The entries of an earlier run of this conversion; what was not written to the end does not count."""
         try:
-            lines = (self.path / _JOURNAL).read_bytes().split(b"\n")[:-1]
-            found = [json.loads(line) for line in lines]
-            identity = found[0]
-            entries = [FinishedFile(**entry) for entry in found[1:]]
-        except (FileNotFoundError, IndexError):
-            return {}
-        except (ValueError, TypeError) as error:
+            lines = self._read_lines(_JOURNAL)
+            identity = lines[0] if lines else None
+            entries = [_finished_file(line) for line in lines[1:]]
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConversionError(
-                f"{self.path / _JOURNAL} is not readable ({shortened(str(error))}); start again with --restart"
+                f"{printable(self.path / _JOURNAL)} is not readable ({shortened(str(error))}); start again with "
+                "--restart"
             ) from None
+        if not lines:
+            return {}
         expected = json.loads(json.dumps(self.identity))
         if identity != expected:
             known = identity if isinstance(identity, dict) else {}
             differing = [name for name in sorted({*known, *expected}) if known.get(name) != expected.get(name)]
             raise ConversionError(
-                f"{self.path} holds an unfinished conversion of {shortened(known.get('source'))} that differs "
-                f"from this one in {', '.join(differing)}; give its command again to continue it, or --restart "
-                "to discard it"
+                f"{printable(self.path)} holds an unfinished conversion of {shortened(known.get('source'))} that "
+                f"differs from this one in {', '.join(map(printable, differing))}; give its command again to continue "
+                "it, or --restart to discard it"
             )
         return {entry.file: entry for entry in entries}
 
     def _read_parts(self) -> list[FinishedPart]:
         """The parts that an earlier run of this conversion noted; none if they cannot be read."""
         try:
-            lines = (self.path / _PARTS).read_bytes().split(b"\n")[:-1]
-            parts = [FinishedPart(**json.loads(line)) for line in lines]
-        except (FileNotFoundError, ValueError, TypeError):
+            parts = [_finished_part(line) for line in self._read_lines(_PARTS)]
+        except (ValueError, TypeError, RecursionError):
             return []
         return [part for part in parts if part.file == parts[-1].file and part.file not in self.finished]
 
-    def _discard(self, keep_lock: bool = False) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for name in (_JOURNAL, f"{_JOURNAL}.new", _PARTS):
-            (self.path / name).unlink(missing_ok=True)
-        if not keep_lock:
-            (self.path / _LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another process may have come in after us
-                self.path.rmdir()
+    def _read_lines(self, name: str) -> list[Any]:
+        """The lines of a journal, but for one that was not written to the end."""
+        try:
+            with open(self.path / name, "rb", opener=_not_through_links) as file:
+                content = file.read(_MOST_NOTES)
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in content.split(b"\n")[:-1]]
 
-    def _unlock(self) -> None:
-        self._signals.close()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+    def _write(self, name: str, lines: Iterable[Any], flags: int = os.O_TRUNC, to_disk: bool = True) -> None:
+        handle = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | flags | _NO_LINKS, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line if isinstance(line, dict) else asdict(line)) + "\n")
+            file.flush()
+            if to_disk:
+                os.fsync(file.fileno())
+
+    def _kept(self) -> str:
+        """What stays of this conversion, and what to do with it."""
+        count = len(self.finished)
+        what = f"{count} finished weight file{'s' if count > 1 else ''}" if count else "the start of a weight file"
+        what = "the whole output is" if _WHOLE in self.finished else what
+        return (
+            f"{what} kept in {printable(self.path)}: the same command continues from there; --restart, or deleting "
+            "that folder, discards what is there"
+        )
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for name in (_JOURNAL, _NEW_JOURNAL, _PARTS):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _remove_lock(self) -> None:
+        (self.path / LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process may have come in after us
+            self.path.rmdir()
+
+
+def _finished_file(fields: Any) -> FinishedFile:
+    """A line of the journal; `TypeError` if it is none."""
+    note = FinishedFile(**fields)
+    _check_kinds([note.file], [note.tensors, note.sources, note.unchecked])
+    return note
+
+
+def _finished_part(fields: Any) -> FinishedPart:
+    """A line of the parts; `TypeError` if it is none."""
+    note = FinishedPart(**fields)
+    _check_kinds([note.file, note.tensor, note.sha256], [note.sources, note.unchecked])
+    if note.index is not None and type(note.index) is not int:
+        raise TypeError(f"an index is {shortened(note.index)}")
+    return note
+
+
+def _check_kinds(texts: list[Any], tables: list[Any]) -> None:
+    for table in tables:
+        if not isinstance(table, dict):
+            raise TypeError(f"expected names with hashes, got {shortened(table)}")
+        texts = [*texts, *table.values()]
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"expected text, got {shortened(text)}")
+
+
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+
+
+def _not_through_links(path: str, flags: int) -> int:
+    return os.open(path, flags | _NO_LINKS)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a file, a link itself, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
@@ -232,90 +322,6 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def staged_folder(output: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder beside `output` that becomes `output` at the end, or vanishes on any error, interrupt or SIGTERM."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    check_space(output.parent, needed_bytes)
-    folder = output.parent / f".{output.name}.partial-{os.getpid()}"
-    with terminate_as_exit():
-        try:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier process that had this number and was killed
-            folder.mkdir()
-            yield folder
-            check_output_is_free(output)
-            if output.is_dir():
-                output.rmdir()
-            folder.rename(output)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-def check_output_is_free(output: Path) -> None:
-    """Refuses to write over something."""
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
-        what = "is a folder that is not empty" if output.is_dir() else "is there already and not a folder"
-        raise ConversionError(f"{output} {what}; name a new folder, or delete it first")
-
-
-def leftover(output: Path) -> str:
-    """What an unfinished conversion into `output` left, and what to do with it; empty if nothing."""
-    path = partial_path(Path(os.path.abspath(output)))
-    try:
-        count = (path / _JOURNAL).read_bytes().count(b"\n") - 1
-    except OSError:
-        return ""
-    started = (path / _PARTS).is_file() and (path / _PARTS).stat().st_size > 0
-    if count < 1 and not started:
-        return ""
-    what = f"{count} finished weight file{'s' if count > 1 else ''}" if count > 0 else "the start of a weight file"
-    return (
-        f"{what} kept in {path}: the same command continues from "
-        "there; --restart, or deleting that folder, discards them"
-    )
-
-
-def _locked(path: Path) -> BinaryIO:
-    """An exclusive lock inside `path`, which is made if need be."""
-    while True:
-        path.mkdir(exist_ok=True)
-        try:
-            file = open(path / _LOCK, "a+b")
-        except FileNotFoundError:  # its owner has just removed the folder
-            continue
-        try:
-            _lock_file(file)
-        except OSError:
-            file.seek(0)
-            owner = file.read(64).decode("ascii", "replace").strip()
-            file.close()
-            raise ConversionError(
-                f"{path} is in use by process {owner or 'unknown'}, which converts into the same folder; wait for it"
-            ) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), (path / _LOCK).stat()):
-                file.truncate(0)
-                file.write(str(os.getpid()).encode("ascii"))
-                file.flush()
-                return file
-        file.close()  # it was removed between our opening and locking it
-
-
-def _lock_file(file: BinaryIO) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def _sync(path: Path) -> None:
     """Brings a file or folder to the disk, where the system can."""
     with contextlib.suppress(OSError):
@@ -324,20 +330,3 @@ def _sync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-@contextlib.contextmanager
-def terminate_as_exit() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit, so that it unwinds; signals can only be handled in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,10 +1,12 @@
 """Megatron's arguments as a `GengramConfig`, or a refusal that names the argument, and the way back."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ...configuration.configuration_gengram import GengramConfig
 from ...support.errors import ConversionError, quoted, shortened
+from ...support.printable import printable
 from ..choices import MEMORY_PREFIXES
 from .argument_codecs import flag_argument, is_plain
 from .argument_table import FIXED, KEPT, PAIRS, REQUIRED, WITHOUT_ARGUMENT, Pair
@@ -22,16 +24,29 @@ class RecordedArgs(dict[str, Any]):
         return super().get(name, default)
 
     def as_json(self) -> dict[str, Any]:
-        """The arguments that were asked for or serve the way back, and are there, as JSON values; others as text."""
+        """The arguments that were asked for or serve the way back, and are there, as JSON values.
+
+        What JSON cannot say, or nobody would expect (a number of thousands of digits, text that is not Unicode), is
+        there as a short text about it.
+        """
         return {name: _as_json(self[name]) for name in sorted(self.asked | KEPT) if name in self}
 
 
 def _as_json(value: Any) -> Any:
-    if is_plain(value):
+    if _is_json(value):
         return value
-    if isinstance(value, list | tuple) and len(value) <= 4096 and all(is_plain(v) for v in value):
+    if isinstance(value, list | tuple) and len(value) <= 4096 and all(map(_is_json, value)):
         return list(value)
     return shortened(value)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether every reader of JSON takes the value, and gives it back as it is."""
+    if isinstance(value, str):
+        return len(value) <= 4096 and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if type(value) is int:
+        return abs(value) < 2**63
+    return is_plain(value) and (not isinstance(value, float) or math.isfinite(value))
 
 
 def config_from_args(args: Mapping[str, Any], dtype: str | None = None) -> GengramConfig:
@@ -60,7 +75,8 @@ def config_from_args(args: Mapping[str, Any], dtype: str | None = None) -> Gengr
     try:
         return GengramConfig(**fields, dtype=dtype, architectures=["GengramForCausalLM"])
     except (ValueError, TypeError) as error:
-        raise ConversionError(f"the checkpoint's arguments do not make a valid model: {error}") from None
+        words = printable(" ".join(str(error).split()), most=600)
+        raise ConversionError(f"the checkpoint's arguments do not make a valid model: {words}") from None
 
 
 def args_from_config(config: GengramConfig, prefix: str = "gengram") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..choices import MEMORY_PREFIXES
 from .layouts import FusedQkv, GateUp, Layout, LegacyGroupedExperts, Same, Split
 
 TABLE_VERSION = 1
+MOST_TENSORS = 2**18  # of a checkpoint or a model: a thousand layers of 100 experts have 200,000
 
 
 def _any_config(config: GengramConfig) -> bool:
@@ -285,7 +286,18 @@ class Entry:
 
 
 def expand(config: GengramConfig, table: Sequence[Row] = TABLE) -> list[Entry]:
-    """The table for one configuration: one entry per Megatron tensor, in the order of the model's layers."""
+    """The table for one configuration: one entry per Megatron tensor, in the order of the model's layers.
+
+    Raises:
+        ConversionError: if there would be more than `MOST_TENSORS`; then none is made.
+    """
+    layers, experts = config.num_hidden_layers, max(config.num_local_experts, 1)
+    count = layers * (2 * experts + len(config.memory_ngram_sizes) + 16)
+    if count > MOST_TENSORS:
+        raise ConversionError(
+            f"{layers} layers with {experts} experts would be about {count:,} tensors, at most {MOST_TENSORS:,} are "
+            "read or written; the arguments, or the configuration, are of no model"
+        )
     return list(_expand(config, table))
 
 

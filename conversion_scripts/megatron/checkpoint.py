@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...support.errors import ConversionError, shortened, size_text
+from ...support.printable import printable
 from ..files.file_facts import Facts, check_unchanged
 from ..hub.hub_path import SourcePath
 from ..mapping.match import WeightPlan
@@ -113,6 +114,7 @@ def summary_of_dropped(dropped: list[Dropped]) -> list[str]:
     for entry in dropped:
         groups.setdefault(entry.reason, []).append(entry)
     return [
-        f"{len(entries)} x {reason} ({size_text(sum(e.nbytes for e in entries))}; for example {entries[0].name})"
+        f"{len(entries)} x {reason} ({size_text(sum(e.nbytes for e in entries))}; for example "
+        f"{printable(entries[0].name)})"
         for reason, entries in groups.items()
     ]

@@ -4,11 +4,17 @@ import re
 from pathlib import PurePosixPath
 
 from ...support.errors import ConversionError, quoted, shortened
+from ...support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
+from ...support.printable import printable
 from ..files.file_facts import check_unchanged, facts_in
 from ..hub.hub_path import HubPath, SourcePath, open_source
 from .checkpoint import TRACKER, MegatronCheckpoint
 from .torch_dist_reader import open_torch_dist_checkpoint
 from .torch_reader import open_torch_checkpoint
+
+
+class NotACheckpointError(ConversionError):
+    """A path at which no Megatron checkpoint is."""
 
 
 def open_checkpoint(path: str | SourcePath, revision: str | None = None) -> MegatronCheckpoint:
@@ -51,7 +57,7 @@ def find_iteration(path: SourcePath) -> SourcePath:
     """The folder that holds one iteration's files."""
     if not path.is_dir():
         kind = "is a file" if path.exists() else "does not exist"
-        raise ConversionError(f"{path} {kind}; expected the folder of a Megatron checkpoint")
+        raise NotACheckpointError(f"{printable(path, most=1000)} {kind}; expected the folder of a Megatron checkpoint")
     if isinstance(path, HubPath):
         path = _only_checkpoint(path)
     if checkpoint_format(path) is not None:
@@ -60,7 +66,9 @@ def find_iteration(path: SourcePath) -> SourcePath:
     tracker = path / TRACKER
     if tracker.is_file():
         with tracker.open("rb") as file:
-            text = file.read(64).decode("ascii", "replace").strip()
+            start = file.read(POINTER_BYTES)
+        refuse_lfs_pointer(start, str(tracker), ConversionError)
+        text = start[:64].decode("ascii", "replace").strip()
         if not re.fullmatch(r"release|[0-9]{1,12}", text):
             raise ConversionError(
                 f"{tracker} must hold the number of an iteration or 'release', got {shortened(text)}"
@@ -76,8 +84,8 @@ def find_iteration(path: SourcePath) -> SourcePath:
     else:
         found = quoted(sorted(child.name for child in path.iterdir())) or "nothing"
         hint = "; it looks like a converted folder already" if (path / "config.json").is_file() else ""
-        raise ConversionError(
-            f"{path} is not a Megatron checkpoint: expected mp_rank_*/model_optim_rng.pt (format torch), or "
+        raise NotACheckpointError(
+            f"{printable(path, most=1000)} is not a Megatron checkpoint: expected mp_rank_*/model_optim_rng.pt (format torch), or "
             f".metadata, common.pt and *.distcp (format torch_dist), or iter_* folders of these; found {found}{hint}"
         )
     if checkpoint_format(path / name) is None:

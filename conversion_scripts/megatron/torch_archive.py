@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from ...support.errors import ConversionError, shortened
+from ...support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
+from ...support.printable import printable
 from ..files.tensor_memory import empty_tensor
 from ..hub.byte_range import ByteRange, FileRange, HubRange, Span, open_range
 from ..hub.hub_path import SourcePath
@@ -97,6 +99,8 @@ class TorchArchive:
             self.length = file.length
             magic = file.read(8) or b""
             if magic[:4] != b"PK\x03\x04":
+                file.seek(0)
+                refuse_lfs_pointer(file.read(POINTER_BYTES) or b"", printable(str(path)), ConversionError)
                 raise ConversionError(
                     f"{path}: expected a zip archive as torch.save writes it since PyTorch 1.6, got a file that "
                     f"starts with {magic!r}; load and save it again with a recent PyTorch, or fetch it again"

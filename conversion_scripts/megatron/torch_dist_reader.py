@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from ...support.errors import ConversionError, quoted, shortened
+from ...support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
 from ..files.tensor_memory import empty_tensor
 from ..hub.byte_range import Span
 from ..hub.hub_path import SourcePath, fetch_now, size_of
 from ..mapping.argument_codecs import integer_argument
+from ..mapping.weight_table import MOST_TENSORS
 from .checkpoint import Dropped, MegatronCheckpoint, args_of, iteration_of
 from .safe_pickle import MAX_PICKLE_BYTES, ForeignObject, TensorReference, load_pickle
 from .torch_archive import LazyTensor, TorchArchive
@@ -30,11 +32,14 @@ from .torch_archive import LazyTensor, TorchArchive
 # Names that are not weights. Every match is of the whole name, so that `optimizer.state.param.decoder.layers…`, which
 # has the shapes of the model, can never be taken for it.
 _NOT_WEIGHTS = (
-    (re.compile(r"optimizer\..*"), "optimizer state"),
-    (re.compile(r"chained_\d+\.optimizer\..*"), "optimizer state"),
-    (re.compile(r"rng_state(/.*)?"), "random number states"),
-    (re.compile(r"rerun_state_machine_state(/.*)?"), "rerun state of the trainer"),
-    (re.compile(r"(decoder|embedding|output_layer)(\..*)?\._extra_state(/.*)?"), "_extra_state (FP8 scales, unused)"),
+    (re.compile(r"(?s:optimizer\..*)"), "optimizer state"),
+    (re.compile(r"(?s:chained_\d+\.optimizer\..*)"), "optimizer state"),
+    (re.compile(r"(?s:rng_state(/.*)?)"), "random number states"),
+    (re.compile(r"(?s:rerun_state_machine_state(/.*)?)"), "rerun state of the trainer"),
+    (
+        re.compile(r"(?s:(decoder|embedding|output_layer)(\..*)?\._extra_state(/.*)?)"),
+        "_extra_state (FP8 scales, unused)",
+    ),
 )
 _STACKED_LAYERS = re.compile(r"decoder\.layers\.(?!\d+\.)(.+)")
 _STACKED_EXPERTS = re.compile(r"(.*\.mlp\.experts\.)experts\.(linear_fc[12]\.weight)")
@@ -61,6 +66,7 @@ class ChunkedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
+    _by_index: dict[int, dict[tuple[int, ...], list[Chunk]]] = field(default_factory=dict, compare=False)
 
     def part(self, index: tuple[int, ...]) -> LazyTensor:
         """The tensor at `index` along the leading axes."""
@@ -81,19 +87,37 @@ class ChunkedTensor:
 
     def _touched(self, index: tuple[int, ...]) -> Iterator[tuple[Chunk, tuple[int, ...]]]:
         """The chunks that hold values at `index`, each with the index inside it."""
+        axes = len(index)
+        if axes not in self._by_index:
+            self._by_index[axes] = self._grouped(axes)
+        for chunk in self._by_index[axes][index]:
+            yield chunk, tuple(i - offset for i, offset in zip(index, chunk.offsets, strict=False))
+
+    def _grouped(self, axes: int) -> dict[tuple[int, ...], list[Chunk]]:
+        """The chunks by the indices along the leading axes that they reach over."""
+        reach = [prod(chunk.sizes[:axes]) for chunk in self.chunks]
+        if sum(reach) > _MAX_CELLS:
+            raise ConversionError(
+                f"the {len(self.chunks)} chunks of {shortened(self.name)} reach over {sum(reach):,} layers and "
+                f"experts together; at most {_MAX_CELLS:,} are read"
+            )
+        groups: dict[tuple[int, ...], list[Chunk]] = {}
         for chunk in self.chunks:
-            inside = tuple(i - offset for i, offset in zip(index, chunk.offsets, strict=False))
-            if all(0 <= i < size for i, size in zip(inside, chunk.sizes, strict=False)):
-                yield chunk, inside
+            boxes = zip(chunk.offsets[:axes], chunk.sizes[:axes], strict=True)
+            for index in product(*(range(offset, offset + size) for offset, size in boxes)):
+                groups.setdefault(index, []).append(chunk)
+        return groups
 
     def _read_chunk(self, chunk: Chunk, index: tuple[int, ...], out: torch.Tensor, unchecked: list[str]) -> None:
         archive = TorchArchive(chunk.path, chunk.start, chunk.length, chunk.checked)
         reference = archive.load()
         if not isinstance(reference, TensorReference):
-            raise ConversionError(f"{chunk.path}: expected a chunk of {self.name}, got {shortened(reference)}")
+            raise ConversionError(
+                f"{chunk.path}: expected a chunk of {shortened(self.name)}, got {shortened(reference)}"
+            )
         if reference.shape != chunk.sizes or reference.dtype != self.dtype:
             raise ConversionError(
-                f"{chunk.path}: the chunk of {self.name} at {chunk.offsets} must be {self.dtype} of shape "
+                f"{chunk.path}: the chunk of {shortened(self.name)} at {chunk.offsets} must be {self.dtype} of shape "
                 f"{chunk.sizes}, got {reference.dtype} of shape {reference.shape}"
             )
         if out.is_contiguous():
@@ -133,12 +157,14 @@ def open_torch_dist_checkpoint(folder: SourcePath) -> MegatronCheckpoint:
     metadata_file = folder / ".metadata"
     if size_of(metadata_file) > MAX_PICKLE_BYTES:
         raise ConversionError(f"{metadata_file} has more than {MAX_PICKLE_BYTES} bytes")
-    metadata = load_pickle(metadata_file.read_bytes(), str(metadata_file))
+    pickled = metadata_file.read_bytes()
+    refuse_lfs_pointer(pickled[:POINTER_BYTES], str(metadata_file), ConversionError)
+    metadata = load_pickle(pickled, str(metadata_file))
     described, places = _tables(metadata, metadata_file)
 
     checkpoint = MegatronCheckpoint(folder, "torch_dist", iteration_of(common), args, {})
     checkpoint.dropped.extend(
-        Dropped(f"common.pt: {key}", "trainer state")
+        Dropped(f"common.pt: {key if isinstance(key, str) else shortened(key)}", "trainer state")
         for key in common
         if key not in ("args", "checkpoint_version", "iteration", "content_metadata")
     )
@@ -155,7 +181,8 @@ def open_torch_dist_checkpoint(folder: SourcePath) -> MegatronCheckpoint:
             continue
         tensor = _chunked_tensor(name, entry, places, folder, files)
         stacked |= _STACKED_LAYERS.fullmatch(name) is not None
-        for part, index in _unstacked(tensor, args):
+        names = _unstacked(tensor, args, MOST_TENSORS - len(checkpoint.tensors))
+        for part, index in names:
             if part in checkpoint.tensors:
                 raise ConversionError(f"{metadata_file}: {shortened(part)} is there twice, stacked and by itself")
             checkpoint.tensors[part] = tensor.part(index)
@@ -166,6 +193,7 @@ def open_torch_dist_checkpoint(folder: SourcePath) -> MegatronCheckpoint:
 def _check_backend(path: SourcePath) -> None:
     with path.open("rb") as file:
         text = file.read(65536)
+    refuse_lfs_pointer(text[:POINTER_BYTES], str(path), ConversionError)
     try:
         backend = json.loads(text).get("sharded_backend")
     except (ValueError, AttributeError, RecursionError):
@@ -222,10 +250,13 @@ def _check_files(folder: SourcePath, places: dict[str, dict]) -> dict[str, int]:
             named.add(path)
             if _reason_to_drop(name) is None:
                 needed.add(path)
-    there = {child.name: size_of(child) for child in folder.iterdir() if child.suffix == ".distcp"}
+    there = {child.name: size_of(child) for child in folder.iterdir() if child.suffix == ".distcp" and child.is_file()}
     missing = sorted(needed - set(there))
     if missing:
         raise ConversionError(f"{folder}: missing {quoted(missing)}; fetch them again")
+    for name in sorted(needed):
+        if there[name] < POINTER_BYTES:
+            refuse_lfs_pointer((folder / name).read_bytes(), str(folder / name), ConversionError)
     extra = sorted(name for name in set(there) - named if there[name])
     if extra:
         raise ConversionError(
@@ -321,8 +352,12 @@ def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Chunk], folder:
         raise ConversionError(f"{folder}: no chunk of {shortened(name)} holds its elements from {place} on")
 
 
-def _unstacked(tensor: ChunkedTensor, args: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names of a tensor's layers and experts as in the `torch` format, with their indices along the leading axes."""
+def _unstacked(tensor: ChunkedTensor, args: dict[str, Any], most: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names of a tensor's layers and experts as in the `torch` format, with their indices along the leading axes.
+
+    Raises:
+        ConversionError: if the axes are not those of the arguments, or would be more than `most` names.
+    """
     pattern, axes = tensor.name.replace("{", "{{").replace("}", "}}"), []
     layers = _STACKED_LAYERS.fullmatch(pattern)
     if layers:
@@ -336,6 +371,11 @@ def _unstacked(tensor: ChunkedTensor, args: dict[str, Any]) -> list[tuple[str, t
     if tensor.shape[: len(axes)] != expected:
         what = " and ".join(f"args.{name} = {size}" for _, name, size in axes)
         raise ConversionError(f"{shortened(tensor.name)}: leading axes must be {what}, got shape {tensor.shape}")
+    if prod(expected) > most:
+        raise ConversionError(
+            f"{shortened(tensor.name)} holds {prod(expected):,} tensors of layers and experts; at most "
+            f"{MOST_TENSORS:,} are read of a checkpoint, and no model has so many"
+        )
     indices = list(product(*(range(size) for size in expected)))
     return [
         (pattern.format(**{axis: i for (axis, _, _), i in zip(axes, index, strict=True)}), index) for index in indices

@@ -211,7 +211,7 @@ def _add_stage(checkpoint: MegatronCheckpoint, files: Sequence[_RankFile], grid:
             if key != "model" and key not in _DESCRIPTION:
                 default = "entry that is not part of the model"
                 reason = _NOT_WEIGHTS.get(key, default) if isinstance(key, str) else "entry"
-                name = f"{file.archive.path.parent.name}: {key}"
+                name = f"{file.archive.path.parent.name}: {key if isinstance(key, str) else shortened(key)}"
                 checkpoint.dropped.append(Dropped(name, reason, nbytes_inside(value)))
     return len(layers)
 
@@ -248,8 +248,8 @@ def _add_merged(
     split = Split() if named is None else named.row.split  # what the table does not have is refused later
     if len(files) > 1 and split is None:
         raise ConversionError(
-            f"{checkpoint.path}: {name} is in the layout of legacy grouped experts, which is not merged from several "
-            "ranks; have Megatron save the checkpoint as torch_dist and convert that"
+            f"{checkpoint.path}: {shortened(name)} is in the layout of legacy grouped experts, which is not merged "
+            "from several ranks; have Megatron save the checkpoint as torch_dist and convert that"
         )
     for file, reference in parts[1:]:
         if (reference.shape, reference.dtype) != (parts[0][1].shape, parts[0][1].dtype):
@@ -319,7 +319,7 @@ def _read_copies(name: str, copies: Sequence[LazyTensor], folder: SourcePath) ->
     for copy in copies[1:]:
         if tensor_bytes(copy.read()) != tensor_bytes(tensor):
             raise ConversionError(
-                f"{folder}: {name} differs between {copies[0].files[0].parent.name} and "
+                f"{folder}: {shortened(name)} differs between {copies[0].files[0].parent.name} and "
                 f"{copy.files[0].parent.name}, which must hold copies; the checkpoint is damaged or mixed"
             )
     return tensor

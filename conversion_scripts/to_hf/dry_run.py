@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...support.errors import size_text
+from ...support.printable import printable
 from ..files.dtypes import dtype_name
 from ..hub.fetch_plan import FetchPlan
 from ..mapping.match import parameters
@@ -88,7 +89,10 @@ class ConversionPlan:
             lines += [line for weight in self.weights if weight.file == file for line in _weight_lines(weight)]
         if self.dropped:
             lines.append("\nleft out")
-            lines += [f"  {d.name}: {d.reason}{f', {size_text(d.nbytes)}' if d.nbytes else ''}" for d in self.dropped]
+            lines += [
+                f"  {printable(d.name)}: {d.reason}{f', {size_text(d.nbytes)}' if d.nbytes else ''}"
+                for d in self.dropped
+            ]
             lines.append("\nleft out, by reason")
             lines += [f"  {line}" for line in summary_of_dropped(self.dropped)]
         lines.append("\nNothing was written.")

@@ -25,9 +25,15 @@ def identity_of(job: ConversionJob, limit: int) -> dict[str, Any]:
     }
 
 
-def intact_files(place: PartialFolder, shards: dict[str, list[TensorSpec]], progress: bool) -> dict[str, FinishedFile]:
+def intact_files(
+    job: ConversionJob, place: PartialFolder, shards: dict[str, list[TensorSpec]], progress: bool
+) -> dict[str, FinishedFile]:
     """The weight files of an earlier run whose bytes have the hashes in its journal."""
-    entries = {name: entry for name, entry in place.finished.items() if name in shards}
+    entries = {
+        name: entry
+        for name, entry in place.finished.items()
+        if name in shards and set(entry.sources) == set(job.sources(shards[name]))
+    }
     total = sum(spec.nbytes for name in entries for spec in shards[name])
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=not (progress and entries)) as bar:
         return {
@@ -38,11 +44,17 @@ def intact_files(place: PartialFolder, shards: dict[str, list[TensorSpec]], prog
 
 
 def intact_parts(
-    place: PartialFolder, shards: dict[str, list[TensorSpec]], progress: bool
+    job: ConversionJob, place: PartialFolder, shards: dict[str, list[TensorSpec]], progress: bool
 ) -> tuple[dict[str, StartedFile], list[FinishedPart]]:
     """How far the weight file that an earlier run was writing is right, and the notes of these parts."""
     name = place.parts[0].file if place.parts else ""
-    if name not in shards:
+    known = {spec.name for spec in shards.get(name, ())}
+    fitting = [
+        part
+        for part in place.parts
+        if part.tensor in known and set(part.sources) == set(job.sources_of(part.tensor, part.index))
+    ]
+    if not fitting or len(fitting) < len(place.parts):
         return {}, []
     tensors = {part.tensor: part.sha256 for part in place.parts if part.index is None}
     slices: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
 """Reads the tensors of a checkpoint in the order in which they are written."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -51,6 +51,11 @@ class SourceReader:
             self.checkpoint.path.repository.stop()
         self._reading.shutdown(cancel_futures=True)
         self._hashing.shutdown(cancel_futures=True)
+
+    def know(self, digests: Mapping[str, str], unchecked: Mapping[str, str]) -> None:
+        """Takes over what an earlier run found of sources that need not be read again."""
+        self.source_digests.update(digests)
+        self.unchecked.update(unchecked)
 
     def pieces(self, spec: TensorSpec, first: int = 0) -> Iterator[torch.Tensor | HashedTensor]:
         """What makes an output, piece by piece along its first axis, without the first so many."""

@@ -54,8 +54,8 @@ def _write_weights(
     """Writes what is missing of the weight files; the hashes of what was written, and what is known of the sources."""
     shards = job.shards(limit)
     order = {name: job.sources(shard) for name, shard in shards.items()}
-    kept = intact_files(place, shards, progress)
-    started, parts = intact_parts(place, shards, progress)
+    kept = intact_files(job, place, shards, progress)
+    started, parts = intact_parts(job, place, shards, progress)
     there = [spec for name in kept for spec in shards[name]]
     there_bytes = sum(spec.nbytes for spec in there) + sum(start.nbytes for start in started.values())
     place.begin(kept, parts, job.nbytes - there_bytes)
@@ -64,10 +64,9 @@ def _write_weights(
     done = len(there) + sum(len(start.tensors) for start in started.values())
     with WeightProgress(job.nbytes, there_bytes, len(job.specs), done, progress) as bar:
         with SourceReader(job, uses) as reader:
-            entries: list[FinishedFile | FinishedPart] = [*kept.values(), *parts]
-            for entry in entries:
-                reader.source_digests.update(entry.sources)
-                reader.unchecked.update(entry.unchecked)
+            notes: list[FinishedFile | FinishedPart] = [*kept.values(), *parts]
+            for note in notes:
+                reader.know(note.sources, note.unchecked)
 
             def pieces(spec: TensorSpec, first: int) -> Iterator[torch.Tensor | HashedTensor]:
                 yield from reader.pieces(spec, first)

@@ -52,6 +52,7 @@ def _add_to_hf_arguments(parser: argparse.ArgumentParser) -> None:
 def _to_hf(arguments: argparse.Namespace) -> int:
     from ..conversion_scripts.convert_megatron_to_hf import convert_to_hf, plan_conversion
     from ..conversion_scripts.files.tensor_memory import give_memory_back
+    from ..support.printable import printable_lines
 
     options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "revision", "fetch")}
     give_memory_back()
@@ -65,27 +66,25 @@ def _to_hf(arguments: argparse.Namespace) -> int:
                 arguments.source, arguments.output, **options, progress=shown, restart=arguments.restart
             )
     except BaseException as error:
-        _say_more(error, arguments)
+        _say_more(error, arguments.json)
         raise
     if arguments.json:
         print(json.dumps(done.as_json(), indent=1))
     elif not arguments.quiet:
-        print(done.summary())
+        print(printable_lines(done.summary()))
     return 0
 
 
-def _say_more(error: BaseException, arguments: argparse.Namespace) -> None:
-    """The error as JSON if that was asked for, and what is kept for the next try as a note of the error."""
-    from ..conversion_scripts.files.partial_folder import leftover
-    from ..support.errors import FetchError
+def _say_more(error: BaseException, as_json: bool = False) -> None:
+    """The error as JSON if that was asked for, and of SIGTERM what is kept, which nobody else says."""
+    from ..support.errors import FetchError, plain_words
+    from ..support.printable import printable_lines
 
-    if arguments.json and isinstance(error, ValueError | OSError | FetchError):
-        print(json.dumps({"error": str(error)}))
-    kept = "" if arguments.dry_run else leftover(arguments.output)
-    if kept and isinstance(error, SystemExit):  # SIGTERM, of which nobody else says anything
-        print(kept, file=sys.stderr)
-    elif kept:
-        error.__notes__ = [*getattr(error, "__notes__", ()), kept]  # `add_note`, which Python 3.10 lacks
+    if as_json and isinstance(error, ValueError | OSError | FetchError):
+        print(json.dumps({"error": plain_words(error) if isinstance(error, OSError) else str(error)}))
+    if isinstance(error, SystemExit):
+        for note in getattr(error, "__notes__", ()):
+            print(printable_lines(note), file=sys.stderr)
 
 
 def _add_to_megatron_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,25 +104,22 @@ def _add_to_megatron_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iteration", type=int, metavar="N", help="write iter_N; by default release, without training state"
     )
+    parser.add_argument("--restart", action="store_true", help="discard what a killed conversion left")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
 
 def _to_megatron(arguments: argparse.Namespace) -> int:
     from ..conversion_scripts.convert_hf_to_megatron import convert_to_megatron
+    from ..support.printable import printable_lines
 
-    report = convert_to_megatron(
-        arguments.source,
-        arguments.output,
-        format=arguments.format,
-        pipeline_parallel=arguments.pipeline_parallel,
-        tensor_parallel=arguments.tensor_parallel,
-        first_stage_layers=arguments.first_stage_layers,
-        last_stage_layers=arguments.last_stage_layers,
-        name_prefix=arguments.name_prefix,
-        dtype=arguments.dtype,
-        iteration=arguments.iteration,
-        progress=not arguments.quiet,
-    )
+    cut = ("pipeline_parallel", "tensor_parallel", "first_stage_layers", "last_stage_layers")
+    names = ("format", *cut, "name_prefix", "dtype", "iteration", "restart")
+    options = {name: getattr(arguments, name) for name in names}
+    try:
+        report = convert_to_megatron(arguments.source, arguments.output, **options, progress=not arguments.quiet)
+    except BaseException as error:
+        _say_more(error)
+        raise
     if not arguments.quiet:
-        print(report.summary())
+        print(printable_lines(report.summary()))
     return 0

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints what `PATH` is; returns the exit code, 1 if there is a problem."""
     from ..conversion_scripts.inspect_checkpoint import inspect_checkpoint
+    from ..support.printable import printable_lines
 
     info = inspect_checkpoint(arguments.path, arguments.revision)
-    print(json.dumps(asdict(info), indent=1) if arguments.json else info.summary())
+    print(json.dumps(asdict(info), indent=1) if arguments.json else printable_lines(info.summary()))
     return 1 if info.problem else 0

@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints what was checked; a check that fails is an error. Returns the exit code."""
     from ..conversion_scripts.verify_conversion import verify_conversion
+    from ..support.printable import printable_lines
 
-    print(verify_conversion(arguments.output, arguments.source, load=not arguments.no_load).summary())
+    report = verify_conversion(arguments.output, arguments.source, load=not arguments.no_load)
+    print(printable_lines(report.summary()))
     return 0

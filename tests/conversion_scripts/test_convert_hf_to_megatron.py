@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import pickle
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from shared_files import FIXTURES, needs_fixtures
 
 from gengram.configuration import GengramConfig
-from gengram.conversion_scripts import convert_hf_to_megatron as back
 from gengram.conversion_scripts.convert_hf_to_megatron import convert_to_megatron, main
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
 from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
 from gengram.conversion_scripts.mapping.arguments import args_from_config, config_from_args, differing_fields
 from gengram.conversion_scripts.megatron.torch_dist_reader import open_torch_dist_checkpoint
+from gengram.conversion_scripts.to_megatron.stored_weights import StoredWeights
 from gengram.modeling_gengram.modeling_gengram import GengramForCausalLM
 from gengram.support.errors import ConversionError
 
@@ -440,7 +442,7 @@ def test_folders_that_cannot_be_used(folder, tmp_path):
 
     with pytest.raises(ConversionError, match="is not a folder"):
         convert_to_megatron(tmp_path / "nothing", tmp_path / "back", progress=False)
-    with pytest.raises(ConversionError, match="not empty"):
+    with pytest.raises(FileExistsError, match="exists already"):
         convert_to_megatron(folder, folder, progress=False)
 
     weights = load_file(folder / "model.safetensors")
@@ -466,7 +468,7 @@ def test_nothing_is_left_behind_when_writing_fails(folder, tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", full)
     for form in ("torch", "torch_dist"):
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="back was not written: no space is left"):
             convert_to_megatron(folder, tmp_path / "back", format=form, progress=False)
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "source"}
@@ -477,15 +479,15 @@ def test_one_tensor_at_a_time(folder, tmp_path, monkeypatch):
     import weakref
 
     alive: list[weakref.ref] = []
-    read = back._read
+    made = StoredWeights._made
 
     def watched(*arguments):
         assert sum(reference() is not None for reference in alive) <= 1
-        tensor = read(*arguments)
+        tensor = made(*arguments)
         alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(back, "_read", watched)
+    monkeypatch.setattr(StoredWeights, "_made", watched)
     for form in ("torch", "torch_dist"):
         convert_to_megatron(folder, tmp_path / form, format=form, progress=False)
     assert len(alive) > 40
@@ -509,6 +511,111 @@ def test_command_line(folder, tmp_path, capsys):
     info = inspect_checkpoint(tmp_path / "back")
     assert info.layout == "3 pipeline stages" and not info.problem
     assert main([str(folder), str(tmp_path / "back"), "--quiet"]) == 1
-    assert "not empty" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     command = [sys.executable, "-m", "gengram.conversion_scripts.convert_hf_to_megatron", "--help"]
     assert "--name-prefix" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+KILLED = """
+import os, signal, sys
+from gengram.conversion_scripts import convert_hf_to_megatron as back
+from gengram.conversion_scripts.to_megatron.stored_weights import StoredWeights
+made, left = StoredWeights._made, int(sys.argv[1])
+def count(*words):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made(*words)
+StoredWeights._made = count
+sys.exit(back.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_what_a_killed_conversion_left_is_taken_away_or_named(form, folder, tmp_path, megatron, capsys):
+    out = tmp_path / "back"
+    command = [sys.executable, "-c", KILLED, "9", str(folder), str(out), "--format", form, "--quiet"]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    left = [path.name for path in tmp_path.iterdir() if path.name not in ("source", "hf")]
+    assert left == [".back.partial"]
+    other = "torch" if form == "torch_dist" else "torch_dist"
+    assert main([str(folder), str(out), "--format", other, "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert ".back.partial holds an unfinished conversion of" in error and "differs from this one in format" in error
+    assert "--restart to discard it" in error and not out.exists()
+    more = ["--format", other, "--restart"] if form == "torch" else ["--format", form]
+    assert main([str(folder), str(out), *more, "--quiet"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "source"]
+    convert_to_hf(out, tmp_path / "again", progress=False)
+    megatron.assert_same(megatron.load_hf(tmp_path / "again"), megatron.load_hf(folder))
+
+
+def test_a_whole_checkpoint_is_kept_if_its_place_was_taken_meanwhile(folder, tmp_path, monkeypatch, megatron):
+    out, made = tmp_path / "back", StoredWeights._made
+
+    def taken(*words):
+        (out / "mine").mkdir(parents=True, exist_ok=True)
+        return made(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredWeights, "_made", taken)
+        with pytest.raises(FileExistsError, match="exists already") as caught:
+            convert_to_megatron(folder, out, progress=False)
+    assert "the whole output is kept in" in caught.value.__notes__[0]
+    shutil.rmtree(out)
+    monkeypatch.setattr(StoredWeights, "_made", lambda *words: pytest.fail("it was made again"))
+    convert_to_megatron(folder, out, progress=False)
+    convert_to_hf(out, tmp_path / "again", progress=False)
+    megatron.assert_same(megatron.load_hf(tmp_path / "again"), megatron.load_hf(folder))
+    assert not (tmp_path / ".back.partial").exists()
+
+
+@pytest.mark.parametrize("options", [{}, dict(format="torch"), dict(format="torch", tensor_parallel=2)])
+def test_every_flipped_bit_of_the_folder_is_noticed(options, folder, tmp_path):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + header])
+    names = [name for name in entries if name != "__metadata__"]
+    generator = random.Random(3)
+    experts = [name for name in names if ".experts." in name]
+    for name in generator.sample(names, 15) + experts:
+        start, end = entries[name]["data_offsets"]
+        place = 8 + header + generator.randrange(start, end)
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << generator.randrange(8)]) + data[place + 1 :])
+        with pytest.raises(ConversionError, match=rf"the bytes of {name} are not those that the conversion wrote"):
+            convert_to_megatron(folder, tmp_path / "back", **options, progress=False)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "source"]
+    path.write_bytes(data)
+    assert convert_to_megatron(folder, tmp_path / "back", **options, progress=False).unchecked == 0
+
+
+def test_weights_without_recorded_hashes_are_reported(folder, tmp_path):
+    record = json.loads((folder / "conversion.json").read_text())
+    (folder / "conversion.json").write_text(json.dumps({**record, "table_version": 0}))
+    report = convert_to_megatron(folder, tmp_path / "a", progress=False)
+    assert report.unchecked == len(record["weights"]) and report.recorded
+    (folder / "conversion.json").unlink()
+    report = convert_to_megatron(folder, tmp_path / "b", progress=False)
+    assert report.unchecked == len(record["weights"])
+    assert f"Not compared with hashes: {report.unchecked} tensors" in report.summary()
+
+
+@pytest.mark.parametrize("when", [1, 9])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "conversion.json"])
+def test_a_folder_that_changes_in_the_middle_is_not_mixed(name, when, folder, tmp_path, monkeypatch):
+    calls, made = [], StoredWeights._made
+
+    def changing(*words):
+        calls.append(words)
+        if len(calls) == when:
+            content = (folder / name).read_bytes()
+            (folder / name).write_bytes(content[:-1] + b" ")
+        return made(*words)
+
+    monkeypatch.setattr(StoredWeights, "_made", changing)
+    with pytest.raises(ConversionError, match=rf"files were changed while they were read: '{name}'"):
+        convert_to_megatron(folder, tmp_path / "back", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "source"]

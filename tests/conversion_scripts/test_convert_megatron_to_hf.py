@@ -192,12 +192,12 @@ def test_output_must_be_free(small_torch, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    with pytest.raises(ConversionError, match="not empty"):
+    with pytest.raises(FileExistsError, match="exists already"):
         convert_to_hf(small_torch.root, out, progress=False)
     assert (out / "mine.txt").read_text() == "keep"
     file = tmp_path / "file"
     file.write_text("keep")
-    with pytest.raises(ConversionError, match="not a folder"):
+    with pytest.raises(FileExistsError, match="exists already"):
         convert_to_hf(small_torch.root, file, progress=False)
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -252,7 +252,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(small_torch, tmp_path, monke
 
     monkeypatch.setattr(writer, "open", lambda path, mode: open("/dev/full", mode), raising=False)
     assert main([str(small_torch.root), str(tmp_path / "out"), "--quiet"]) == 1
-    assert "no space is left on the disk" in capsys.readouterr().err
+    assert "out was not written: no space is left on the disk; free some" in capsys.readouterr().err
     assert nothing_left(tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_command_line(small_torch, tmp_path):
     assert "Converted" in done.stdout and "Left out" in done.stdout
     again = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
     assert again.returncode == 1
-    assert again.stderr.startswith("error: ") and "not empty" in again.stderr and "Traceback" not in again.stderr
+    assert again.stderr.startswith("error: ") and "exists already" in again.stderr and "Traceback" not in again.stderr
 
 
 def test_conversion_imports_no_megatron(small_torch_dist, tmp_path):

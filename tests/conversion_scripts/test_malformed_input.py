@@ -417,6 +417,28 @@ def with_size(metadata, size, offsets=None):
 
 
 @case("dist")
+def names_of_millions_of_experts(folder):
+    """Layers and experts of one number each, in a file that is large enough for them."""
+    common = torch.load(folder / "common.pt", weights_only=False)
+    common["args"].num_layers = common["args"].num_experts = 4096
+    torch.save(common, folder / "common.pt")
+    name, size = "decoder.layers.mlp.experts.experts.linear_fc1.weight", (4096, 4096, 1, 1)
+
+    def edit(metadata):
+        entry, box = metadata.state_dict_metadata[name], metadata.state_dict_metadata[name].chunks[0]
+        entry.size, entry.chunks = torch.Size(size), [type(box)(torch.Size((0,) * 4), torch.Size(size))]
+        key = next(index for index in metadata.storage_data if index.fqn == name)
+        info = metadata.storage_data[key]
+        for index in [index for index in metadata.storage_data if index.fqn == name]:
+            del metadata.storage_data[index]
+        info.relative_path, info.offset, info.length = "__0_0.distcp", 0, 2**25
+        metadata.storage_data[type(key)(name, torch.Size((0,) * 4))] = info
+
+    edit_metadata(folder, edit)
+    os.truncate(folder / "__0_0.distcp", 40 * 10**6)
+
+
+@case("dist")
 def tensor_of_enormous_size(folder):
     edit_metadata(folder, lambda m: with_size(m, (2**40, 2**20)))
 

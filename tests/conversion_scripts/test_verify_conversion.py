@@ -125,7 +125,7 @@ def test_a_configuration_that_was_changed(converted):
     with pytest.raises(ConversionError, match=r"tensors are not the source's|do not have the shapes"):
         verify_conversion(converted)
     path.write_text(json.dumps({**config, "memory_layers": [99]}))
-    with pytest.raises(ConversionError, match=r"config\.json cannot be used"):
+    with pytest.raises(ConversionError, match=r"config\.json is not valid"):
         verify_conversion(converted)
 
 

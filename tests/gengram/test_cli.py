@@ -47,7 +47,7 @@ def test_convert_info_verify(tmp_path, capsys):
     assert main(["info", str(output), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dtypes"] == ["float32"]
     assert main(["convert", "to-hf", TINY, str(output)]) == 1
-    assert "not empty" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_back_to_megatron_and_diff(tmp_path, capsys):
@@ -58,7 +58,7 @@ def test_back_to_megatron_and_diff(tmp_path, capsys):
     assert main(["diff", TINY, back, "--quiet"]) == 0
     assert "57 tensors are equal" in capsys.readouterr().out
     assert main(["convert", "to-megatron", folder, back, "--quiet"]) == 1
-    assert "not empty" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_converted_folder_is_complete(tmp_path):

@@ -13,9 +13,10 @@ import pytest
 
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, main
 from gengram.conversion_scripts.files import safetensors_writer
-from gengram.conversion_scripts.files.partial_folder import PartialFolder, partial_path
+from gengram.conversion_scripts.files.partial_folder import PartialFolder
 from gengram.conversion_scripts.to_hf.source_reader import SourceReader
-from gengram.support.errors import ConversionError
+from gengram.support.errors import ConversionError, InputError
+from gengram.support.work_folder import work_path
 
 SHARD = "1500"
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -38,7 +39,7 @@ def interrupted(root, output, files, error=KeyboardInterrupt, **options):
         patch.setattr(PartialFolder, "record", record)
         with pytest.raises(error):
             convert_to_hf(root, output, max_shard_size=SHARD, progress=False, **options)
-    return partial_path(output)
+    return work_path(output)
 
 
 def written(monkeypatch):
@@ -130,7 +131,7 @@ def test_a_spoiled_journal_or_a_foreign_folder_is_left_alone(small_torch, tmp_pa
     with pytest.raises(ConversionError, match=r"not readable.*--restart"):
         convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
     (partial / "thesis.txt").write_text("mine")
-    with pytest.raises(ConversionError, match=r"thesis\.txt.*move it away"):
+    with pytest.raises(InputError, match=r"thesis\.txt.*move it away"):
         convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False, restart=True)
     assert (partial / "thesis.txt").read_text() == "mine"
 
@@ -179,10 +180,10 @@ def test_killed_between_publishing_and_tidying_up(small_torch, whole, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(PartialFolder, "_discard", lambda self: None)
         convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
-    assert partial_path(out).exists()
+    assert work_path(out).exists()
     report = convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
-    assert hashes(out) == whole and not partial_path(out).exists() and report.tensors
-    with pytest.raises(ConversionError, match="not empty"):
+    assert hashes(out) == whole and not work_path(out).exists() and report.tensors
+    with pytest.raises(FileExistsError, match="exists already"):
         convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
 
 
@@ -200,7 +201,7 @@ def killed_in_a_file(root, output, parts):
         patch.setattr(PartialFolder, "_discard", lambda self: None)
         with pytest.raises(KeyboardInterrupt):
             convert_to_hf(root, output, progress=False)
-    return partial_path(output)
+    return work_path(output)
 
 
 def flip(path, place):
@@ -248,14 +249,14 @@ def test_a_file_that_was_cut_off_is_continued(damage, parts, small_torch, tmp_pa
 def test_two_conversions_into_one_folder(small_torch, tmp_path):
     out = tmp_path / "out"
     with PartialFolder(out, {}):
-        with pytest.raises(ConversionError, match=f"in use by process {os.getpid()}"):
+        with pytest.raises(InputError, match=f"being written by process {os.getpid()}; wait for it"):
             convert_to_hf(small_torch.root, out, progress=False)
     convert_to_hf(small_torch.root, out, progress=False)
-    partial_path(out).mkdir()
-    (partial_path(out) / "lock").write_text("999999")  # of a process that died
+    work_path(out).mkdir()
+    (work_path(out) / "lock").write_text("999999")  # of a process that died
     shutil.rmtree(out)
     convert_to_hf(small_torch.root, out, progress=False)
-    assert not partial_path(out).exists()
+    assert not work_path(out).exists()
 
 
 # Imports once and forks, since importing takes most of a small conversion's time. Each child dies at its n-th step,
@@ -341,7 +342,7 @@ def test_stopped_by_a_signal_and_continued(number, small_torch, whole, tmp_path)
     time.sleep(0.1)
     process.send_signal(number)
     _, error = process.communicate(timeout=30)
-    assert process.returncode != 0 and not out.exists() and partial_path(out).exists()
+    assert process.returncode != 0 and not out.exists() and work_path(out).exists()
     assert b"kept in" in error and b"the same command continues" in error and b"Traceback" not in error
     convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
     assert hashes(out) == whole

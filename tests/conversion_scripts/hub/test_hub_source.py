@@ -22,7 +22,7 @@ from huggingface_hub.utils import close_session
 
 from gengram.cli import main as gengram
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf, plan_conversion
-from gengram.conversion_scripts.files.partial_folder import PartialFolder, leftover, partial_path
+from gengram.conversion_scripts.files.partial_folder import PartialFolder
 from gengram.conversion_scripts.files.weight_hash import tensor_bytes
 from gengram.conversion_scripts.hub import patience, repository
 from gengram.conversion_scripts.hub.hub_path import open_source
@@ -30,6 +30,7 @@ from gengram.conversion_scripts.inspect_checkpoint import inspect_checkpoint
 from gengram.conversion_scripts.megatron.open_checkpoint import open_checkpoint
 from gengram.conversion_scripts.verify_conversion import verify_conversion
 from gengram.support.errors import ConversionError, FetchError
+from gengram.support.work_folder import work_path
 
 REPO = "lab/gengram"
 
@@ -105,7 +106,7 @@ def test_the_same_as_from_a_local_folder(form, hub, tmp_path, megatron):
     assert records[0]["source"].pop("path") == f"hf://{REPO}@{commit}/iter_0000123"
     records[1]["source"].pop("path")
     assert records[0] == records[1]
-    assert not hub.leaked_tokens and report.fetched and not partial_path(tmp_path / "out").exists()
+    assert not hub.leaked_tokens and report.fetched and not work_path(tmp_path / "out").exists()
     assert verify_conversion(tmp_path / "out").skipped[0].startswith("the source on the Hub")
     checks = verify_conversion(tmp_path / "out", f"hf://{REPO}@{commit}", load=False).checks
     assert any("have the recorded hashes" in check and "hf://" in check for check in checks)
@@ -166,7 +167,7 @@ def test_the_plan_is_shown_and_right(hub, tmp_path, megatron, capsys):
     assert gengram(["convert", "to-hf", REPO, str(tmp_path / "out"), "--dry-run", "--json", "--fetch", "ranges"]) == 0
     plan = json.loads(capsys.readouterr().out)
     fetch = plan["fetch"]
-    assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not work_path(tmp_path / "out").exists()
     assert fetch["repo_id"] == REPO and fetch["commit"] == "a" * 40 and not fetch["rate_is_measured"]
     assert fetch["seconds"] >= 0 and fetch["bytes_into_cache"] == 0
     names = {path.name for path in (made.root / "iter_0000123").iterdir()}
@@ -445,7 +446,7 @@ def test_a_connection_that_never_delivers_keeps_what_is_finished(hub, tmp_path, 
     lose_the_connection(hub, 60_000)
     with pytest.raises(FetchError, match=r"could not be fetched in 6 tries .*; check the connection and try again"):
         convert_to_hf(REPO, out, max_shard_size="10000", progress=False, fetch="ranges")
-    assert not out.exists() and partial_path(out).exists()
+    assert not out.exists() and work_path(out).exists()
     hub.on_request = lambda method, path: None
     hub.cut_always = False
     before = sum(hub.served.values())
@@ -488,7 +489,7 @@ def test_repositories_that_cannot_be_read(hub, tmp_path, megatron, capsys):
     assert gengram(["convert", "to-hf", REPO, str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "no such repository can be seen; check the name, or log in with `hf auth login`" in error
-    assert "Traceback" not in error and not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
+    assert "Traceback" not in error and not (tmp_path / "out").exists() and not work_path(tmp_path / "out").exists()
     hub.token = "hf_test"
     convert_to_hf(REPO, tmp_path / "out", progress=False)
     assert not hub.leaked_tokens
@@ -639,11 +640,11 @@ def test_an_interrupted_file_is_continued(last, hub, tmp_path, megatron, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(PartialFolder, "record_part", record)
-        with pytest.raises(FetchError):
+        with pytest.raises(FetchError) as caught:
             convert_to_hf(REPO, out, progress=False, fetch="ranges")  # one weight file
-    parts = [json.loads(line) for line in (partial_path(out) / "parts.jsonl").read_text().splitlines()]
+    parts = [json.loads(line) for line in (work_path(out) / "parts.jsonl").read_text().splitlines()]
     assert len(parts) > 10 and {part["file"] for part in parts} == {"model.safetensors"} and not out.exists()
-    assert "the start of a weight file kept in" in leftover(out)
+    assert "the start of a weight file kept in" in caught.value.__notes__[0]
     before = len(hub.intervals)
     convert_to_hf(REPO, out, progress=False, fetch="ranges")
     megatron.assert_same(megatron.load_hf(out), made.expected)
@@ -666,9 +667,9 @@ def test_a_connection_that_is_lost_keeps_the_start_of_a_file(hub, tmp_path, mega
     made = saved(hub, "torch_dist", megatron)
     out = tmp_path / "out"
     lose_the_connection(hub, 70_000)
-    with pytest.raises(FetchError):
+    with pytest.raises(FetchError) as caught:
         convert_to_hf(REPO, out, progress=False, fetch="ranges")  # one weight file
-    assert "the start of a weight file kept in" in leftover(out) and not out.exists()
+    assert "the start of a weight file kept in" in caught.value.__notes__[0] and not out.exists()
     hub.on_request, hub.cut_always = lambda method, path: None, False
     before = sum(hub.served.values())
     convert_to_hf(REPO, out, progress=False, fetch="ranges")
@@ -723,4 +724,4 @@ def test_killed_again_and_again_while_fetching_and_continued(form, hub, tmp_path
     codes = [int(line) for line in done.stdout.split()]
     assert codes == [signal.SIGKILL] * (len(codes) - 1) + [0] and len(codes) > 4  # it may be done before the tenth
     megatron.assert_same(megatron.load_hf(out), made.expected)
-    assert not partial_path(out).exists()
+    assert not work_path(out).exists()

@@ -65,7 +65,7 @@ def test_copies_that_differ_are_an_error(grid, folder, name, tmp_path, megatron,
 
     weights = megatron.named_for(megatron.canonical(shape), shape, "te")
     root = save_ranks(tmp_path / "a", weights, shape, megatron.args(shape), grid, edit)
-    with pytest.raises(ConversionError, match=rf"{name} differs between mp_rank_00\w* and {folder}"):
+    with pytest.raises(ConversionError, match=rf"'{name}' differs between mp_rank_00\w* and {folder}"):
         convert_to_hf(root, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
