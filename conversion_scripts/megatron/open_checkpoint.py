@@ -85,8 +85,9 @@ def find_iteration(path: SourcePath) -> SourcePath:
         found = quoted(sorted(child.name for child in path.iterdir())) or "nothing"
         hint = "; it looks like a converted folder already" if (path / "config.json").is_file() else ""
         raise NotACheckpointError(
-            f"{printable(path, most=1000)} is not a Megatron checkpoint: expected mp_rank_*/model_optim_rng.pt (format torch), or "
-            f".metadata, common.pt and *.distcp (format torch_dist), or iter_* folders of these; found {found}{hint}"
+            f"{printable(path, most=1000)} is not a Megatron checkpoint: expected mp_rank_*/model_optim_rng.pt "
+            "(format torch), or .metadata, common.pt and *.distcp (format torch_dist), or iter_* folders of these; "
+            f"found {found}{hint}"
         )
     if checkpoint_format(path / name) is None:
         found = quoted(sorted(child.name for child in (path / name).iterdir())) or "nothing"

@@ -18,6 +18,7 @@ ELSEWHERE = {
     "motif_memory/ways/_native*.so": "the compiled library that setup.py leaves there",
     "gengram/motif_memory/ways/_native*.so": "the same in an installed package",
     "mp_rank_*/model_optim_rng.pt": "a file in Megatron's checkpoints",
+    "demo/*": "the example files, where `gengram demo --output demo` puts them",
     "stage?/*": "outputs of docs/pretraining.md's commands, in the folder that these name",
     "../../gengram/default_model/README.md": "from examples/pretraining, where docs/pretraining.md's commands run",
 }

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pyarrow.parquet
 import pytest
+from tolerances import POSTERIOR
 
 from gengram.cli import main
 from gengram.inference.filling import GapFiller, gap_windows
@@ -58,7 +59,7 @@ def test_sequences_and_table_hold_what_the_model_says(sequences, model, tiny_fol
                 if own is None:
                     assert row["status"] == "too_many_gaps" and row["base"] == "N" and row["p_A"] == ""
                     continue
-                np.testing.assert_allclose([float(row[f"p_{base}"]) for base in "ACGT"], own, atol=1e-5)
+                np.testing.assert_allclose([float(row[f"p_{base}"]) for base in "ACGT"], own, atol=POSTERIOR)
                 assert row["base"] == "ACGT"[own.argmax()]
                 assert row["status"] == ("filled" if own.max() >= 0.3 else "unsure")
                 if row["status"] == "filled":
@@ -84,7 +85,7 @@ def test_batches_and_parts_change_nothing(sequences, model, tmp_path):
         assert [ours[name] for name in ("name", "start", "base", "status")] == [
             theirs[name] for name in ("name", "start", "base", "status")
         ]
-        assert float(ours["p_A"]) == pytest.approx(float(theirs["p_A"]), abs=1e-5)
+        assert float(ours["p_A"]) == pytest.approx(float(theirs["p_A"]), abs=POSTERIOR)
 
 
 def test_chunks_hold_whole_sequences_or_parts_of_one(tmp_path, model):
