@@ -48,10 +48,14 @@ class DnaPipeline(Pipeline):
     iterator, whose results come as they are asked for, `batch_size` at a time. Results do not depend on the batches.
     """
 
-    _load_tokenizer = True
-    _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = False
+    _load_tokenizer: Any = True
+    _load_processor: Any = False
+    _load_image_processor: Any = False
+    _load_video_processor: Any = False
+    _load_feature_extractor: Any = False
 
     options: tuple[str, ...] = ()  # what can be given to `pipeline(...)` or with the inputs
+    _of_batch: Callable[..., Iterator[Any]]  # of inputs, and of the options by name
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -77,7 +81,7 @@ class DnaPipeline(Pipeline):
         items = map(self.preprocess, inputs)
         while batch := list(itertools.islice(items, batch_size)):
             with self.device_placement(), torch.inference_mode():
-                found = list(self._forward(batch, **options))
+                found = self._forward(batch, **options)
             yield from map(self.postprocess, found)
 
     def _sanitize_parameters(self, **given: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -92,6 +96,9 @@ class DnaPipeline(Pipeline):
         if not isinstance(sequence, str):
             raise InputError(f'{self.task}: expected a sequence or {{"sequence": ...}}, got {shortened(input_)}.')
         return sequence
+
+    def _forward(self, input_tensors: Any, **options: Any) -> Any:
+        return list(self._of_batch(input_tensors, **options))
 
     def postprocess(self, model_outputs: Any, **_: Any) -> Any:
         """A result as it is."""
@@ -113,7 +120,7 @@ class DnaEmbeddingPipeline(DnaPipeline):
 
     options = ("layer", "pooling", "strands", "context", "overlap")
 
-    def _forward(
+    def _of_batch(
         self,
         batch: list[str],
         layer: int = -1,
@@ -140,7 +147,7 @@ class DnaFillMaskPipeline(DnaPipeline):
 
     options = ("strands", "context", "joint", "nearest", "longest_run", "with_codes", "least_probability")
 
-    def _forward(
+    def _of_batch(
         self,
         batch: list[str],
         strands: str = "both",
@@ -190,7 +197,7 @@ class DnaVariantEffectPipeline(DnaPipeline):
             f"1), ref and alt; got {shortened(input_)}."
         )
 
-    def _forward(
+    def _of_batch(
         self,
         batch: list[dict[str, Any]],
         fasta: str | Path | None = None,
@@ -216,6 +223,7 @@ class DnaVariantEffectPipeline(DnaPipeline):
     def _variants(self, batch: list[dict[str, Any]], fasta: str | Path | None) -> tuple[Genome, list[Variant]]:
         """The variants, and the genome or the sequences that they are of."""
         is_of_genome = ["chrom" in each for each in batch]
+        places: Iterable[tuple[str, int]]
         if not any(is_of_genome):
             sequences = {f"input {number}": each["sequence"] for number, each in enumerate(batch)}
             places = zip(sequences, (each["start"] for each in batch), strict=True)

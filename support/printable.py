@@ -1,12 +1,11 @@
 """Names that come from files and arguments: shown without being obeyed, and kept from becoming paths."""
 
 import re
-from pathlib import Path
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
 
 
-def printable(name: str | Path, most: int = 200) -> str:
+def printable(name: object, most: int = 200) -> str:
     r"""A name as a terminal may show it: control characters (as of ANSI escapes), marks that turn the direction of
     writing, and what is not Unicode become `\x1b` and the like; of a very long name the middle is left out.
 
