@@ -1,0 +1,123 @@
+"""What a grafted memory costs: a training step, a prefill and a decoding step, beside the same model without it.
+
+    python benchmarks/graft_overhead.py [--device cuda] [--threads N] [--hidden 512 1024] [--length 2048] [--rounds 9]
+
+The host is a Llama with grouped-query attention and twelve layers; the memories stand in front of three of them, as in
+the released model. Host and host with memory take turns, and each figure is the median of the ratios of neighbouring
+turns, so that a load that comes and goes touches both. Writes `benchmarks/results/graft_overhead.json`.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from memory_setup import LETTERS, add_machine_arguments, machine, random_bases, seconds_of, use_machine, write_results
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from gengram import GengramTokenizer, MotifMemoryConfig, attach_memory
+
+LAYERS = 12
+MEMORY_LAYERS = (2, 5, 9)
+DECODED = 16  # tokens of one measurement
+
+
+def host(hidden: int, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(GengramTokenizer()),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(device, dtype)
+
+
+def training_step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        model.train()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def prefill(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    @torch.inference_mode()
+    def step() -> None:
+        model.eval()
+        model(input_ids=ids, logits_to_keep=1)
+
+    return step
+
+
+def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    model.eval()
+    with torch.inference_mode():
+        cache = model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).past_key_values
+    token = torch.tensor([[LETTERS[0]]], device=ids.device)
+
+    @torch.inference_mode()
+    def steps() -> None:
+        for _ in range(DECODED):
+            model(input_ids=token, past_key_values=cache)
+        cache.crop(ids.shape[1])
+
+    return steps
+
+
+WORK = {"training step": training_step, "prefill": prefill, "decoding": decoding}
+
+
+def measure(hidden: int, length: int, dtype: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Medians of seconds of both, and of their ratio, for each kind of work."""
+    ids = random_bases(length)
+    bare, grafted = (host(hidden, getattr(torch, dtype), device) for _ in range(2))
+    memory = MotifMemoryConfig(embedding_dim=hidden // 4)
+    attach_memory(grafted, memory, layers=MEMORY_LAYERS, tokenizer=GengramTokenizer())
+    with torch.no_grad():  # as after training: new memories would add zeros
+        for name, weight in grafted.named_parameters():
+            if "motif_memory" in name and weight.dim() > 1:
+                weight.normal_(std=weight.shape[-1] ** -0.5)
+    case: dict[str, Any] = {"hidden": hidden, "length": length, "dtype": dtype}
+    case["parameters"] = [sum(weight.numel() for weight in model.parameters()) for model in (bare, grafted)]
+    for name, of in WORK.items():
+        both = [of(bare, ids), of(grafted, ids)]
+        for call in both:
+            call()
+        seconds = [[seconds_of(call) for call in both] for _ in range(rounds)]
+        case[name] = {
+            "bare_seconds": statistics.median(bare_seconds for bare_seconds, _ in seconds),
+            "ratio": statistics.median(ours / bare_seconds for bare_seconds, ours in seconds),
+            "ratios": [round(ours / bare_seconds, 4) for bare_seconds, ours in seconds],
+        }
+        print(f"hidden {hidden}, {length} bases, {dtype}: {name:14} {case[name]['ratio']:.3f}x", flush=True)
+    return case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_machine_arguments(parser)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    device = use_machine(arguments)
+    cases = [
+        measure(hidden, arguments.length, arguments.dtype, device, arguments.rounds) for hidden in arguments.hidden
+    ]
+    write_results(
+        "graft_overhead", {"machine": machine(), "layers": LAYERS, "memories": MEMORY_LAYERS, "cases": cases}
+    )
+
+
+if __name__ == "__main__":
+    main()
