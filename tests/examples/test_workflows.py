@@ -23,7 +23,7 @@ def test_parts_that_snakemake_runs_are_the_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     for name in ("region.vcf.gz", "region.fa.gz"):
         shutil.copy(DEMO_DATA / name, tmp_path)
-    options = ["options=--context 32", "variants=region.vcf.gz", "fasta=region.fa.gz", "parts=3"]
+    given = ["options=--context 32", "variants=region.vcf.gz", "fasta=region.fa.gz", "parts=3"]
     snakemake = [
         "snakemake",
         "--snakefile",
@@ -31,7 +31,7 @@ def test_parts_that_snakemake_runs_are_the_whole(tmp_path, monkeypatch):
         "--cores",
         "2",
         "--config",
-        *options,
+        *given,
     ]
     done = subprocess.run(snakemake, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
