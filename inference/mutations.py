@@ -50,12 +50,12 @@ class Mutation(NamedTuple):
     change: Change | None
 
 
-def blocks_of(start: int, end: int, most: int) -> list[Block]:
+def region_blocks(start: int, end: int, most: int) -> list[Block]:
     """A region in as few blocks of at most so many bases as possible.
 
     Example:
 
-    >>> blocks_of(10, 17, 3)
+    >>> region_blocks(10, 17, 3)
     [Block(start=10, end=12), Block(start=12, end=14), Block(start=14, end=17)]
     """
     count = -(-(end - start) // most)

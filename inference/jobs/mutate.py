@@ -14,11 +14,11 @@ from ..base_tokens import BaseTokens
 from ..class_effects import ClassEffects
 from ..embeddings import context_of
 from ..loaded_model import context_length, head_of
-from ..mutations import Block, Mutation, blocks_of, mutations_of
+from ..mutations import Block, Mutation, region_blocks, mutations_of
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
 from .region_tables import RegionTableJob, rounded
-from .tables import check_table_output, read_table, write_table
+from .tables import check_table_output, read_written, write_table
 from .track import texts_and_beds
 
 DEFAULT_CONTEXT = 512
@@ -100,7 +100,7 @@ class MutateJob(RegionTableJob):
                     f"region {region}: expected 2 to {self.longest:,} bases, which {model_name(self.model.model)} "
                     f"reads at once, got {len(region):,}; give the length of the window as --context."
                 )
-            for block in blocks_of(region.start, region.end, self.per_window):
+            for block in region_blocks(region.start, region.end, self.per_window):
                 for start in range(block.start, block.end, _BASES_PER_CHUNK):
                     end = min(start + _BASES_PER_CHUNK, block.end)
                     yield JobChunk(end - start, (region.record, block, start, end))
@@ -122,7 +122,7 @@ class MutateJob(RegionTableJob):
     def counted(self) -> dict[str, int]:
         """How many changes have which status, in the output that is there."""
         if not self.counts:  # an earlier run wrote it
-            self.counts.update(read_table(self.output, self.schema)["status"].to_pylist())
+            self.counts.update(read_written(self.output, self.schema)["status"].to_pylist())
         return dict(self.counts.most_common())
 
 

@@ -15,7 +15,7 @@ from ...support.figures import draw_stacked_letters, pyplot, write_figure
 from ..mutations import DELETED
 from .dependency import SCHEMA, DependencyJob
 from .mutate import MutateJob
-from .tables import read_table
+from .tables import read_written
 from .track_picture import pictures_of
 
 LONGEST = 2_000  # bases of a picture of changes
@@ -53,10 +53,10 @@ def draw(job: MutateJob | DependencyJob, region: Interval, path: Path) -> None:
         letters = job.genome.fetch(region.record, region.start, region.end)
         strands = "" if job.is_masked else _STRANDS_OF_CAUSAL[job.model.strands]
         title = f"Dependencies by {name}, {_place(region)}{strands}"
-        draw_dependencies(read_table(job.output, SCHEMA), region, letters, path, title)
+        draw_dependencies(read_written(job.output, SCHEMA), region, letters, path, title)
         return
     title = f"Effects{f' on {job.label_name}' if job.label_name else ''} by {name}, {_place(region)}"
-    draw_mutations(read_table(job.output, job.schema), region, path, title, job.effect)
+    draw_mutations(read_written(job.output, job.schema), region, path, title, job.effect)
 
 
 def _place(region: Interval) -> str:

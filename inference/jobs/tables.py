@@ -54,7 +54,7 @@ def write_table(tables: Iterable[pa.Table], output: Path, record: dict[str, Any]
     write_whole(output.with_name(f"{output.name}.json"), json.dumps(record, indent=2) + "\n")
 
 
-def read_table(output: Path, schema: pa.Schema) -> pa.Table:
+def read_written(output: Path, schema: pa.Schema) -> pa.Table:
     """The rows of a table that `write_table` wrote.
 
     Raises:

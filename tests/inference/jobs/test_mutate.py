@@ -25,8 +25,8 @@ from gengram.inference.jobs import ModelOptions, Share, run_job
 from gengram.inference.jobs.dependency import SCHEMA, dependency_job
 from gengram.inference.jobs.mutate import mutate_job
 from gengram.inference.jobs.region_tables import finished_table
-from gengram.inference.jobs.tables import read_table, record_of_table
-from gengram.inference.mutations import blocks_of, shared_window
+from gengram.inference.jobs.tables import read_written, record_of_table
+from gengram.inference.mutations import region_blocks, shared_window
 from gengram.sequences.intervals import Interval
 
 pytest.importorskip("pysam")
@@ -80,7 +80,7 @@ def mutated(fasta, options, tmp_path):
     def run(*regions, make=mutate_job, **choices):
         job = make(fasta, tmp_path / f"{next(numbers)}.parquet", regions, **{"model": options, **choices})
         run_job(job, job.output)
-        return read_table(job.output, SCHEMA if make is dependency_job else job.schema).to_pylist()
+        return read_written(job.output, SCHEMA if make is dependency_job else job.schema).to_pylist()
 
     return run
 
@@ -115,15 +115,15 @@ def expected_llrs(oracle, sequence, place, alternative, block, context):
 )
 @pytest.mark.parametrize("deleted", [0, 1])
 def test_windows_are_those_of_the_documented_rule(length, context, start, end, deleted):
-    (block,) = blocks_of(start, end, context)
+    (block,) = region_blocks(start, end, context)
     first, last = shared_window(block, length, context, deleted)
     assert (first, last - first) == window("A" * length, start, end, context, deleted)
     assert 0 <= first <= start and min(end, length - deleted) <= last <= length - deleted
 
 
 def test_blocks_are_even_and_cover_the_region():
-    assert [tuple(block) for block in blocks_of(5, 105, 48)] == [(5, 38), (38, 71), (71, 105)]
-    assert [tuple(block) for block in blocks_of(5, 6, 48)] == [(5, 6)]
+    assert [tuple(block) for block in region_blocks(5, 105, 48)] == [(5, 38), (38, 71), (71, 105)]
+    assert [tuple(block) for block in region_blocks(5, 6, 48)] == [(5, 6)]
 
 
 # ---- effects on the likelihood
@@ -406,7 +406,7 @@ def test_the_output_says_how_it_was_made(fasta, options, tmp_path):
         assert record["inputs"]["fasta"]["sha256"] and record["settings"]["context"] == 48
         assert finished_table(job, job.output).computed == 0
         assert finished_table(mutate_job(fasta, tmp_path / name, ["short"], model=options), job.output) is None
-    assert read_table(tmp_path / "out.tsv", job.schema).equals(read_table(tmp_path / "out.parquet", job.schema))
+    assert read_written(tmp_path / "out.tsv", job.schema).equals(read_written(tmp_path / "out.parquet", job.schema))
 
 
 # ---- the command
@@ -457,7 +457,7 @@ def test_what_is_drawn_is_what_was_found(mutated, options, fasta, tmp_path):
 
     job = mutate_job(fasta, tmp_path / "x.tsv", ["short", "gaps"], model=options, deletions=True)
     run_job(job, job.output)
-    table = read_table(job.output, job.schema)
+    table = read_written(job.output, job.schema)
     values, reference = pictures.effects_of_region(table, Interval("short", 2, 12), "llr")
     assert reference == GENOME["short"][2:].upper() and values.shape == (10, 5)
     for row in table.to_pylist():
@@ -477,7 +477,7 @@ def test_what_is_drawn_is_what_was_found(mutated, options, fasta, tmp_path):
     (tmp_path / "d").mkdir()
     job = dependency_job(fasta, tmp_path / "d" / "d.tsv", ["short"], model=options)
     run_job(job, job.output)
-    matrix = pictures.dependencies_of_region(read_table(job.output, SCHEMA), Interval("short", 0, 12))
+    matrix = pictures.dependencies_of_region(read_written(job.output, SCHEMA), Interval("short", 0, 12))
     assert np.isnan(matrix.diagonal()).all()
     for row in rows:
         assert matrix[row["i"] - 1, row["j"] - 1] == row["dependency"]
