@@ -80,6 +80,7 @@ class DependencyModel:
         effects = WindowEffects(model, tokenizer, ("llr",), strands, is_masked, tokens_per_pass)
         self.model, self.tokens, self.strands, self.is_masked = model, effects.tokens, strands, effects.is_masked
         self.tokens_per_pass, self.check_length = effects.tokens_per_pass, effects.check_length
+        self._windows = CausalEffects(model, self.tokens, (), self.tokens_per_pass)  # of causal models
 
     @torch.inference_mode()
     def of(self, window: str, places: Sequence[int] | None = None) -> Dependencies:
@@ -125,7 +126,7 @@ class DependencyModel:
 
     def _causal(self, readings: Sequence[Reading]) -> Iterator[tuple[int, int, np.ndarray]]:
         """For each reading its number, and the largest change at each place from a start on."""
-        for branch in CausalEffects(self.model, self.tokens, (), self.tokens_per_pass).branches(readings):
+        for branch in self._windows.branches(readings):
             odds = self._log_odds(branch.logits[:, :-1])  # of the second letter and all behind it
             changes = _largest_changes(odds, branch.pairs.reference, branch.pairs.alternative)
             for member, row in zip(branch.members, changes, strict=True):

@@ -1,5 +1,6 @@
 """`gengram mutate --dependency`: how much each base of a region decides what a model predicts at each other one."""
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from ...support.default_model import model_name
 from ...support.errors import InputError
 from ..dependencies import DependencyModel
 from ..loaded_model import head_of
+from ..memory_use import fast_memory
 from ..mutations import Block, shared_window
 from .job import JobChunk, ModelOptions, Worker
 from .mutate import DEFAULT_CONTEXT, window_sizes
@@ -66,26 +68,34 @@ class DependencyJob(RegionTableJob):
                 yield JobChunk(end - start, (region.record, Block(region.start, region.end), start, end))
 
     def worker(self, device: str | None) -> Worker:
-        """The model, as a function of bases of a region."""
-        head = "masked" if self.is_masked else "causal"
-        loaded = self.model.load(head, device)
-        model = DependencyModel(
-            loaded.model, loaded.tokenizer, self.model.strands, self.is_masked, self.model.batch_tokens
-        )
-
-        def dependencies(content: tuple[str, Block, int, int]) -> pa.Table:
-            contig, region, start, end = content
-            first, last = shared_window(region, self.genome.contigs[contig], self.context)
-            found = model.of(self.genome.fetch(contig, first, last), range(start - first, end - first))
-            inside = slice(region.start - first, region.end - first)
-            numbers = [None if part is None else part[:, inside] for part in (found.mean(), *found)]
-            return pa.Table.from_pylist(list(_rows(contig, start, region.start, numbers)), schema=SCHEMA)
-
-        return dependencies
+        """Load the model, and open the genome."""
+        return _Worker(self, device)
 
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Write the table."""
         write_table(results, output, record, SCHEMA)
+
+
+class _Worker:
+    """A model and a genome, as a function of some bases of a region."""
+
+    def __init__(self, job: DependencyJob, device: str | None):
+        self._job = job
+        loaded = job.model.load("masked" if job.is_masked else "causal", device)
+        self._model = DependencyModel(
+            loaded.model, loaded.tokenizer, job.model.strands, job.is_masked, job.model.batch_tokens
+        )
+        self._fast = contextlib.ExitStack()  # as long as this object
+        self._fast.enter_context(fast_memory(loaded.model))
+
+    def __call__(self, content: tuple[str, Block, int, int]) -> pa.Table:
+        contig, region, start, end = content
+        genome = self._job.genome
+        first, last = shared_window(region, genome.contigs[contig], self._job.context)
+        found = self._model.of(genome.fetch(contig, first, last), range(start - first, end - first))
+        inside = slice(region.start - first, region.end - first)
+        numbers = [None if part is None else part[:, inside] for part in (found.mean(), *found)]
+        return pa.Table.from_pylist(list(_rows(contig, start, region.start, numbers)), schema=SCHEMA)
 
 
 def _rows(contig: str, first_i: int, first_j: int, numbers: Sequence[np.ndarray | None]) -> Iterator[dict[str, Any]]:

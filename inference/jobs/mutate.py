@@ -1,5 +1,6 @@
 """`gengram mutate`: the effect of every single-base change of a region, on its likelihood or on a class."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from ..base_tokens import BaseTokens
 from ..class_effects import ClassEffects
 from ..embeddings import context_of
 from ..loaded_model import context_length, head_of
-from ..mutations import Block, Mutation, region_blocks, mutations_of
+from ..memory_use import fast_memory
+from ..mutations import Block, Mutation, mutations_of, region_blocks
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
 from .region_tables import RegionTableJob, rounded
@@ -146,6 +148,8 @@ class MutateWorker:
                 loaded.model, loaded.tokenizer, ("llr",), strands, job.head == "masked", tokens
             )
             self._effects = self._on_likelihood
+        self._fast = contextlib.ExitStack()  # as long as this object
+        self._fast.enter_context(fast_memory(loaded.model))
         self.advance: Callable[[int], Any] | None = None  # called with the number of bases that are done
 
     def __call__(self, content: tuple[str, Block, int, int]) -> pa.Table:
