@@ -8,7 +8,22 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ._version import __version__
-from .commands import bench, convert, demo, diff, doctor, embed, fill, generate, info, prepare, score, track, verify
+from .commands import (
+    bench,
+    convert,
+    demo,
+    diff,
+    doctor,
+    embed,
+    fill,
+    generate,
+    info,
+    mutate,
+    prepare,
+    score,
+    track,
+    verify,
+)
 from .support.errors import FetchError, MissingExtraError, plain_words
 from .support.printable import printable_lines
 
@@ -33,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "score": score,
     "embed": embed,
     "track": track,
+    "mutate": mutate,
     "prepare": prepare,
     "fill": fill,
     "generate": generate,

@@ -29,6 +29,28 @@ class _Unit(NamedTuple):
     members: list[int]  # indices of readings
 
 
+class Branch(NamedTuple):
+    """Ends of windows, and what the model made of them.
+
+    Args:
+        members: the reading of each pair.
+        pairs: the rows that hold its two windows.
+        split: where the rows begin in their windows.
+        skipped: tokens that the model read in front of the rows' letters.
+        ids: (rows, length) letters.
+        logits: (rows, length, vocabulary) after each letter.
+        last: (rows, 1, vocabulary) before the first letter; None at the start of a window.
+    """
+
+    members: list[int]
+    pairs: RowPairs
+    split: int
+    skipped: int
+    ids: torch.Tensor
+    logits: torch.Tensor
+    last: torch.Tensor | None
+
+
 class CausalEffects:
     """Effects by a causal model.
 
@@ -50,16 +72,21 @@ class CausalEffects:
     def measure(self, readings: Sequence[Reading]) -> list[Effect]:
         """The effect of each reading; what is computed together does not change a number beyond rounding."""
         found: list[Effect] = [Effect()] * len(readings)
+        with seen(self.reader.model, "embedding" in self.scores, "memory" in self.scores) as parts:
+            for branch in self.branches(readings):
+                for member, effect in self._effects_of(branch, parts):
+                    found[member] = effect
+        return found
+
+    def branches(self, readings: Sequence[Reading]) -> Iterator[Branch]:
+        """The ends of all windows, from where they are split on, and what the model made of them; in any order."""
         groups: dict[tuple[int, ...], list[list[_Unit]]] = defaultdict(list)
         for units in self._units(readings):
             length = len(readings[units[0].members[0]].reference)
             groups[(length, *(unit.split for unit in units))].append(units)
-        with seen(self.reader.model, "embedding" in self.scores, "memory" in self.scores) as parts:
-            for (length, *_), references in groups.items():
-                for batch in self._batches(references, length):
-                    for member, effect in self._read(readings, batch, parts):
-                        found[member] = effect
-        return found
+        for (length, *_), references in groups.items():
+            for batch in self._batches(references, length):
+                yield from self._read(readings, batch)
 
     def _rows_at_once(self, length: int) -> int:
         return max(2, self.tokens_per_pass // (len(self.tokens.before) + length))
@@ -97,10 +124,8 @@ class CausalEffects:
         if batch:
             yield batch
 
-    def _read(
-        self, readings: Sequence[Reading], batch: list[list[_Unit]], parts: Seen
-    ) -> Iterator[tuple[int, Effect]]:
-        """Effects of one batch: the trunks of its references grow from split to split, and branch at each."""
+    def _read(self, readings: Sequence[Reading], batch: list[list[_Unit]]) -> Iterator[Branch]:
+        """One batch: the trunks of its references grow from split to split, and branch at each."""
         trunks = torch.from_numpy(np.stack([readings[units[0].members[0]].reference for units in batch]))
         cache, last, done = None, None, 0
         for step, unit in enumerate(batch[0]):
@@ -108,7 +133,7 @@ class CausalEffects:
                 ids = self._ids(trunks[:, done : unit.split], is_start=done == 0)
                 trunk = self.reader.read(ids, cache, keeps_cache=True)
                 cache, last, done = trunk.cache, trunk.logits[:, -1:], unit.split
-            yield from self._branch(readings, [units[step] for units in batch], cache, last, done, parts)
+            yield self._branch(readings, [units[step] for units in batch], cache, last, done)
 
     def _ids(self, ids: torch.Tensor, is_start: bool) -> torch.Tensor:
         """Ids on the device, after what the tokenizer puts in front of a sequence."""
@@ -118,15 +143,9 @@ class CausalEffects:
         return ids.to(self.reader.device)
 
     def _branch(
-        self,
-        readings: Sequence[Reading],
-        units: list[_Unit],
-        cache: Any,
-        last: torch.Tensor | None,
-        split: int,
-        parts: Seen,
-    ) -> Iterator[tuple[int, Effect]]:
-        """Effects of units, from the ends of all their windows.
+        self, readings: Sequence[Reading], units: list[_Unit], cache: Any, last: torch.Tensor | None, split: int
+    ) -> Branch:
+        """The ends of all windows of units.
 
         Args:
             cache, last: of the windows' beginnings, one row per unit, and the logits after them; None without any.
@@ -136,17 +155,21 @@ class CausalEffects:
         ids = self._ids(ends.letters, is_start=split == 0)
         logits = self.reader.read(ids, None if cache is None else branched(cache, ends.owners)).logits
         skipped = ids.shape[1] - ends.letters.shape[1]
-        logits, ids = logits[:, skipped:], ids[:, skipped:]  # (rows, length, vocabulary) after each letter
-        own = _own_log_probabilities(logits, ids, None if last is None else last[ends.owners])
+        last = None if last is None else last[ends.owners]
+        return Branch(ends.members, ends.pairs, split, skipped, ids[:, skipped:], logits[:, skipped:], last)
+
+    def _effects_of(self, branch: Branch, parts: Seen) -> Iterator[tuple[int, Effect]]:
+        _, pairs, split, skipped, ids, logits, last = branch
+        own = _own_log_probabilities(logits, ids, last)
         if not self.counts_other:
             own = own.masked_fill(ids == self.tokens.other, 0)
-        found = {"llr": log_likelihood_ratios(own, ends.pairs)}
+        found = {"llr": log_likelihood_ratios(own, pairs)}
         if "jsd" in self.scores:
             bases = logits[..., list(self.tokens.bases)].to(widest(logits.device))
-            found["jsd"] = divergences(bases.log_softmax(-1), ends.pairs)
-        found |= distances_of_parts(parts, ends.pairs, skipped, window=split + ids.shape[1])
+            found["jsd"] = divergences(bases.log_softmax(-1), pairs)
+        found |= distances_of_parts(parts, pairs, skipped, window=split + ids.shape[1])
         numbers = torch.stack(list(found.values()), dim=1).tolist()
-        for member, row in zip(ends.members, numbers, strict=True):
+        for member, row in zip(branch.members, numbers, strict=True):
             yield member, Effect(**dict(zip(found, row, strict=True)))
 
 

@@ -4,10 +4,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 UNKNOWN_CONTEXT = 10**9  # tokens, if nothing says how many a model can read
-HEADS: dict[str | None, Any] = {None: AutoModel, "causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+HEADS: dict[str | None, Any] = {
+    None: AutoModel,
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "classes": AutoModelForSequenceClassification,
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ def load_model(
 
     Args:
         name: folder or Hub id.
-        head: `None` for hidden states, or the language model: `causal` or `masked`.
+        head: `None` for hidden states, the language model: `causal` or `masked`, or `classes` of sequences.
         dtype: of the weights and activations.
         device: where to run; by default the first GPU if there is one.
         loading: further arguments of `from_pretrained`, as `revision` and `trust_remote_code`.

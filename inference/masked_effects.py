@@ -50,7 +50,9 @@ class MaskedEffects:
         reference = torch.from_numpy(np.stack([reading.reference for reading in readings]))
         alternative = torch.from_numpy(np.stack([reading.alternative for reading in readings]))
         changed = reference != alternative  # (readings, length)
-        logits = letter_logits(self.model, self.tokens, reference.masked_fill(changed, self.tokens.mask or 0))
+        masked = reference.masked_fill(changed, self.tokens.mask or 0)
+        different, rows = masked.unique(dim=0, return_inverse=True)  # alternatives to one base are masked alike
+        logits = letter_logits(self.model, self.tokens, different)[rows.to(device)]
         chances = logits.to(widest(device)).log_softmax(-1)
         of_each = [chances.gather(-1, ids.to(device).unsqueeze(-1)).squeeze(-1) for ids in (alternative, reference)]
         found = {"llr": (of_each[0] - of_each[1]).masked_fill(~changed.to(device), 0).sum(1)}

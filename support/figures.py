@@ -14,6 +14,8 @@ STRAND_COLOURS = {"+": "#0072B2", "-": "#D55E00"}
 GENE_COLOUR = "#333333"
 OTHER_COLOUR = "#999999"
 
+_LOGO_WIDTH = 0.9  # of a letter, where the next one stands at 1
+
 
 def pyplot() -> Any:
     """`matplotlib.pyplot`, drawing into files without a display.
@@ -70,3 +72,33 @@ def draw_letters(axis: Any, rows: Sequence[str], first: int) -> None:
                 va="center",
             )
     axis.set_ylim(0.5 - len(rows), 0.5)
+
+
+def draw_stacked_letters(axis: Any, columns: Sequence[Sequence[tuple[str, float]]], first: int) -> None:
+    """Draw a logo: letters on top of each other, as high as they count; those below 0 hang from the line.
+
+    Args:
+        axis: of Matplotlib.
+        columns: letters and heights, from the line outwards.
+        first: where the first column stands on the axis; the others follow at 1, 2, ...
+    """
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.patches import PathPatch
+    from matplotlib.textpath import TextPath
+    from matplotlib.transforms import Affine2D
+
+    font = FontProperties(family="DejaVu Sans", weight="bold")
+    glyphs = {letter: TextPath((0, 0), letter, prop=font) for column in columns for letter, _ in column}
+    low = high = 0.0
+    for place, column in enumerate(columns, first):
+        above = below = 0.0
+        for letter, height in column:
+            bottom = above if height >= 0 else below + height
+            above, below = (above + height, below) if height >= 0 else (above, below + height)
+            box = glyphs[letter].get_extents()
+            to_place = Affine2D().translate(-box.x0, -box.y0).scale(_LOGO_WIDTH / box.width, abs(height) / box.height)
+            to_place = to_place.translate(place - _LOGO_WIDTH / 2, bottom)
+            colour = BASE_COLOURS.get(letter.upper(), OTHER_COLOUR)
+            axis.add_patch(PathPatch(glyphs[letter].transformed(to_place), color=colour, linewidth=0))
+        low, high = min(low, below), max(high, above)
+    axis.set_ylim(low * 1.05, high * 1.05 or 1.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet
 
 from ...support.whole_output import write_whole
@@ -51,3 +52,32 @@ def write_table(tables: Iterable[pa.Table], output: Path, record: dict[str, Any]
         for table in tables:
             writer.writerows(zip(*(column.to_pylist() for column in table.cast(schema).columns), strict=True))
     write_whole(output.with_name(f"{output.name}.json"), json.dumps(record, indent=2) + "\n")
+
+
+def read_written(output: Path, schema: pa.Schema) -> pa.Table:
+    """The rows of a table that `write_table` wrote.
+
+    Raises:
+        OSError, ValueError: if it cannot be read.
+    """
+    if output.suffix == ".parquet":
+        return pa.parquet.read_table(output, partitioning=None).cast(schema)
+    types = dict(zip(schema.names, schema.types, strict=True))
+    return pa.csv.read_csv(
+        output,
+        parse_options=pa.csv.ParseOptions(delimiter="\t"),
+        convert_options=pa.csv.ConvertOptions(column_types=types, null_values=[""]),
+    )
+
+
+def record_of_table(output: Path) -> dict[str, Any] | None:
+    """How a table was made, as `write_table` kept it; None if that cannot be read."""
+    try:
+        if output.suffix == ".parquet":
+            text = (pa.parquet.read_schema(output).metadata or {})[b"gengram"].decode()
+        else:
+            text = output.with_name(f"{output.name}.json").read_text()
+        record = json.loads(text)
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if isinstance(record, dict) else None

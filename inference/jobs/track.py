@@ -149,11 +149,7 @@ def track_job(
     """
     if format not in FORMATS:
         raise InputError(f"--format: expected {' or '.join(FORMATS)}, got {format!r}.")
-    if whole_genome == bool(regions):
-        raise InputError(
-            "expected regions or --whole-genome, and not both: a BED file, or regions such as chr9:10,000-20,000."
-        )
-    beds = [region for region in regions if _is_file(region)]
+    texts, beds = texts_and_beds(regions, whole_genome)
     config = model.load_config()
     tokens, head = BaseTokens.of(model.load_tokenizer()), head_of(config)
     name, memory_layers = model_name(model.model), getattr(config, "memory_layers", None) or []
@@ -165,8 +161,8 @@ def track_job(
     return TrackJob(
         Path(fasta),
         model,
-        tuple(str(region) for region in regions if region not in beds),
-        tuple(map(Path, beds)),
+        texts,
+        beds,
         tuple(tracks_of(values, model.strands, memory_layers)),
         head == "masked",
         context,
@@ -186,6 +182,22 @@ def finished_tracks(job: TrackJob, output: Path) -> JobSummary | None:
     if not isinstance(stored, dict) or differences({**record, "tracks": stored.get("tracks")}, stored):
         return None
     return JobSummary(output, sum(chunk.size for chunk in job.chunks()), 0, True, record)
+
+
+def texts_and_beds(
+    regions: Sequence[str | Path], whole_genome: bool = False
+) -> tuple[tuple[str, ...], tuple[Path, ...]]:
+    """What a user gave as regions: texts such as `chr1:1,000-2,000`, and BED files.
+
+    Raises:
+        InputError: if there are none, or some beside the whole genome.
+    """
+    if whole_genome == bool(regions):
+        raise InputError(
+            "expected regions or --whole-genome, and not both: a BED file, or regions such as chr9:10,000-20,000."
+        )
+    beds = tuple(Path(region) for region in regions if _is_file(region))
+    return tuple(str(region) for region in regions if not _is_file(region)), beds
 
 
 def _is_file(region: str | Path) -> bool:

@@ -31,6 +31,13 @@ _LETTER_WIDTH = 0.0075  # of a gene's name, as a share of the width
 
 
 def plan_pictures(job: TrackJob, image: Path) -> dict[Path, Interval]:
+    """Which picture will show which region: see `pictures_of`."""
+    with open_genome(job.fasta) as genome:
+        regions = regions_of(genome, job.regions, job.beds)
+    return pictures_of(regions, image)
+
+
+def pictures_of(regions: Sequence[Interval], image: Path, longest: int = LONGEST) -> dict[Path, Interval]:
     """Which picture will show which region: `image` for a single one, else names made of it and the region.
 
     Raises:
@@ -41,13 +48,11 @@ def plan_pictures(job: TrackJob, image: Path) -> dict[Path, Interval]:
     if image.suffix not in SUFFIXES:
         raise InputError(f"--image: expected a name that ends in {' or '.join(SUFFIXES)}, got {image.name!r}.")
     pyplot()
-    with open_genome(job.fasta) as genome:
-        regions = regions_of(genome, job.regions, job.beds)
-    longest = max(map(len, regions), default=0)
-    if len(regions) > MOST_PICTURES or longest > LONGEST:
+    most = max(map(len, regions), default=0)
+    if len(regions) > MOST_PICTURES or most > longest:
         raise InputError(
-            f"--image: expected at most {MOST_PICTURES} regions of at most {LONGEST:,} bases to draw, got "
-            f"{len(regions):,} of up to {longest:,}; draw fewer or shorter ones, or leave it out."
+            f"--image: expected at most {MOST_PICTURES} regions of at most {longest:,} bases to draw, got "
+            f"{len(regions):,} of up to {most:,}; draw fewer or shorter ones, or leave it out."
         )
     places = {image: regions[0]} if len(regions) == 1 else {_own_name(image, region): region for region in regions}
     for path in places:
