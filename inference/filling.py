@@ -10,6 +10,7 @@ import torch
 from ..sequences.alphabet import BASES, reverse_complement
 from ..sequences.gaps import Gap
 from .effects import Change
+from .finite import check_finite
 from .masked_effects import letter_logits
 from .window_effects import WindowEffects
 
@@ -240,6 +241,7 @@ class GapFiller:
                     logs[number] += found[[gap.place for gap in windows[number].gaps]]
         for window, log in zip(windows, logs, strict=True):
             may_be = np.array([[base in gap.bases for base in BASES] for gap in window.gaps])
+            check_finite(log, self._effects.model)
             chances = np.exp(log / len(strands)) * may_be
             yield chances / chances.sum(1, keepdims=True)
 

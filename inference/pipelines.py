@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, Pipeline
+from transformers import AutoModel, Pipeline
 
 from ..sequences.gaps import find_gaps
 from ..sequences.genome import Genome, genome_of, open_genome
@@ -20,12 +20,21 @@ from ..support.errors import InputError, shortened
 from .effects import NUMBERS, SCORES
 from .embeddings import SequenceEncoder
 from .filling import DEFAULT_CONTEXT, DEFAULT_JOINT, GapFiller, gap_windows, with_bases
-from .loaded_model import HEADS, LoadedModel, head_of
+from .loaded_model import HEADS, LoadedModel, head_of, load_config, load_whole
 from .memory_use import memories_of
 from .variant_effects import effects_of_checked
 from .window_effects import WindowEffects
 
 BATCH_SIZE = 64  # inputs that are computed together, unless the user says otherwise
+
+
+class AutoBody:
+    """Loads a model without its head."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, **loading: Any) -> Any:
+        """The model; arguments as those of the library's Auto classes."""
+        return load_whole(AutoModel, name, **loading)
 
 
 class AutoLanguageModel:
@@ -37,8 +46,8 @@ class AutoLanguageModel:
         known = {
             key: loading[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in loading
         }
-        head = head_of(AutoConfig.from_pretrained(name, **known)) or "causal"
-        return HEADS[head].from_pretrained(name, **loading)
+        head = head_of(load_config(name, **known)) or "causal"
+        return load_whole(HEADS[head], name, **loading)
 
 
 class DnaPipeline(Pipeline):
@@ -233,7 +242,7 @@ class DnaVariantEffectPipeline(DnaPipeline):
 TASKS: dict[str, dict[str, Any]] = {
     task: {"impl": pipeline, "pt": (loader,), "default": {"model": (DEFAULT_MODEL, None)}, "type": "text"}
     for task, pipeline, loader in (
-        ("dna-embedding", DnaEmbeddingPipeline, AutoModel),
+        ("dna-embedding", DnaEmbeddingPipeline, AutoBody),
         ("dna-fill-mask", DnaFillMaskPipeline, AutoLanguageModel),
         ("dna-variant-effect", DnaVariantEffectPipeline, AutoLanguageModel),
     )
