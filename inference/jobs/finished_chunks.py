@@ -73,8 +73,9 @@ class FinishedChunks:
             changed = differences(before, record) if isinstance(before, dict) else ["record"]
             if changed and not restart:
                 raise InputError(
-                    f"{printable(self.folder)} keeps the finished part of another run for the same output; it differs "
-                    f"in {', '.join(changed[:8])}. Repeat that command to go on with it, or add --restart to discard it."
+                    f"{printable(self.folder)} keeps the finished part of another run for the same output, which "
+                    f"differs in {', '.join(changed[:8])}. Repeat that command to go on with it, or add --restart to "
+                    "discard it."
                 )
             if changed or (restart and self._process == 0):
                 self._discard()
