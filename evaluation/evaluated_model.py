@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..inference.embeddings import SequenceEncoder
-from ..inference.loaded_model import LoadedModel, load_model
+from ..inference.loaded_model import LoadedModel, head_of, load_config, load_model
 from ..support.errors import InputError
 
 
@@ -32,9 +32,26 @@ class EvaluatedModel:
         return SequenceEncoder(self.name, dtype=self.dtype, device=self.device, **self.loading)
 
     @functools.cached_property
+    def is_masked(self) -> bool:
+        """Whether it predicts masked bases."""
+        return head_of(load_config(self.name, **self.loading)) == "masked"
+
+    @functools.cached_property
+    def language_model(self) -> LoadedModel:
+        """The model with the head that it was saved with, causal or masked."""
+        head = "masked" if self.is_masked else "causal"
+        return load_model(self.name, head, self.dtype, self.device, **self.loading)
+
+    @property
     def causal(self) -> LoadedModel:
-        """The causal language model."""
-        return load_model(self.name, "causal", self.dtype, self.device, **self.loading)
+        """The causal language model.
+
+        Raises:
+            InputError: if it is a masked one, which has no likelihood of sequences.
+        """
+        if self.is_masked:
+            raise InputError(f"{self.name} predicts masked bases from both sides, so it has no likelihoods.")
+        return self.language_model
 
     def embed(
         self, sequences: Sequence[str], choices: Sequence[tuple[int, str]], both_strands: bool, progress: bool

@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     Trainer,
@@ -17,7 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from ..inference.loaded_model import context_length
+from ..inference.loaded_model import context_length, load_config, load_tokenizer, load_whole
 from ..sequences.alphabet import reverse_complement
 from ..support.errors import MissingExtraError
 from .classifiers import HELD_OUT_SHARE, held_out
@@ -47,16 +45,16 @@ def fine_tune(
         loading: further arguments of `from_pretrained`, as `revision` and `trust_remote_code`.
     """
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_name, **loading)
-    config = AutoConfig.from_pretrained(model_name, num_labels=len(train.classes), **loading)
+    tokenizer = load_tokenizer(model_name, **loading)
+    config = load_config(model_name, num_labels=len(train.classes), **loading)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     is_gengram = config.model_type == "gengram"
     if is_gengram:
         config.classifier_pooling = options.pooling or config.classifier_pooling
         config.is_causal = config.is_causal and not options.bidirectional
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_name, config=config, dtype=torch.float32, **loading
+    model = load_whole(
+        AutoModelForSequenceClassification, model_name, True, config=config, dtype=torch.float32, **loading
     )
     if with_lora:
         try:

@@ -135,7 +135,7 @@ class VariantTask:
     Args:
         name: of the task.
         variants: CSV, TSV or Parquet file, also compressed.
-        fasta: the reference; its first record.
+        fasta: the reference, of one record.
         first_base: position that the table gives to the first base of the FASTA: 1 if positions are 1-based and the
             FASTA starts the chromosome.
         position, reference, alternative, label: columns.

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, get_args, get_type_hints
 import yaml
 
 from ..support.errors import InputError, quoted, shortened
-from ..support.input_file import shown_name
+from ..support.input_file import read_text, shown_name
 from .suite import ClassificationTask, FineTuningOptions, LikelihoodTask, Source, Suite, Task, VariantTask
 
 BUILT_IN = Path(__file__).parent / "suites"
@@ -202,8 +202,9 @@ class _TextLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> Any:
     """What a YAML file holds: mappings, lists and text."""
+    text = read_text(path, "YAML")
     try:
-        return yaml.load(path.read_bytes(), _TextLoader)
+        return yaml.load(text, _TextLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{shown_name(path)}{line}: expected YAML, got {error.problem}.") from None

@@ -137,12 +137,12 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         blocks = itertools.chain([start], blocks)
         content = b"".join(decompressed(blocks, compression, name) if compression else blocks)
     try:
-        with pyarrow.parquet.ParquetFile(io.BytesIO(content)) as file:
+        with pyarrow.parquet.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
             _check_columns(path, columns, file.schema_arrow.names)
             table = file.read(list(columns))
             return text_table({name: table[name].to_pylist() for name in columns})
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: expected a Parquet file: {' '.join(str(error).split())}.") from None
+        raise InputError(f"{name}: expected a Parquet file: {printable(' '.join(str(error).split()))}.") from None
 
 
 def _read_delimited(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -50,14 +50,20 @@ def read_labelled_variants(task: VariantTask, data: Path, protocols: Sequence[st
     """The rows of a task that have a label and can be scored; the others are counted, by the reason.
 
     Raises:
-        InputError: if a file cannot be used, a position is no whole number, most reference alleles are not what the
-            sequence holds, or no row is positive or none is negative.
+        InputError: if a file cannot be used, FASTA has several records, a position is no whole number, most reference
+            alleles are not what the sequence holds, or no row is positive or none is negative.
         OSError: if a file cannot be read.
     """
     where = shown_name(data / task.variants)
     columns = [task.position, task.reference, task.alternative, task.label]
     table = read_table(data / task.variants, columns + ([task.stratum] if task.stratum is not None else []))
-    contig, sequence = next(read_fasta(data / task.fasta))
+    records = read_fasta(data / task.fasta)
+    contig, sequence = next(records)
+    if next(records, None) is not None:
+        raise InputError(
+            f"{shown_name(data / task.fasta)}: expected one record, since positions of a task name none, got more; "
+            "write the one that the variants are of into a file of its own."
+        )
     genome = genome_of({contig: sequence}, shown_name(data / task.fasta))
     names = table[task.label].map(class_name)
     left_out: Counter[str] = Counter()
@@ -112,7 +118,8 @@ Scores = tuple[np.ndarray, dict[str, int]]  # (variants,), nan for those that we
 
 def zero_shot(model: EvaluatedModel, task: VariantTask, rows: LabelledVariants, progress: bool) -> Scores:
     """How unlikely an alternative allele is: the reference's log-likelihood minus its own, mean of both strands."""
-    effects = WindowEffects(model.causal.model, model.causal.tokenizer)
+    loaded = model.language_model
+    effects = WindowEffects(loaded.model, loaded.tokenizer, is_masked=model.is_masked)
     found = effects_of_checked(effects, rows.genome, ((variant, "") for variant in rows.variants), 2 * task.flank + 1)
     scores, left_out = np.full(len(rows.variants), np.nan), Counter[str]()
     bar = progress_bar(model.name if progress else None, "variant", len(scores), found)
@@ -121,11 +128,6 @@ def zero_shot(model: EvaluatedModel, task: VariantTask, rows: LabelledVariants, 
             left_out[REASONS[status]] += 1
         else:
             scores[number] = -effect.mean("llr")
-    wrong = int((~np.isfinite(scores)).sum()) - left_out.total()
-    if wrong:
-        raise InputError(
-            f"expected finite likelihoods, got others for {wrong} of {len(scores)} variants; try float32."
-        )
     return scores, dict(left_out)
 
 

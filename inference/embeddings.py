@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..sequences.alphabet import reverse_complement, strange_letter
+from ..sequences.alphabet import check_letters, reverse_complement
 from ..support.default_model import DEFAULT_MODEL
-from ..support.errors import InputError, shortened
+from ..support.errors import InputError
 from ..support.progress import progress_bar
 from .base_tokens import BaseTokens
 from .hidden_states import TOKENS_AT_ONCE, HiddenStates
@@ -310,13 +310,7 @@ def check_dna(sequence: str, where: str, first: int = 0) -> None:
     """
     if not sequence:
         raise InputError(f"{where}: expected bases, got an empty sequence, which has no embedding; remove it.")
-    place = strange_letter(sequence)
-    if place is not None:
-        hint = "; remove the gaps of an alignment first" if sequence[place] in "-." else ""
-        raise InputError(
-            f"{where}: expected DNA (A, C, G, T, N or other IUPAC codes), got {shortened(sequence[place])} at base "
-            f"{first + place + 1:,}{hint}."
-        )
+    check_letters(sequence, where, first)
 
 
 def context_of(most_tokens: int, tokens: Any, context: int | None = None) -> int:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..sequences.alphabet import BASES, reverse_complement
+from ..sequences.alphabet import BASES, OTHER, base_digits, reverse_complement
 from ..sequences.gaps import Gap
 from .effects import Change
+from .finite import check_finite
 from .masked_effects import letter_logits
 from .window_effects import WindowEffects
 
@@ -21,7 +22,7 @@ TOO_MANY = "too_many_gaps"
 STATUSES = {
     FILLED: "filled together with all other gaps of their windows",
     NEAREST: "filled together with the nearest gaps only, the others being N",
-    UNSURE: "left, no base being probable enough",
+    UNSURE: "left, no base being probable enough, or no base of the window being known",
     TOO_MANY: "left, too many gaps being in their windows; --nearest fills them, too",
 }
 
@@ -45,6 +46,22 @@ class GapWindow(NamedTuple):
     gaps: tuple[Gap, ...]
     asked: tuple[int, ...]
     is_exact: bool = True
+
+
+def check_fill_options(context: int, joint: int, longest_run: int, least_probability: float) -> None:
+    """Refuse options of filling that make no sense.
+
+    Raises:
+        ValueError: if one is out of its range; the message names it.
+    """
+    for name, value, is_right, words in (
+        ("context", context, context >= 1, "at least 1"),
+        ("joint", joint, 1 <= joint <= MOST_JOINT, f"1 to {MOST_JOINT}, since 4^{MOST_JOINT} fillings are compared"),
+        ("longest_run", longest_run, longest_run >= 1, "at least 1"),
+        ("least_probability", least_probability, 0 <= least_probability <= 1, "0 to 1"),
+    ):
+        if not is_right:
+            raise ValueError(f"{name}: expected {words}, got {value}.")
 
 
 def gap_windows(letters: str, gaps: Sequence[Gap], context: int, joint: int | None) -> Iterator[tuple[int, GapWindow]]:
@@ -172,6 +189,14 @@ class GapFiller:
         """Most bases of a window."""
         return self._effects.longest
 
+    def check_length(self, length: int) -> None:
+        """Refuse windows that are longer than what the model can read.
+
+        Raises:
+            ValueError: if they are.
+        """
+        self._effects.check_length(length)
+
     def fill(
         self, windows: Sequence[tuple[int, GapWindow]], nearest: bool = False, least_probability: float = 0.0
     ) -> Iterator[list[FilledGap]]:
@@ -193,9 +218,10 @@ class GapFiller:
                 yield [FilledGap(place, "N", TOO_MANY) for place in places]
                 continue
             gaps = []
+            knows_a_base = bool((base_digits(window.text) < OTHER).any())
             for place, chances in zip(places, next(found), strict=True):
                 status = FILLED if window.is_exact else NEAREST
-                status = UNSURE if chances.max() < least_probability else status
+                status = UNSURE if chances.max() < least_probability or not knows_a_base else status
                 gaps.append(FilledGap(place, BASES[chances.argmax()], status, tuple(chances.tolist())))
             yield gaps
 
@@ -206,7 +232,7 @@ class GapFiller:
             ValueError: if a window is longer than the model reads.
         """
         for window in windows:
-            self._effects.check_length(len(window.text))
+            self.check_length(len(window.text))
         found = self._masked(windows) if self.is_masked else self._posteriors(windows)
         return [chances[list(window.asked)] for window, chances in zip(windows, found, strict=True)]
 
@@ -240,6 +266,7 @@ class GapFiller:
                     logs[number] += found[[gap.place for gap in windows[number].gaps]]
         for window, log in zip(windows, logs, strict=True):
             may_be = np.array([[base in gap.bases for base in BASES] for gap in window.gaps])
+            check_finite(log, self._effects.model)
             chances = np.exp(log / len(strands)) * may_be
             yield chances / chances.sum(1, keepdims=True)
 

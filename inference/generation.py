@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..sequences.alphabet import BASES
+from ..sequences.alphabet import BASES, check_letters
 from .base_tokens import BaseTokens
+from .finite import check_finite
 from .loaded_model import context_length
 from .memory_use import fast_memory
 from .shared_prefix import CausalReader, Pass
@@ -143,10 +144,16 @@ class BaseGenerator:
         """The new bases behind each prompt.
 
         Args:
-            prompts: sequences; letters that are not bases are read as N. An empty one begins with the model's own
-                first token, or with a random base if it has none.
+            prompts: sequences of IUPAC codes; those that are not bases are read as N. An empty one begins with the
+                model's own first token, or with a random base if it has none.
             draws: (prompts, new bases), uniform in [0, 1).
+
+        Raises:
+            InputError: if a prompt has other letters.
+            ValueError: if the model gives NaN or infinity.
         """
+        for number, prompt in enumerate(prompts):
+            check_letters(prompt, f"prompt {number}")
         lengths = np.array([len(prompt) for prompt in prompts])
         rows, new = draws.shape
         total = int(lengths.max()) + new
@@ -188,7 +195,9 @@ class BaseGenerator:
         return self.reader.read(torch.from_numpy(whole).to(self.reader.device), cache, keeps_cache)
 
     def _choose(self, logits: torch.Tensor, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.sampling.choose(logits[:, -1, list(self.tokens.bases)].double().cpu().numpy(), draws)
+        found = logits[:, -1, list(self.tokens.bases)].double().cpu().numpy()
+        check_finite(found, self.reader.model)
+        return self.sampling.choose(found, draws)
 
     def _place(self, ids: np.ndarray, here: int, lengths: np.ndarray, digits: np.ndarray) -> None:
         """Write bases behind prompts that have ended."""

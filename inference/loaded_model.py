@@ -1,16 +1,23 @@
 """A model of Transformers on its device, with its tokenizer."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+
+from ..support.errors import InputError, quoted
+from ..support.printable import printable
+from .model_folder import check_model_folder
 
 UNKNOWN_CONTEXT = 10**9  # tokens, if nothing says how many a model can read
 HEADS: dict[str | None, Any] = {
@@ -56,14 +63,80 @@ def load_model(
         loading: further arguments of `from_pretrained`, as `revision` and `trust_remote_code`.
 
     Raises:
-        ValueError: if there is no such head.
+        ValueError: if there is no such head, or the model was not saved with it.
         OSError: if there is no such model.
     """
     if head not in HEADS:
         raise ValueError(f"expected a head of {list(HEADS)}, got {head!r}.")
-    model = HEADS[head].from_pretrained(name, dtype=dtype, **loading)
+    model = load_whole(HEADS[head], name, dtype=dtype, **loading)
+    if head == "causal" and head_of(model.config) == "masked":
+        raise ValueError(
+            f"{printable(name)} predicts masked bases from both sides; expected a causal model, which predicts the "
+            "next base from those before it."
+        )
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    return LoadedModel(model, AutoTokenizer.from_pretrained(name, **loading))
+    return LoadedModel(model, load_tokenizer(name, **loading))
+
+
+def load_config(name: str, **loading: Any) -> Any:
+    """A model's configuration; errors name the file that is wrong."""
+    check_model_folder(name)
+    return AutoConfig.from_pretrained(name, **loading)
+
+
+def load_tokenizer(name: str, **loading: Any) -> Any:
+    """A model's tokenizer; errors name the file that is wrong."""
+    check_model_folder(name)
+    return AutoTokenizer.from_pretrained(name, **loading)
+
+
+def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading: Any) -> Any:
+    """A model of which every weight is read.
+
+    Transformers makes up what a file lacks, at random, and leaves out what does not fit; it says so in a warning only.
+
+    Args:
+        auto_class: whose `from_pretrained` is called.
+        name: folder or Hub id.
+        has_new_head: whether what stands on the model's body is to be trained, and may be missing.
+        loading: further arguments of `from_pretrained`.
+
+    Raises:
+        InputError: if weights are missing, damaged, of another shape, or of layers that the model does not have.
+        OSError: if there is no such model.
+    """
+    check_model_folder(name)
+    try:
+        model, found = auto_class.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **loading
+        )
+    except SafetensorError as error:
+        raise InputError(f"{printable(name)}: its weights are damaged ({error}); fetch them again.") from None
+    body = f"{model.base_model_prefix}."  # which the names of its weights begin with in a model with a head
+    missing = {*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])}
+    if has_new_head:
+        missing = {key for key in missing if key.startswith(body)}
+    if has_new_head or auto_class is AutoModel:  # language models are saved without one; it makes no hidden states
+        missing = {key for key in missing if "pooler" not in key}
+    kinds = {_kind_of(key, body) for key in model.state_dict()}
+    surplus = [key for key in found["unexpected_keys"] if _kind_of(key, body) in kinds]
+    name, made_of = printable(name), f"weights of {type(model).__name__}"
+    if missing:
+        raise InputError(
+            f"{name}: expected all {made_of}, got none of {quoted(sorted(missing), limit=3)}, which would be random. "
+            "Is config.json that of another model, or was the model saved with another head?"
+        )
+    if surplus:
+        raise InputError(
+            f"{name}: expected {made_of} alone, got {quoted(sorted(surplus), limit=3)} of layers that it does not "
+            "have by config.json. Is that of another model?"
+        )
+    return model
+
+
+def _kind_of(key: str, body: str) -> str:
+    """A weight's name without the numbers of its layer and expert, and without what the body is called."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", key.removeprefix(body))
 
 
 def head_of(config: Any) -> str | None:

@@ -4,13 +4,15 @@
 """
 
 import itertools
+import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, Pipeline
+from transformers import AutoModel, Pipeline
 
 from ..sequences.gaps import find_gaps
 from ..sequences.genome import Genome, genome_of, open_genome
@@ -19,13 +21,23 @@ from ..support.default_model import DEFAULT_MODEL
 from ..support.errors import InputError, shortened
 from .effects import NUMBERS, SCORES
 from .embeddings import SequenceEncoder
-from .filling import DEFAULT_CONTEXT, DEFAULT_JOINT, GapFiller, gap_windows, with_bases
-from .loaded_model import HEADS, LoadedModel, head_of
+from .filling import DEFAULT_CONTEXT, DEFAULT_JOINT, GapFiller, check_fill_options, gap_windows, with_bases
+from .loaded_model import HEADS, LoadedModel, head_of, load_config, load_whole
 from .memory_use import memories_of
 from .variant_effects import effects_of_checked
 from .window_effects import WindowEffects
 
+DEFAULT_VARIANT_CONTEXT = 512  # bases, if the model reads so many
 BATCH_SIZE = 64  # inputs that are computed together, unless the user says otherwise
+
+
+class AutoBody:
+    """Loads a model without its head."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, **loading: Any) -> Any:
+        """The model; arguments as those of the library's Auto classes."""
+        return load_whole(AutoModel, name, **loading)
 
 
 class AutoLanguageModel:
@@ -37,8 +49,8 @@ class AutoLanguageModel:
         known = {
             key: loading[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in loading
         }
-        head = head_of(AutoConfig.from_pretrained(name, **known)) or "causal"
-        return HEADS[head].from_pretrained(name, **loading)
+        head = head_of(load_config(name, **known)) or "causal"
+        return load_whole(HEADS[head], name, **loading)
 
 
 class DnaPipeline(Pipeline):
@@ -160,6 +172,8 @@ class DnaFillMaskPipeline(DnaPipeline):
     ) -> Iterator[dict[str, Any]]:
         filler = self._once(self._filler, strands=strands)
         most = min(filler.longest, DEFAULT_CONTEXT) if context is None else context
+        check_fill_options(most, joint, longest_run, least_probability)
+        filler.check_length(most)
         sequences = [find_gaps(text, longest_run, with_codes) for text in batch]
         windows = [
             list(gap_windows(each.letters, each.gaps, most, None if filler.is_masked else joint)) for each in sequences
@@ -191,28 +205,42 @@ class DnaVariantEffectPipeline(DnaPipeline):
         """A variant with all it needs."""
         for names in (("sequence", "start", "ref", "alt"), ("chrom", "pos", "ref", "alt")):
             if isinstance(input_, Mapping) and all(name in input_ for name in names):
-                return {name: input_[name] for name in names}
+                return self._checked({name: input_[name] for name in names})
         raise InputError(
             f"{self.task}: expected a dictionary with sequence, start (from 0), ref and alt, or with chrom, pos (from "
             f"1), ref and alt; got {shortened(input_)}."
         )
 
+    def _checked(self, variant: dict[str, Any]) -> dict[str, Any]:
+        """A variant of text and whole numbers; an allele that is None or NaN, as of a table, is missing."""
+        for name, value in variant.items():
+            is_missing = value is None or (isinstance(value, float) and math.isnan(value))
+            if name in ("ref", "alt") and is_missing:
+                variant[name] = ""
+            elif name in ("start", "pos") and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+                variant[name] = int(value)
+            elif name in ("start", "pos") or not isinstance(value, str):
+                kind = "a whole number" if name in ("start", "pos") else "text"
+                raise InputError(f"{self.task}: expected {name} as {kind}, got {shortened(value)}.")
+        return variant
+
     def _of_batch(
         self,
         batch: list[dict[str, Any]],
         fasta: str | Path | None = None,
-        context: int = 512,
+        context: int | None = None,
         scores: Iterable[str] | None = None,
         strands: str = "both",
     ) -> Iterator[dict[str, Any]]:
         scores = tuple(scores) if scores is not None else self._all_scores()
         effects = self._once(self._effects, scores=scores, strands=strands)
+        context = min(DEFAULT_VARIANT_CONTEXT, effects.longest) if context is None else context
         genome, variants = self._variants(batch, fasta)
         check = ReferenceCheck(genome)
         checked = [(variant, check.status(variant)) for variant in variants]
-        for _, status, found in effects_of_checked(effects, genome, checked, min(context, effects.longest)):
-            numbers = dict.fromkeys(NUMBERS) if found is None else found.numbers()
-            yield {**numbers, "status": status}
+        for _, status, found in effects_of_checked(effects, genome, checked, context):
+            values = dict.fromkeys(NUMBERS) if found is None else found.numbers()
+            yield {**values, "status": status}
 
     def _effects(self, scores: tuple[str, ...], strands: str) -> WindowEffects:
         return WindowEffects(self.model, self.tokenizer, scores, strands)
@@ -241,7 +269,7 @@ class DnaVariantEffectPipeline(DnaPipeline):
 TASKS: dict[str, dict[str, Any]] = {
     task: {"impl": pipeline, "pt": (loader,), "default": {"model": (DEFAULT_MODEL, None)}, "type": "text"}
     for task, pipeline, loader in (
-        ("dna-embedding", DnaEmbeddingPipeline, AutoModel),
+        ("dna-embedding", DnaEmbeddingPipeline, AutoBody),
         ("dna-fill-mask", DnaFillMaskPipeline, AutoLanguageModel),
         ("dna-variant-effect", DnaVariantEffectPipeline, AutoLanguageModel),
     )

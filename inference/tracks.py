@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from ..motif_memory.definition import at_least_float32
-from ..sequences.alphabet import OTHER, base_digits, reverse_complement
+from ..sequences.alphabet import OTHER, base_digits, check_letters, reverse_complement
 from .base_tokens import BaseTokens
+from .finite import check_finite
 from .likelihood import token_log_probabilities
 from .long_sequences import Window, windows_of
 from .memory_use import fast_memory, memories_of
@@ -136,6 +137,10 @@ class TrackModel:
             length: of the whole sequence.
             start, end: of the bases that are wanted, 0-based and half-open.
             advance: is told of progress, in bases; a base on one of two strands is half a base.
+
+        Raises:
+            InputError: if there are letters that are no IUPAC codes of DNA, which the model would read as N.
+            ValueError: if the model gives NaN or infinity.
         """
         found = {track.name: np.full(end - start, np.nan, dtype=np.float32) for track in self.tracks}
         tokens = max(1, min(self.context, length)) + len(self.tokens.before) + len(self.tokens.after)
@@ -156,6 +161,7 @@ class TrackModel:
                 length, self.context, self.overlap, strand=strand, both_sides=self.is_masked, start=start, end=end
             ):
                 letters = read(window.start, window.end)
+                check_letters(letters, "the sequence", window.start)
                 letters = reverse_complement(letters) if strand == "-" else letters
                 if (base_digits(letters[window.kept(strand)]) < OTHER).any():
                     yield _Reading(window, strand, letters)
@@ -168,6 +174,10 @@ class TrackModel:
             kept, place = window.kept(strand), slice(window.keep_start - start, window.keep_end - start)
             is_base = digits[row, kept] < OTHER
             for (value, layer), numbers in values.items():
+                is_known = is_base.copy()
+                if value in PREDICTED and not self.is_masked and kept.start == 0:
+                    is_known[:1] = False
+                check_finite(numbers[row, kept][is_known], self.model)
                 taken = np.where(is_base, numbers[row, kept], np.nan)
                 found[Track(value, strand, layer).name][place] = taken[::-1] if strand == "-" else taken
 

@@ -9,6 +9,8 @@ from ..sequences.variants import SCORED, ReferenceCheck, Variant, has_only_nucle
 from .effects import Change, StrandEffects
 from .window_effects import WindowEffects
 
+SHORTEST_CONTEXT = 2  # bases: of a single one nothing is predicted
+
 
 class VariantEffect(NamedTuple):
     """A variant and its effects; or None, and as the status a word of `sequences.variants.REASONS` that says why."""
@@ -58,8 +60,8 @@ def effects_of_checked(
     model: WindowEffects, genome: Genome, variants: Iterable[tuple[Variant, str]], context: int
 ) -> Iterator[VariantEffect]:
     """The same for variants that were compared with the genome, each with what `ReferenceCheck.status` said."""
-    if context < 2:
-        raise ValueError(f"expected a context of 2 bases or more, got {context}.")
+    if context < SHORTEST_CONTEXT:
+        raise ValueError(f"expected a context of {SHORTEST_CONTEXT} bases or more, got {context}.")
     model.check_length(context)
     waiting: deque[tuple[Variant, str]] = deque()
 
@@ -81,6 +83,8 @@ def _change(model: WindowEffects, genome: Genome, variant: Variant, context: int
     if model.is_masked and len(reference) != len(alternative):
         return "needs_causal_model", None
     windows = variant_windows(genome, *variant, context)
+    if len(windows.reference) < SHORTEST_CONTEXT:
+        return "too_short", None
     if not has_only_nucleotides(windows.reference + windows.alternative):
         return "foreign_letters", None
     return SCORED, Change(*windows, len(reference), len(alternative))

@@ -9,6 +9,7 @@ from ..sequences.alphabet import reverse_complement
 from .base_tokens import BaseTokens
 from .causal_effects import CausalEffects
 from .effects import SCORES, Change, Reading, StrandEffects
+from .finite import check_finite
 from .loaded_model import context_length
 from .masked_effects import MaskedEffects
 from .memory_use import fast_memory, memories_of
@@ -98,7 +99,7 @@ class WindowEffects:
         """The effects of each change, in their order, None where there is None; some hundreds are in memory.
 
         Raises:
-            ValueError: if the two windows of a change differ in length.
+            ValueError: if the two windows of a change differ in length, or the model gives NaN or infinity.
         """
         with fast_memory(self.model):
             for ahead in self._portions(changes):
@@ -136,6 +137,7 @@ class WindowEffects:
             )
         encoded = {text: self.tokens.encode(text) for reading in index for text in reading[:2]}
         effects = self._effects.measure([Reading(encoded[a], encoded[b], *places) for a, b, *places in index])
+        check_finite([effect.llr for effect in effects], self.model)
         return [StrandEffects(*(None if place is None else effects[place] for place in places)) for places in wanted]
 
 

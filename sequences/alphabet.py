@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ..support.errors import InputError, shortened
+
 BASES = "ACGT"  # a base's digit is its place here, and the digits of a base and its complement make 3
 OTHER = 4  # the digit of everything else
 IUPAC = {
@@ -65,6 +67,26 @@ def strange_letter(sequence: str) -> int | None:
     """The place of the first character that is no IUPAC code of DNA or RNA in either case; None if there is none."""
     strange = sequence.encode("ascii", "replace").translate(None, _CODES)
     return sequence.encode("ascii", "replace").index(strange[:1]) if strange else None
+
+
+def check_letters(sequence: str, where: str, first: int = 0) -> None:
+    """Refuse letters that no model of DNA knows, and which it would read as N without a word.
+
+    Args:
+        sequence: or a part of it.
+        where: what errors begin with.
+        first: place of the part's first base, from 0.
+
+    Raises:
+        InputError: if there is a character that is no IUPAC code of DNA or RNA.
+    """
+    place = strange_letter(sequence)
+    if place is not None:
+        hint = "; remove the gaps of an alignment first" if sequence[place] in "-." else ""
+        raise InputError(
+            f"{where}: expected DNA (A, C, G, T, N or other IUPAC codes), got {shortened(sequence[place])} at base "
+            f"{first + place + 1:,}{hint}."
+        )
 
 
 def uncertain_letters(sequence: str) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
+from ..support.decompression import is_bgzip, refuse_cut_bgzip
 from ..support.errors import InputError, shortened
 from .htslib import quiet_pysam
 from .text_lines import read_lines
@@ -31,11 +32,6 @@ class FastaIndex(NamedTuple):
     lengths: dict[str, int]
 
 
-def is_bgzip(start: bytes) -> bool:
-    """Whether a file that starts like this is bgzip: gzip in blocks that say how long they are."""
-    return start[:4] == b"\x1f\x8b\x08\x04" and start[12:14] == b"BC"
-
-
 def index_of_fasta(path: Path, name: str, private_folder: Callable[[], Path]) -> FastaIndex:
     """The index of a FASTA file, plain or bgzip: the one beside it if it matches the file, or a new one.
 
@@ -48,8 +44,9 @@ def index_of_fasta(path: Path, name: str, private_folder: Callable[[], Path]) ->
         private_folder: makes a folder.
 
     Raises:
-        InputError: if no index can be made of the file, or two records have one name, or one has none.
+        InputError: if no index can be made of the file, its end is missing, or two records have one name, or one none.
     """
+    refuse_cut_bgzip(path, name)
     with open(path, "rb") as file:
         is_compressed = is_bgzip(file.read(18))
     beside = _names(path.parent, path, is_compressed)

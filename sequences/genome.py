@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..support.decompression import is_bgzip
 from ..support.errors import InputError, quoted, shortened
 from ..support.input_file import is_read_once, open_input, shown_name
 from .contig_names import other_names
-from .fasta_index import index_of_fasta, is_bgzip
+from .fasta_index import index_of_fasta
 from .htslib import load_pysam, quiet_pysam
 
 logger = logging.getLogger(__name__)

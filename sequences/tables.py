@@ -1,5 +1,6 @@
 """Rows of tables, as a stream: Parquet, and text with a line of names."""
 
+import contextlib
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from ..support.errors import InputError, quoted
 from ..support.input_file import is_read_once, shown_name
+from ..support.printable import printable
 from .text_lines import MOST_BYTES_OF_A_LINE, read_lines
 
 _ROWS_AT_ONCE = 1 << 14
@@ -40,9 +42,8 @@ def table_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, 
 def column_names(path: str | Path) -> list[str]:
     """The names of a table's columns, in lower case and without a `#` in front; otherwise as `table_rows`."""
     if is_parquet(path):
-        from pyarrow import parquet
-
-        return _plain(parquet.read_schema(path).names)
+        with _open_parquet(Path(path)) as file:
+            return _plain(file.schema_arrow.names)
     return _plain(_names_in(next(read_lines(path, "a table"), "")))
 
 
@@ -84,21 +85,32 @@ def _split_commas(lines: Iterator[str], name: str) -> Iterator[tuple[int, list[s
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    name = shown_name(path)
+    number = 0
+    with _open_parquet(path) as file:
+        names = file.schema_arrow.names
+        chosen = [names[place] for place in _places(names, columns, name)]
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=chosen):
+            for cells in zip(*(batch.column(column).to_pylist() for column in chosen), strict=True):
+                number += 1
+                yield f"{name}, row {number}", tuple(map(_text, cells))
+
+
+@contextlib.contextmanager
+def _open_parquet(path: Path) -> Iterator[Any]:
+    """A Parquet file; what Arrow says of damage, inside the block too, is said with the file's name."""
     import pyarrow
     from pyarrow import parquet
 
-    name = shown_name(path)
-    number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            chosen = [names[place] for place in _places(names, columns, name)]
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=chosen):
-                for cells in zip(*(batch.column(column).to_pylist() for column in chosen), strict=True):
-                    number += 1
-                    yield f"{name}, row {number}", tuple(map(_text, cells))
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{name}: expected Parquet, but it is damaged ({error}).") from None
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # of damage, Arrow raises any of these
+        raise InputError(
+            f"{shown_name(path)}: expected Parquet, but it is damaged ({printable(' '.join(str(error).split()))})."
+        ) from None
 
 
 def _text(cell: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..support.decompression import refuse_cut_bgzip
 from ..support.errors import InputError, shortened
 from ..support.input_file import is_read_once, shown_name
 from .htslib import quiet_pysam
@@ -103,6 +104,7 @@ def _is_bcf(path: str | Path) -> bool:
 
 def _read_bcf(path: Path) -> VariantFile:
     name = shown_name(path)
+    refuse_cut_bgzip(path, name)  # htslib only warns
     with quiet_pysam() as pysam:
         try:
             file = pysam.VariantFile(str(path))

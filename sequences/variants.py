@@ -24,6 +24,7 @@ REASONS = {
     "n_at_site": "the genome has N or another code for several bases there",
     "ref_mismatch": "the genome has other bases there than REF",
     "foreign_letters": "the genome has letters near it that are no nucleotides",
+    "too_short": "the contig is too short for windows of 2 bases, without which nothing is predicted",
     "needs_causal_model": "an insertion or deletion, which a masked model cannot score",
 }
 

@@ -6,8 +6,10 @@ bgzip file that was cut off between two of its blocks.
 
 import bz2
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import InputError
@@ -15,6 +17,7 @@ from .errors import InputError
 OUTPUT_BLOCK = 1 << 20  # bytes that are decompressed at once, whatever the input claims
 
 _GZIP_HEAD = 18  # with the field in which bgzip notes a block's size (SAM specification, section 4.1)
+_END_OF_BGZIP = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")  # section 4.1.2
 _AGAIN = "copy or download the file again"
 
 
@@ -101,10 +104,37 @@ def decompressed(blocks: Iterator[bytes], compression: Compression, name: str) -
                 yield output
         data = stream.unused_data or next(blocks, b"")
     if is_bgzip and not is_empty:
-        raise InputError(
-            f"{name}: its last bgzip block is missing, so that its end may have been cut off; {_AGAIN}, or, if it is "
-            "complete, write it again with `bgzip`."
-        )
+        raise _cut_bgzip(name)
+
+
+def refuse_cut_bgzip(path: str | Path, name: str) -> None:
+    """Refuse a bgzip file without the empty block that ends it; for readers of parts, which do not come to its end.
+
+    Args:
+        path: a file that can be read at any place, of any kind.
+        name: what errors call it.
+
+    Raises:
+        InputError: if it is bgzip and its end is missing.
+        OSError: if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        if is_bgzip(file.read(_GZIP_HEAD)):
+            file.seek(max(0, file.seek(0, os.SEEK_END) - len(_END_OF_BGZIP)))
+            if file.read() != _END_OF_BGZIP:
+                raise _cut_bgzip(name)
+
+
+def is_bgzip(start: bytes) -> bool:
+    """Whether a file that starts like this is bgzip: gzip in blocks that say how long they are."""
+    return start[:4] == b"\x1f\x8b\x08\x04" and start[12:14] == b"BC"
+
+
+def _cut_bgzip(name: str) -> InputError:
+    return InputError(
+        f"{name}: its last bgzip block is missing, so that its end may have been cut off; {_AGAIN}, or, if it is "
+        "complete, write it again with `bgzip`."
+    )
 
 
 def _refuse_unless_zeros(data: bytes, blocks: Iterator[bytes], compression: Compression, name: str) -> None:

@@ -7,13 +7,14 @@
 
 import contextlib
 import errno
+import fnmatch
 import os
 import shutil
 import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,17 @@ def _remove_empty(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(work: Path, output: Path, contents: Mapping[str, Callable[[int], bool]]) -> Iterator[None]:
+def locked(
+    work: Path, output: Path, contents: Mapping[str, Callable[[int], bool]], lock_name: str = LOCK
+) -> Iterator[None]:
     """Holds the lock inside `work`, which is made if need be.
 
     Args:
         work: the hidden folder.
         output: what is written in it.
-        contents: what may be in it beside the lock: names, and of which kind each must be (`stat.S_ISREG`).
+        contents: what may be in it beside the lock: names or shell patterns, and of which kind each must be
+            (`stat.S_ISREG`).
+        lock_name: of the file that is locked.
 
     Raises:
         InputError: if it is not what a run of ours leaves, or another process holds the lock.
@@ -93,9 +98,9 @@ def locked(work: Path, output: Path, contents: Mapping[str, Callable[[int], bool
     while True:
         with contextlib.suppress(FileExistsError):
             work.mkdir(mode=0o700)
-        _check_ours(work, contents)
+        _check_ours(work, {**contents, lock_name: stat.S_ISREG})
         try:
-            handle = os.open(work / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+            handle = os.open(work / lock_name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         except FileNotFoundError:  # its owner has just removed the folder
             continue
         with os.fdopen(handle, "r+b", buffering=0) as lock:
@@ -106,7 +111,7 @@ def locked(work: Path, output: Path, contents: Mapping[str, Callable[[int], bool
                     "or choose another output."
                 )
             try:
-                is_current = os.path.samestat(os.fstat(lock.fileno()), os.lstat(work / LOCK))
+                is_current = os.path.samestat(os.fstat(lock.fileno()), os.lstat(work / lock_name))
             except FileNotFoundError:
                 is_current = False
             if not is_current:  # it was removed between our opening and locking it
@@ -119,22 +124,24 @@ def locked(work: Path, output: Path, contents: Mapping[str, Callable[[int], bool
 
 def _check_ours(work: Path, contents: Mapping[str, Callable[[int], bool]]) -> None:
     """Refuses what we would not have made: links, other kinds of file, other owners, other content."""
-    shown = printable(work)
+    _check_kind(work, [stat.S_ISDIR], work)
+    with contextlib.suppress(FileNotFoundError):  # removed by its owner just now
+        for child in work.iterdir():
+            kinds = [kind for pattern, kind in contents.items() if fnmatch.fnmatchcase(child.name, pattern)]
+            _check_kind(child, kinds, work)
+
+
+def _check_kind(path: Path, kinds: Sequence[Callable[[int], bool]], work: Path) -> None:
     try:
-        found = {work: os.lstat(work)}
-        if stat.S_ISDIR(found[work].st_mode):
-            found |= {child: os.lstat(child) for child in work.iterdir()}
+        status = os.lstat(path)
     except FileNotFoundError:  # removed by its owner just now
         return
-    kinds = {work: stat.S_ISDIR, work / LOCK: stat.S_ISREG}
-    kinds |= {work / name: is_of_kind for name, is_of_kind in contents.items()}
-    for path, status in found.items():
-        is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
-        if path not in kinds or not kinds[path](status.st_mode) or not is_own:
-            raise InputError(
-                f"{printable(path)} is not what a run of this command leaves (it is a link, of another kind or owner, "
-                f"or of another program); look at {shown} and move it away."
-            )
+    is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    if not is_own or not any(is_of_kind(status.st_mode) for is_of_kind in kinds):
+        raise InputError(
+            f"{printable(path)} is not what a run of this command leaves (it is a link, of another kind or owner, "
+            f"or of another program); look at {printable(work)} and move it away."
+        )
 
 
 def _lock(handle: int) -> bool:

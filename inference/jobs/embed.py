@@ -13,6 +13,7 @@ import torch
 from ...sequences.alphabet import uncertain_letters
 from ...support.errors import InputError
 from ..embeddings import BATCHES_TOGETHER, STRANDS, SequenceEncoder, excerpt_of, mean_of_strands
+from ..finite import check_finite
 from ..long_sequences import checked_overlap
 from ..memory_use import fast_memory
 from ..pooling import POOLINGS
@@ -255,9 +256,9 @@ class _Embedder:
         (vectors,) = self._encoder.pooled(excerpts, [(self._layer, self._job.pooling)], advance).values()
         if not passages[0].is_whole:
             counts = [max(0, end - start) for start, end in (own.pooled(self._job.pooling) for own in excerpts)]
-            self._check(vectors[np.array(counts) > 0])
+            check_finite(vectors[np.array(counts) > 0], self._encoder.model)
             return _part(passages[0], labels[0], counts, vectors)
-        self._check(vectors)
+        check_finite(vectors, self._encoder.model)
         columns = {
             "name": [passage.name for passage in passages],
             "start": [passage.origin for passage in passages],
@@ -272,7 +273,7 @@ class _Embedder:
     ) -> pa.Table:
         found = iter(vectors)
         means = np.concatenate([mean_of_strands([next(found) for _ in own], own) for own in strands])
-        self._check(means)
+        check_finite(means, self._encoder.model)
         counts = [passage.end - passage.start for passage in passages]
         starts = np.concatenate(
             [np.arange(passage.start, passage.end) + passage.origin for passage in passages], dtype=np.int64
@@ -284,12 +285,6 @@ class _Embedder:
             "strand": np.repeat(np.array(labels, dtype=object), counts),
         }
         return embedding_table(columns, means)
-
-    def _check(self, vectors: np.ndarray) -> None:
-        """Refuse to write NaN or infinity, which means that the numbers of the model's dtype did not suffice."""
-        if not np.isfinite(vectors).all():
-            hint = "try --dtype float32" if self._job.model.dtype != "float32" else "are its weights damaged?"
-            raise ValueError(f"{self._job.model.model} gives NaN or infinity in {self._job.model.dtype}; {hint}")
 
 
 class _Rows:

@@ -15,7 +15,15 @@ from ...sequences.fasta_output import FASTA_SUFFIXES, fasta_output, is_fasta_nam
 from ...sequences.gaps import GappedSequence, find_gaps
 from ...sequences.sequence_files import stream_sequences
 from ...support.errors import InputError, quoted
-from ..filling import DEFAULT_CONTEXT, DEFAULT_JOINT, MOST_JOINT, GapFiller, GapWindow, gap_windows, with_bases
+from ..filling import (
+    DEFAULT_CONTEXT,
+    DEFAULT_JOINT,
+    GapFiller,
+    GapWindow,
+    check_fill_options,
+    gap_windows,
+    with_bases,
+)
 from ..loaded_model import head_of
 from .job import JobChunk, ModelOptions, Worker
 from .run import JobSummary, run_job
@@ -210,18 +218,13 @@ def fill_job(
     table: str = "tsv",
 ) -> FillJob:
     """The job of `fill_file`, whose arguments these are; nothing is computed yet."""
-    for name, is_right, words in (
-        ("joint", 1 <= joint <= MOST_JOINT, f"1 to {MOST_JOINT}, since 4^{MOST_JOINT} fillings are compared"),
-        ("longest_run", longest_run >= 1, "at least 1"),
-        ("least_probability", 0 <= least_probability <= 1, "0 to 1"),
-        ("table", f".{table}" in TABLE_SUFFIXES, " or ".join(suffix[1:] for suffix in TABLE_SUFFIXES)),
-    ):
-        if not is_right:
-            raise ValueError(f"{name}: expected {words}, got {locals()[name]}.")
+    if f".{table}" not in TABLE_SUFFIXES:
+        raise ValueError(f"table: expected {' or '.join(suffix[1:] for suffix in TABLE_SUFFIXES)}, got {table}.")
     model, output = model or ModelOptions(), Path(output)
     check_table_output(Path(output.name.lower()), (*FASTA_SUFFIXES, *TABLE_SUFFIXES))
     head = head_of(model.load_config())
     most = model.bases_at_once(context)
+    check_fill_options(most, joint, longest_run, least_probability)
     job = FillJob(
         Path(sequences),
         model,

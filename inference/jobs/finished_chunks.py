@@ -9,9 +9,7 @@
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 import stat
 import time
@@ -21,10 +19,22 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...support.errors import InputError
+from ...support.printable import printable
 from ...support.whole_output import write_whole
+from ...support.work_folder import locked
 from .record import differences
 
 _POLL = 0.2  # seconds between two looks at what other processes finished
+# What a run leaves; names that begin with a dot are files that are not whole yet.
+_CONTENTS = {
+    "record.json": stat.S_ISREG,
+    "lock-*": stat.S_ISREG,
+    "failed-*": stat.S_ISREG,
+    "*.arrow": stat.S_ISREG,
+    ".*": stat.S_ISREG,
+    "output": stat.S_ISDIR,
+}
 
 
 class FinishedChunks:
@@ -37,50 +47,35 @@ class FinishedChunks:
         restart: whether to discard what an earlier run left, whatever it is.
 
     Raises:
-        ValueError: if the folder holds results of another run, or is not a folder of ours.
-        BlockingIOError: if another process of this number is working on the output.
+        InputError: if the folder holds results of another run, or anything that a run of ours does not leave, or
+            another process of this number is working on the output.
     """
 
     def __init__(self, output: Path, record: Mapping[str, Any], process: int = 0, restart: bool = False):
         self.folder = output.parent / f".{output.name}.chunks"
         self._process = process
         self._started = time.time()
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_own(self.folder, stat.S_ISDIR)
-        self._lock = self._locked(output)
-        try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(locked(self.folder, output, _CONTENTS, f"lock-{process}"))
             self._keep_record(record, restart)
-        except BaseException:
-            os.close(self._lock)
-            raise
-
-    def _locked(self, output: Path) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        lock = os.open(self.folder / f"lock-{self._process}", flags, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise BlockingIOError(
-                f"another process is working on {output} at this moment; wait for it, or choose another output."
-            ) from None
-        return lock
+            self._lock = opened.pop_all()
 
     def _keep_record(self, record: Mapping[str, Any], restart: bool) -> None:
         place = self.folder / "record.json"
         with contextlib.suppress(FileNotFoundError):
             (self.folder / f"failed-{self._process}").unlink()
-        if place.exists() or place.is_symlink():
-            _check_own(place, stat.S_ISREG)
+        if place.exists():
             try:
-                before = json.loads(place.read_text())
+                before = json.loads(place.read_bytes())
             except (ValueError, RecursionError):
                 before = {}
             changed = differences(before, record) if isinstance(before, dict) else ["record"]
             if changed and not restart:
-                raise ValueError(
-                    f"{self.folder} keeps the finished part of another run for the same output; it differs in "
-                    f"{', '.join(changed[:8])}. Repeat that command to go on with it, or add --restart to discard it."
+                raise InputError(
+                    f"{printable(self.folder)} keeps the finished part of another run for the same output, which "
+                    f"differs in {', '.join(changed[:8])}. Repeat that command to go on with it, or add --restart to "
+                    "discard it."
                 )
             if changed or (restart and self._process == 0):
                 self._discard()
@@ -90,10 +85,8 @@ class FinishedChunks:
 
     def _discard_output(self) -> None:
         """Remove what a run that was killed while it wrote has left."""
-        unfinished = self.folder / "output"
-        if unfinished.is_symlink() or unfinished.exists():
-            _check_own(unfinished, stat.S_ISDIR)
-            shutil.rmtree(unfinished)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder / "output")
 
     def _discard(self) -> None:
         for path in self.folder.iterdir():
@@ -121,13 +114,14 @@ class FinishedChunks:
             ValueError: if it is damaged.
         """
         path = self._path(index)
-        _check_own(path, stat.S_ISREG)
         try:
             with pa.OSFile(str(path)) as file:
                 return pa.ipc.open_file(file).read_all()
         except pa.ArrowInvalid as error:
             path.unlink()
-            raise ValueError(f"{path} is damaged and was removed; repeat the command to compute it again.") from error
+            raise InputError(
+                f"{printable(path)} is damaged and was removed; repeat the command to compute it again."
+            ) from error
 
     def results(self, indices: Iterable[int]) -> "Results":
         """The results of these chunks, one after the other, each time that they are asked for."""
@@ -155,11 +149,10 @@ class FinishedChunks:
 
     def close(self) -> None:
         """Let the next run work here."""
-        os.close(self._lock)
+        self._lock.close()
 
     def remove(self) -> None:
-        """Remove the folder: the output is there."""
-        _check_own(self.folder, stat.S_ISDIR)
+        """Remove the folder: the output is there, or there is nothing to go on with."""
         shutil.rmtree(self.folder)
 
 
@@ -171,13 +164,3 @@ class Results:
 
     def __iter__(self) -> Iterator[pa.Table]:
         return map(self._finished.result, self._indices)
-
-
-def _check_own(path: Path, is_kind: Any) -> None:
-    """Refuse links, other kinds of file and other people's, which something else put here."""
-    found = path.lstat()
-    if not is_kind(found.st_mode) or found.st_uid != os.geteuid():
-        raise ValueError(
-            f"{path} is not what gengram wrote there: a link, another kind of file, or another user's. Look at it, "
-            "and remove it or choose another output."
-        )

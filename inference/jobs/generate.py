@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from ...sequences.alphabet import check_letters
 from ...sequences.fasta import read_fasta
 from ...sequences.fasta_output import check_fasta_output, fasta_output
+from ...support.errors import shortened
+from ...support.input_file import shown_name
 from ...support.whole_output import write_whole
 from ..generation import BaseGenerator, Sampling, random_draws
 from ..loaded_model import head_of
@@ -96,6 +99,7 @@ class GenerateJob:
     def _wanted(self) -> Iterator[_Wanted]:
         prompts = [(WITHOUT_PROMPT, "")] if self.prompts is None else read_fasta(self.prompts)
         for name, prompt in prompts:
+            check_letters(prompt, f"{shown_name(self.prompts or '')}, record {shortened(name)}")
             for sample in range(1, self.number + 1):
                 yield _Wanted(name, prompt, sample)
 

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, AutoTokenizer
 
 from ...support.default_model import DEFAULT_MODEL
 from ..base_tokens import BaseTokens
 from ..embeddings import context_of
-from ..loaded_model import UNKNOWN_CONTEXT, LoadedModel, context_length, load_model
+from ..loaded_model import UNKNOWN_CONTEXT, LoadedModel, context_length, load_config, load_model, load_tokenizer
 
 STRANDS = ("both", "forward", "reverse")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -122,13 +121,11 @@ class ModelOptions:
 
     def load_config(self) -> Any:
         """The model's configuration alone, to check options by."""
-        return AutoConfig.from_pretrained(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return load_config(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer alone."""
-        return AutoTokenizer.from_pretrained(
-            self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
+        return load_tokenizer(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def bases_at_once(self, context: int | None = None) -> int:
         """`context`, or as many bases as the model can read at once.

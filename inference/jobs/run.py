@@ -74,7 +74,10 @@ def run_job(
                 compute(job, _chosen(job, missing), finished, bar.update)
             except BaseException as error:
                 finished.fail(error)
-                _say_what_is_kept(error, finished, wanted)
+                if process.count == 1 and len(finished.missing(wanted)) == len(wanted):
+                    finished.remove()
+                else:
+                    _say_what_is_kept(error, finished, wanted)
                 raise
         is_writer = process.index == 0
         if is_writer:

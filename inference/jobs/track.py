@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...sequences.alphabet import check_letters
 from ...sequences.genome import Genome, open_genome
 from ...sequences.intervals import Interval, parse_region, read_bed
 from ...support.default_model import model_name
@@ -75,6 +76,10 @@ class TrackJob:
             for region in regions_of(genome, self.regions, self.beds):
                 for start in range(region.start, region.end, self.chunk):
                     end = min(start + self.chunk, region.end)
+                    first, last = _read_for(start, end, self.context, genome.contigs[region.record])
+                    check_letters(
+                        genome.fetch(region.record, first, last), f"{genome.name}, record {region.record}", first
+                    )
                     yield JobChunk(end - start, (region.record, start, end))
 
     def worker(self, device: str | None) -> Worker:
@@ -114,11 +119,16 @@ class _Worker:
     def __call__(self, content: tuple[str, int, int]) -> pa.Table:
         record, start, end = content
         length = self.genome.contigs[record]
-        first = max(0, start - self.model.context)
-        letters = self.genome.fetch(record, first, min(length, end + self.model.context))
+        first, last = _read_for(start, end, self.model.context, length)
+        letters = self.genome.fetch(record, first, last)
         values = self.model.of_part(lambda a, b: letters[a - first : b - first], length, start, end, self.advance)
         place = json.dumps({"record": record, "start": start})
         return pa.table(values).replace_schema_metadata({"place": place})
+
+
+def _read_for(start: int, end: int, context: int, length: int) -> tuple[int, int]:
+    """The part of a record of so many bases that windows of the bases `start` to `end` may hold."""
+    return max(0, start - context), min(length, end + context)
 
 
 def track_job(

@@ -20,6 +20,8 @@ from gengram.evaluation.suite import (
 from gengram.evaluation.suite_files import BUILT_IN, read_suite
 from gengram.support.errors import InputError
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
 
 def suite_of(tmp_path: Path, text: str) -> Suite:
     (tmp_path / "mine.yaml").write_text(text)
@@ -150,7 +152,7 @@ def test_bad_tasks_are_said_with_file_task_and_field(fields, message, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "expected name, description and a list of tasks, got None"),
+        ("", "is empty, expected a YAML file"),
         ("name: x\n", "expected name, description and a list of tasks"),
         ("tasks: {}\n", "expected name, description and a list of tasks"),
         ("- tasks\n", "expected name, description and a list of tasks"),
@@ -167,7 +169,8 @@ def test_bad_tasks_are_said_with_file_task_and_field(fields, message, tmp_path):
         ("tasks: !!int x\n", "expected YAML, got "),
         ("[" * 20_000, "expected YAML, got maximum recursion depth"),
         ("tasks:\n- {? [a] : b}\n", "line 2: expected YAML, got found unhashable key"),
-        ("a\0b", "expected YAML, got "),
+        ("a\0b", "expected YAML as text, got bytes that are not text (NUL)"),
+        (POINTER, "this is a Git LFS pointer"),
     ],
 )
 def test_bad_files_are_said_with_their_name(text, message, tmp_path):

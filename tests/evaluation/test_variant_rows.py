@@ -113,3 +113,11 @@ def test_alleles_of_words_for_nothing_are_missing(tmp_path, capsys):
     assert run_suite(tmp_path, FIELDS, capsys)[0] == 0
     (result,) = json.loads((tmp_path / "results" / "results.json").read_text())
     assert result["test_rows"] == 40 and result["left_out"] == {REASONS["missing_allele"]: 3}
+
+
+def test_a_fasta_of_several_records_is_refused(tmp_path, capsys):
+    write_variants(tmp_path, GOOD)
+    (fasta,) = tmp_path.glob("*.fa*")
+    fasta.write_text(fasta.read_text() + ">other\nACGT\n")
+    code, error = run_suite(tmp_path, FIELDS, capsys)
+    assert code == 1 and f"{fasta.name}: expected one record" in error and "task 'it': " in error

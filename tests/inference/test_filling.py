@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from tolerances import POSTERIOR, PROBABILITIES_SUM_TO_ONE
 
 from gengram import GengramForCausalLM, GengramForMaskedLM, GengramTokenizer
-from gengram.inference.filling import GapFiller, gap_windows
+from gengram.inference.filling import GapFiller, gap_windows, with_bases
 from gengram.sequences.alphabet import reverse_complement
 from gengram.sequences.gaps import Gap, find_gaps
 
@@ -153,3 +153,15 @@ def test_windows_that_the_model_cannot_read_are_refused():
     assert filler.longest == 63
     with pytest.raises(ValueError, match="expected at most 63 bases, which the model can read, got 64"):
         filler.probabilities([window])
+
+
+@pytest.mark.parametrize("text", ["N", "NNN", "RN"])
+@pytest.mark.parametrize("make", [CAUSAL["gengram"], MASKED["bert"]])
+def test_a_gap_around_which_no_base_is_known_stays(make, text):
+    model, tokenizer = make()
+    filler = GapFiller(model, tokenizer)
+    found = find_gaps(text, with_codes=True)
+    windows = list(gap_windows(found.letters, found.gaps, 16, None if filler.is_masked else 4))
+    gaps = [gap for own in filler.fill(windows) for gap in own]
+    assert [gap.status for gap in gaps] == ["unsure"] * len(text)
+    assert with_bases(found.letters, ((gap.place, gap.base, gap.status) for gap in gaps)) == text

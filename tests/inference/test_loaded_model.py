@@ -1,9 +1,30 @@
+import json
+import shutil
+
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, PreTrainedConfig
+from foreign_models import bert
+from tiny_models import tiny_model
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, PreTrainedConfig
 
-from gengram import GengramForCausalLM, GengramForMaskedLM, GengramModel, GengramTokenizer
-from gengram.inference.loaded_model import context_length, head_of, load_model
+from gengram import (
+    GengramForCausalLM,
+    GengramForMaskedLM,
+    GengramForSequenceClassification,
+    GengramModel,
+    GengramTokenizer,
+)
+from gengram.inference.loaded_model import (
+    context_length,
+    head_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_whole,
+)
+from gengram.support.errors import InputError
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
 
 
 @pytest.mark.parametrize(
@@ -42,3 +63,83 @@ def test_the_head_that_a_configuration_is_of():
     own = {"AutoModelForCausalLM": "code.Own", "AutoModelForMaskedLM": "code.Other"}
     for name, head in (("Own", "causal"), ("Other", "masked"), ("Base", None)):
         assert head_of(PreTrainedConfig(architectures=[name], auto_map=own)) == head
+
+
+@pytest.fixture
+def own_folder(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+@pytest.mark.parametrize("model_class", [GengramModel, GengramForSequenceClassification])
+def test_weights_that_a_head_needs_and_a_folder_lacks_are_never_made_up(model_class, tmp_path):
+    tiny_model(model_class, max_position_embeddings=48).save_pretrained(tmp_path)
+    GengramTokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"got none of 'lm_head\.weight', which would be random"):
+        load_model(str(tmp_path), "causal", device="cpu")
+    assert load_model(str(tmp_path), None, device="cpu").model  # hidden states need no head
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(num_hidden_layers=5), r"got none of '(model\.)?layers\.4\."),
+        (dict(num_hidden_layers=3), r"got 'model\.layers\.3\..* of layers that it does not have"),
+        (dict(hidden_size=16), r"got none of .*embed_tokens\.weight'.*, which would be random"),
+    ],
+)
+@pytest.mark.parametrize("head", [None, "causal"])
+def test_a_configuration_of_another_model_is_refused(fields, words, head, own_folder):
+    place = own_folder / "config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
+    with pytest.raises(InputError, match=words):
+        load_model(str(own_folder), head, device="cpu")
+
+
+def test_only_the_new_head_of_a_model_to_be_trained_may_be_missing(own_folder):
+    model = load_whole(AutoModelForSequenceClassification, str(own_folder), has_new_head=True, num_labels=3)
+    assert model.score.weight.shape[0] == 3
+    place = own_folder / "config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "num_hidden_layers": 5}))
+    with pytest.raises(InputError, match=r"got none of 'model\.layers\.4\."):
+        load_whole(AutoModelForSequenceClassification, str(own_folder), has_new_head=True)
+
+
+def test_a_masked_model_is_no_causal_one(tmp_path):
+    for part in bert():  # whose causal class loads these weights, and sees what is to be predicted
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="predicts masked bases from both sides"):
+        load_model(str(tmp_path), "causal", device="cpu")
+    assert load_model(str(tmp_path), "masked", device="cpu").model and load_model(str(tmp_path), device="cpu").model
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_in_a_models_folder_is_named(name, own_folder):
+    (own_folder / name).write_text(POINTER)
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(InputError, match=rf"model/{name}: this is a Git LFS pointer"):
+            load(str(own_folder))
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("config.json", b"", r"model/config\.json is empty, expected a JSON file"),
+        ("config.json", b"[]", r"model/config\.json: expected a JSON object, got \[\]"),
+        ("tokenizer.json", b"[]", r"model/tokenizer\.json: expected a JSON object"),
+        ("tokenizer_config.json", b'{"a": ', r"model/tokenizer_config\.json: expected JSON, got something else"),
+        ("config.json", b"[" * 100_000, r"model/config\.json: expected JSON, got something else"),
+        ("model.safetensors", b"\x40", r"model: its weights are damaged"),
+    ],
+)
+def test_damaged_files_of_a_model_are_named(name, content, words, own_folder):
+    (own_folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_model(str(own_folder), "causal", device="cpu")
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such model folder"):
+        load_model(str(tmp_path / "none"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file, expected the folder of a model"):
+        load_config(str(tmp_path / "file"))

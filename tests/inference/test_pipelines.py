@@ -5,6 +5,7 @@ import foreign_models
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_model
 from tolerances import SAME_FP32, SAME_HIDDEN_STATES_FP32
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -173,3 +174,55 @@ def test_a_saved_pipeline_is_a_model_and_its_tokenizer(tiny_folder, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = make("dna-embedding", tmp_path)
     np.testing.assert_allclose(again("ACGT"), pipe("ACGT"), atol=SAME_FP32)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"start": "4"}, "expected start as a whole number, got '4'"),
+        ({"start": 4.0}, "expected start as a whole number, got 4.0"),
+        ({"start": True}, "expected start as a whole number, got True"),
+        ({"start": None}, "expected start as a whole number, got None"),
+        ({"alt": 5}, "expected alt as text, got 5"),
+        ({"sequence": None}, "expected sequence as text, got None"),
+    ],
+)
+def test_variants_of_other_kinds_are_refused(changes, words, tiny_folder):
+    variant = {"sequence": "ACGTTGCAAATTG", "start": 4, "ref": "T", "alt": "A", **changes}
+    with pytest.raises(ValueError, match=words):
+        make("dna-variant-effect", tiny_folder)(variant)
+
+
+def test_alleles_that_a_table_lacks_are_missing(tiny_folder):
+    variant = {"sequence": "ACGTTGCAAATTG", "start": np.int64(4), "ref": "T"}
+    found = make("dna-variant-effect", tiny_folder)([{**variant, "alt": alt} for alt in (None, float("nan"), "A")])
+    assert [each["status"] for each in found] == ["missing_allele", "missing_allele", "scored"]
+
+
+@pytest.mark.parametrize(
+    "task, options",
+    [
+        ("dna-variant-effect", {"context": 1}),
+        ("dna-variant-effect", {"context": 49}),
+        ("dna-fill-mask", {"context": 0}),
+        ("dna-fill-mask", {"context": 49}),
+        ("dna-fill-mask", {"joint": 0}),
+        ("dna-fill-mask", {"joint": 7}),
+        ("dna-fill-mask", {"longest_run": 0}),
+        ("dna-fill-mask", {"least_probability": float("nan")}),
+        ("dna-embedding", {"context": 49}),
+    ],
+)
+def test_options_out_of_range_are_refused_as_by_the_commands(task, options, tiny_folder):
+    sequence = "ACGTTGCNAATTG"
+    given = {"sequence": sequence, "start": 4, "ref": "T", "alt": "A"} if "effect" in task else sequence
+    with pytest.raises(ValueError, match="expected"):
+        make(task, tiny_folder)(given, **options)
+
+
+def test_a_pipeline_takes_no_weights_that_are_made_up(tmp_path):
+    tiny_model(gengram.GengramForSequenceClassification).save_pretrained(tmp_path)
+    gengram.GengramTokenizer().save_pretrained(tmp_path)
+    for task in ("dna-fill-mask", "dna-variant-effect"):
+        with pytest.raises(ValueError, match=r"got none of 'lm_head\.weight'"):
+            make(task, tmp_path)

@@ -290,3 +290,11 @@ def test_a_model_is_left_as_it_was():
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("sequence, start, reference, alternative", [("A", 0, "A", "C"), ("ACGT", 0, "ACGT", "A")])
+def test_a_window_of_one_base_is_no_score_of_zero(sequence, start, reference, alternative):
+    model = WindowEffects(MODELS["Gengram"](), GengramTokenizer())
+    variant = Variant("chr1", start, reference, alternative)
+    (found,) = variant_effects(model, genome_of({"chr1": sequence}), [variant], context=16)
+    assert found.status == "too_short" in REASONS and found.effects is None

@@ -284,3 +284,13 @@ def test_random_genomes_against_their_text(tmp_path_factory, names, data):
         assert genome.contigs == {name: len(sequence) for name, sequence in records.items()}
         for name, sequence in records.items():
             assert genome.fetch(name, 0, len(sequence)) == sequence.upper()
+
+
+def test_a_bgzip_file_cut_between_two_blocks_is_refused(tmp_path):
+    path = written(tmp_path / "genome.fa.bgz", fasta_text({"a": "ACGT" * 50_000}))
+    content = path.read_bytes()
+    second = int.from_bytes(content[16:18], "little") + 1
+    for end in (second, len(content) - 28):  # behind the first block; without the empty one at the end
+        path.write_bytes(content[:end])
+        with pytest.raises(InputError, match=r"genome\.fa\.bgz: its last bgzip block is missing"):
+            open_genome(path)

@@ -8,6 +8,7 @@ from gengram.inference.jobs import ModelOptions, Share
 from gengram.inference.jobs.generate import GenerateJob, generate_file
 from gengram.inference.loaded_model import load_model
 from gengram.sequences.fasta import read_fasta, stream_fasta
+from gengram.support.errors import InputError
 
 PROMPTS = {"one": "ACGTTGCAA", "two": "ttgacN", "long": "ACGTTGCAAA" * 6, "none": ""}
 
@@ -114,3 +115,11 @@ def test_a_masked_model_is_refused(tiny_folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="predicts masked bases from both sides"):
         generate_file(tmp_path / "out.fa", model=ModelOptions(str(tmp_path)))
+
+
+@pytest.mark.parametrize("text, letter", [("ACGT--AC", "-"), ("ACGTXXAC", "X"), ("MKVLAAG", "L"), ("ACG 61 T", " ")])
+def test_prompts_that_are_no_dna_are_refused_before_the_work(text, letter, options, tmp_path):
+    (tmp_path / "prompts.fa").write_text(f">good\nACGT\n>bad\n{text}\n")
+    with pytest.raises(InputError, match=rf"prompts\.fa, record 'bad': expected DNA .* got '{letter}' at base"):
+        generate_file(tmp_path / "out.fa", tmp_path / "prompts.fa", **options)
+    assert not list(tmp_path.glob("*out.fa*"))

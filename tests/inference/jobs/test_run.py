@@ -14,6 +14,7 @@ from squares_job import Squares
 
 from gengram.inference.jobs import ModelOptions, Share, run_job
 from gengram.inference.jobs.tables import write_table
+from gengram.support.errors import InputError
 
 NUMBERS = list(range(20))  # seven chunks
 
@@ -111,6 +112,23 @@ def test_another_run_for_the_same_output_is_not_mixed_in(job, tmp_path):
     assert squares(run_job(job, tmp_path / "out.parquet", restart=True).output) == [n**2 for n in reversed(NUMBERS)]
 
 
+def test_a_run_that_finished_nothing_leaves_nothing(job, tmp_path):
+    with pytest.raises(RuntimeError):
+        run_job(replace(job, fail_at=0), tmp_path / "out.parquet")
+    assert not list(tmp_path.glob(".out*"))
+    run_job(replace(job, per_chunk=4), tmp_path / "out.parquet")  # so that a wrong option can be mended
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", ["", "record.json", "00000000.arrow"])
+def test_a_work_folder_of_somebody_else_is_refused(job, tmp_path, name):
+    with pytest.raises(RuntimeError):
+        run_job(replace(job, fail_at=11), tmp_path / "out.parquet")
+    os.chown(tmp_path / ".out.parquet.chunks" / name, 12345, 12345)
+    with pytest.raises(InputError, match="owner"):
+        run_job(job, tmp_path / "out.parquet", restart=True)
+
+
 def test_parts_joined_are_the_whole(job, tmp_path):
     found = []
     for part in range(4):
@@ -144,7 +162,7 @@ def test_launched_processes_make_one_output(job, tmp_path):
 
 def test_two_runs_at_once_for_one_output_are_refused(job, tmp_path, monkeypatch):
     def worker(self, device):
-        with pytest.raises(BlockingIOError, match="another process is working on"):
+        with pytest.raises(InputError, match=r"out\.parquet is being written by process [0-9]+"):
             run_job(job, tmp_path / "out.parquet")
         return original(self, device)
 
@@ -164,8 +182,12 @@ def test_a_planted_work_folder_is_refused(job, tmp_path, kind):
     assert (elsewhere / "precious").read_text() == "kept"
 
 
-@pytest.mark.parametrize("name", ["record.json", "lock-0", "00000000.arrow", "output"])
-def test_a_planted_link_in_the_work_folder_is_refused(job, tmp_path, name):
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize(
+    "name", ["record.json", "lock-0", "00000000.arrow", "failed-0", "failed-1", "output", "other"]
+)
+def test_what_is_planted_in_the_work_folder_is_refused(job, tmp_path, name, kind, restart):
     with pytest.raises(RuntimeError):
         run_job(replace(job, fail_at=11), tmp_path / "out.parquet")
     elsewhere = tmp_path / "elsewhere"
@@ -173,9 +195,13 @@ def test_a_planted_link_in_the_work_folder_is_refused(job, tmp_path, name):
     (elsewhere / "precious").write_text("kept")
     planted = tmp_path / ".out.parquet.chunks" / name
     planted.unlink(missing_ok=True)
-    planted.symlink_to(elsewhere if name == "output" else elsewhere / "precious")
-    with pytest.raises((ValueError, OSError)):
-        run_job(job, tmp_path / "out.parquet")
+    if kind == "pipe":
+        os.mkfifo(planted)
+    else:
+        planted.symlink_to(elsewhere if name == "output" else elsewhere / "precious")
+    with pytest.raises(InputError, match="is not what a run of this command leaves"):
+        run_job(job, tmp_path / "out.parquet", restart=restart)
+    assert os.path.lexists(planted)
     assert (elsewhere / "precious").read_text() == "kept"
     assert not (tmp_path / "out.parquet").exists()
 

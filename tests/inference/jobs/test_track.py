@@ -24,6 +24,7 @@ from gengram.inference.jobs.track import regions_of, track_job
 from gengram.inference.jobs.track_files import BedGraphWriter, BigWigWriter, read_track
 from gengram.inference.tracks import VALUES, TrackModel
 from gengram.sequences.genome import genome_of
+from gengram.support.errors import InputError
 
 bigwig = pytest.importorskip("pyBigWig")
 pytest.importorskip("pysam")
@@ -292,3 +293,14 @@ def test_a_bed_file_that_is_not_there_is_no_region(fasta, options, tmp_path):
     with pytest.raises(ValueError, match=r"genes.bed, line 1: expected 0 <= start < end"):
         run_job(track_job(fasta, options, [str(tmp_path / "genes.bed")]), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["genes.bed"]
+
+
+@pytest.mark.parametrize("place", [20, 150])  # in the region, and near it
+def test_letters_that_are_no_dna_are_refused_before_the_work(place, options, tmp_path):
+    text = GENOME["chr2"]
+    (tmp_path / "genome.fa").write_text(f">chr2\n{text[:place]}X{text[place + 1 :]}\n")
+    job = track_job(tmp_path / "genome.fa", options, ["chr2:1-130"])
+    with pytest.raises(InputError, match=rf"genome\.fa, record chr2: expected DNA .* got 'X' at base {place + 1}\."):
+        run_job(job, tmp_path / "tracks")
+    assert not list(tmp_path.glob("*tracks*"))
+    run_job(track_job(tmp_path / "genome.fa", options, ["chr2:210-230"]), tmp_path / "tracks")  # far from it

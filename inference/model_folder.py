@@ -1,0 +1,52 @@
+"""What can be wrong with the folder of a model before Transformers opens it, which often says too little of it."""
+
+import json
+import os
+from pathlib import Path
+
+from ..support.errors import InputError, shortened
+from ..support.input_file import read_text, shown_name
+from ..support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
+
+_JSON = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_WEIGHTS = ("*.safetensors", "*.bin")
+_MOST_BYTES = 1 << 28  # of a JSON file; a tokenizer's can be large
+
+
+def check_model_folder(name: str | Path) -> None:
+    """Refuse a folder that cannot be loaded; what is no path is left to the Hub.
+
+    Raises:
+        InputError: if a file in it is a Git LFS pointer, or no JSON although its name says so; or `name` is a file.
+        FileNotFoundError: if `name` is a path and there is nothing.
+        OSError: if a file cannot be read.
+    """
+    folder = Path(name)
+    if not folder.exists() and not _may_be_on_the_hub(str(name)):
+        raise FileNotFoundError(f"{shown_name(name)}: no such model folder, and no name of a model on the Hub.")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{shown_name(name)} is a file, expected the folder of a model.")
+    for path in (folder / each for each in _JSON):
+        if path.exists():
+            _check_json(path)
+    for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        if path.is_file():
+            with open(path, "rb") as file:
+                refuse_lfs_pointer(file.read(POINTER_BYTES), shown_name(path), InputError)
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether this is `MODEL` or `ORG/MODEL`, as names on the Hub are."""
+    return name.count("/") < 2 and not name.startswith((".", "~", "/")) and (os.sep == "/" or os.sep not in name)
+
+
+def _check_json(path: Path) -> None:
+    text = read_text(path, "JSON", _MOST_BYTES)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{shown_name(path)}: expected JSON, got something else ({error}); fetch it again.") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{shown_name(path)}: expected a JSON object, got {shortened(found)}; fetch it again.")
