@@ -1,5 +1,6 @@
 """`gengram mutate`: every change beside whole windows in float64, dependencies beside plain passes, resumed runs."""
 
+import doctest
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from gengram import GengramForCausalLM, GengramForSequenceClassification, GengramTokenizer
 from gengram.cli import main
+from gengram.inference import dependencies, mutations
 from gengram.inference.dependencies import DependencyModel
 from gengram.inference.jobs import ModelOptions, Share, run_job
 from gengram.inference.jobs.dependency import SCHEMA, dependency_job
@@ -120,6 +122,12 @@ def test_windows_are_those_of_the_documented_rule(length, context, start, end, d
     first, last = shared_window(block, length, context, deleted)
     assert (first, last - first) == window("A" * length, start, end, context, deleted)
     assert 0 <= first <= start and min(end, length - deleted) <= last <= length - deleted
+
+
+@pytest.mark.parametrize("module", [mutations, dependencies])
+def test_examples_of_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
 
 
 def test_blocks_are_even_and_cover_the_region():
