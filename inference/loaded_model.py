@@ -15,6 +15,9 @@ from transformers import (
     AutoTokenizer,
 )
 
+from ..motif_memory.grafts.attach import IN_CONFIG
+from ..motif_memory.grafts.layer import CHILD
+from ..motif_memory.grafts.saved_memory import load_memory
 from ..support.errors import InputError, quoted
 from ..support.printable import printable
 from .model_folder import check_model_folder
@@ -91,7 +94,7 @@ def load_tokenizer(name: str, **loading: Any) -> Any:
 
 
 def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading: Any) -> Any:
-    """A model of which every weight is read.
+    """A model of which every weight is read, with the memories that were attached to it when it was saved.
 
     Transformers makes up what a file lacks, at random, and leaves out what does not fit; it says so in a warning only.
 
@@ -118,8 +121,13 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
         missing = {key for key in missing if key.startswith(body)}
     if has_new_head or auto_class is AutoModel:  # language models are saved without one; it makes no hidden states
         missing = {key for key in missing if "pooler" not in key}
+    unexpected = found["unexpected_keys"]
+    if hasattr(model.config, IN_CONFIG) and any(f".{CHILD}." in key for key in unexpected):
+        tokenizer = load_tokenizer(name, **where_it_is(loading))
+        load_memory(model, name, tokenizer=tokenizer, revision=loading.get("revision"))
+        unexpected = [key for key in unexpected if f".{CHILD}." not in key]
     kinds = {_kind_of(key, body) for key in model.state_dict()}
-    surplus = [key for key in found["unexpected_keys"] if _kind_of(key, body) in kinds]
+    surplus = [key for key in unexpected if _kind_of(key, body) in kinds]
     name, made_of = printable(name), f"weights of {type(model).__name__}"
     if missing:
         raise InputError(
@@ -132,6 +140,12 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
             "have by config.json. Is that of another model?"
         )
     return model
+
+
+def where_it_is(loading: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where a model is, and not how it is loaded."""
+    names = ("revision", "token", "trust_remote_code", "cache_dir")
+    return {name: loading[name] for name in names if name in loading}
 
 
 def _kind_of(key: str, body: str) -> str:

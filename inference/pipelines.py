@@ -22,7 +22,7 @@ from ..support.errors import InputError, shortened
 from .effects import NUMBERS, SCORES
 from .embeddings import SequenceEncoder
 from .filling import DEFAULT_CONTEXT, DEFAULT_JOINT, GapFiller, check_fill_options, gap_windows, with_bases
-from .loaded_model import HEADS, LoadedModel, head_of, load_config, load_whole
+from .loaded_model import HEADS, LoadedModel, head_of, load_config, load_whole, where_it_is
 from .memory_use import memories_of
 from .variant_effects import effects_of_checked
 from .window_effects import WindowEffects
@@ -46,10 +46,7 @@ class AutoLanguageModel:
     @classmethod
     def from_pretrained(cls, name: str, **loading: Any) -> Any:
         """The model; arguments as those of the library's Auto classes."""
-        known = {
-            key: loading[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in loading
-        }
-        head = head_of(load_config(name, **known)) or "causal"
+        head = head_of(load_config(name, **where_it_is(loading))) or "causal"
         return load_whole(HEADS[head], name, **loading)
 
 

@@ -5,7 +5,14 @@ import pytest
 import torch
 from foreign_models import bert
 from tiny_models import tiny_model
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, PreTrainedConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+)
 
 from gengram import (
     GengramForCausalLM,
@@ -13,6 +20,9 @@ from gengram import (
     GengramForSequenceClassification,
     GengramModel,
     GengramTokenizer,
+    MotifMemoryConfig,
+    attach_memory,
+    attached_memories,
 )
 from gengram.inference.loaded_model import (
     context_length,
@@ -143,3 +153,23 @@ def test_a_model_that_is_not_there(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file, expected the folder of a model"):
         load_config(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("head", [None, "causal"])
+def test_a_memory_that_was_attached_is_there_again(head, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = GengramTokenizer()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    attach_memory(model, MotifMemoryConfig(embedding_dim=8), layers=[1], tokenizer=tokenizer)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "motif_memory" in name:
+                weight.normal_(std=0.5)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer("ACGTTGCATAAGC", return_tensors="pt").input_ids
+    loaded = load_model(str(tmp_path), head, device="cpu").model
+    ours, theirs = (each(ids, output_hidden_states=True).hidden_states[-1] for each in (loaded, model))
+    assert torch.equal(ours, theirs)
+    assert [*attached_memories(loaded)] == ["layers.1"]
