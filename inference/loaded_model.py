@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.utils import logging
 
 from ..motif_memory.grafts.attach import IN_CONFIG
 from ..motif_memory.grafts.layer import CHILD
@@ -109,12 +110,16 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
         OSError: if there is no such model.
     """
     check_model_folder(name)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of the report on weights that are missing or left out, which are checked below
     try:
         model, found = auto_class.from_pretrained(
             name, output_loading_info=True, ignore_mismatched_sizes=True, **loading
         )
     except SafetensorError as error:
         raise InputError(f"{printable(name)}: its weights are damaged ({error}); fetch them again.") from None
+    finally:
+        logging.set_verbosity(verbosity)
     body = f"{model.base_model_prefix}."  # which the names of its weights begin with in a model with a head
     missing = {*found["missing_keys"], *(each[0] for each in found["mismatched_keys"])}
     if has_new_head:

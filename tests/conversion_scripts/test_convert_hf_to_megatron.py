@@ -228,7 +228,7 @@ SHAPES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(fields=SHAPES, splits=st.data())
 def test_models_of_all_shapes_there_and_back(fields, splits, megatron):
     heads, groups = fields.pop("heads_groups")

@@ -281,7 +281,7 @@ def test_lora_beside_a_memory(name, tmp_path):
     close(adapted.merge_and_unload()(ids).logits, expected, SAME_MODEL_FP32)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_a_compiled_host_is_one_graph(name):
     model, ids = grafted(name), random_ids()
