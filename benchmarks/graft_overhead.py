@@ -68,7 +68,7 @@ def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     def steps() -> None:
         for _ in range(DECODED):
             model(input_ids=token, past_key_values=cache)
-        cache.crop(ids.shape[1])
+        cache.crop(-DECODED)
 
     return steps
 
