@@ -281,13 +281,16 @@ def test_bidirectional_and_pooling_are_for_models_that_have_them(tmp_path, model
 # As a user runs them
 
 
-@pytest.mark.parametrize("script", ["fine_tuning/classify_sequences.py", "analysis/splice_sites.py"])
-def test_without_the_extra_the_scripts_name_it_in_one_line(script, tmp_path, monkeypatch):
-    (tmp_path / "sklearn.py").write_text("raise ModuleNotFoundError(\"No module named 'sklearn'\", name='sklearn')")
+@pytest.mark.parametrize(
+    "script, library", [("fine_tuning/classify_sequences.py", "sklearn"), ("analysis/splice_sites.py", "scipy")]
+)
+def test_without_the_extra_the_scripts_name_it_in_one_line(script, library, tmp_path, monkeypatch):
+    message = f"No module named '{library}'"
+    (tmp_path / f"{library}.py").write_text(f"raise ModuleNotFoundError({message!r}, name={library!r})")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     result = run_script(script, "--help")
     assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert result.stderr.endswith("needs sklearn: pip install -e '.[evaluation]' in the root of the repository\n")
+    assert result.stderr.endswith(f"needs {library}: pip install -e '.[evaluation]' in the root of the repository\n")
 
 
 @pytest.fixture(scope="module")
