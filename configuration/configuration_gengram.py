@@ -299,6 +299,15 @@ class GengramConfig(PreTrainedConfig):
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism cuts the layers: as Mixtral's, or with a dense feed-forward."""
+        return self._plan_of_layers() | self.__dict__.get("base_model_tp_plan", {})
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        """What is added to the plan, as Transformers 5.18 does for tied embeddings."""
+        of_layers = self._plan_of_layers()
+        self.__dict__["base_model_tp_plan"] = {name: plan[name] for name in plan if name not in of_layers}
+
+    def _plan_of_layers(self) -> dict[str, str]:
         if self.num_local_experts > 1:
             return MixtralConfig.base_model_tp_plan
         plan = {name: style for name, style in MixtralConfig.base_model_tp_plan.items() if ".mlp." not in name}
