@@ -207,8 +207,9 @@ GENGRAM_BODY Gate make_gate(const GateSums& sums, int64_t hidden, float eps) {
   gate.query_scale = 1.f / sqrtf(sums.query_square / float(hidden) + eps);
   gate.key_scale = 1.f / sqrtf(sums.key_square / float(hidden) + eps);
   gate.logit = sums.product * gate.query_scale * gate.key_scale / sqrtf(float(hidden));
-  float root = sqrtf(fmaxf(fabsf(gate.logit), 1e-6f));
-  root = gate.logit > 0.f ? root : (gate.logit < 0.f ? -root : 0.f);
+  const float size = fabsf(gate.logit);
+  float root = sqrtf(size < 1e-6f ? 1e-6f : size);  // what is not a number stays so, which fmaxf would hide
+  root = gate.logit > 0.f ? root : (gate.logit < 0.f ? -root : gate.logit);
   gate.gate = 1.f / (1.f + expf(-root));
   gate.rest = 1.f / (1.f + expf(root));
   return gate;

@@ -1,6 +1,7 @@
 """Every host with a memory can still do what it can do without."""
 
 import copy
+import inspect
 import io
 
 import pytest
@@ -54,9 +55,10 @@ def test_pieces_through_a_cache_are_the_whole(name, vocabulary):
 def test_a_recurrent_host_decodes_as_it_reads(name):
     model, ids = grafted(name), random_ids()
     expected = model(ids).logits
-    cache = DynamicCache(config=model.config)
-    pieces = [model(ids[:, :30], cache=cache, use_cache=True).logits]
-    pieces += [model(ids[:, place : place + 1], cache=cache, use_cache=True).logits for place in range(30, 40)]
+    name_of_cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "cache_params"  # 5.18
+    options = {name_of_cache: DynamicCache(config=model.config), "use_cache": True}
+    pieces = [model(ids[:, :30], **options).logits]
+    pieces += [model(ids[:, place : place + 1], **options).logits for place in range(30, 40)]
     close(torch.cat(pieces, dim=1), expected)
 
 
