@@ -72,7 +72,7 @@ def bits_per_base(model: Any, data: Any, tokenizer: Any, size: int) -> float:
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(data), size):
-        batch = collate([data[row] for row in range(start, min(start + size, len(data)))]).copy()
+        batch = collate([data[row] for row in range(start, min(start + size, len(data)))])
         labels = batch.pop("labels").to(model.device)
         logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
         total -= float(next_token_log_probabilities(logits, labels).double().sum())
@@ -85,21 +85,24 @@ def train(model: Any, data: dict[str, Any], tokenizer: Any, steps: int, seed: in
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = cosine_schedule(optimizer, min(30, steps // 10), steps)
-    curve = []
+    curve: list[tuple[int, float]] = []
+
+    def evaluate(step: int) -> None:
+        curve.append((step, bits_per_base(model, data["validation"], tokenizer, arguments.batch_size)))
+        print(f"  step {step:5}: {curve[-1][1]:.4f} bits per base", flush=True)
+
     source = batches(data["train"], tokenizer, arguments.batch_size, seed)
-    for step in range(steps + 1):
-        if step % arguments.evaluate_every == 0 or step == steps:
-            curve.append((step, bits_per_base(model, data["validation"], tokenizer, arguments.batch_size)))
-            print(f"  step {step:5}: {curve[-1][1]:.4f} bits per base", flush=True)
+    for step in range(steps):
+        if step % arguments.evaluate_every == 0:
+            evaluate(step)
             model.train()
-        if step == steps:
-            return curve
         batch = {name: value.to(model.device) for name, value in next(source).items()}
         model(**batch, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    evaluate(steps)
     return curve
 
 

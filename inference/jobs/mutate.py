@@ -258,12 +258,13 @@ def window_sizes(model: ModelOptions, config: Any, context: int | None, default:
     """
     tokenizer = model.load_tokenizer()
     tokens = BaseTokens.of(tokenizer)
-    longest = context_of(context_length(config, tokenizer), tokens)
+    most_tokens = context_length(config, tokenizer)
+    longest = context_of(most_tokens, tokens)
     if context is None:
         return (None if default is None else min(default, longest)), longest
     if context < 2:
         raise InputError(f"--context: expected 2 bases or more, got {context}.")
-    return context_of(context_length(config, tokenizer), tokens, context), longest
+    return context_of(most_tokens, tokens, context), longest
 
 
 def head_for(config: Any, name: str) -> str:

@@ -101,7 +101,7 @@ def without_package(folders, tmp_path_factory) -> SimpleNamespace:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_", "VIRTUAL_ENV"))}
     done = subprocess.run(
         [root / "env" / "bin" / "python", script, folders, HUB_REPOSITORY, root / "out"],
-        env=kept | {"HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=kept | {"HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"},
         cwd=root,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -141,7 +141,7 @@ torch.save(weight, {str(tmp_path)!r} + f"/{{torch.distributed.get_rank()}}.pt")
     (tmp_path / "step.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "step.py"]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": path}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     _, weight = one_step(tmp_path, name, ROWS, 1)
