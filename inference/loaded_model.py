@@ -89,9 +89,24 @@ def load_config(name: str, **loading: Any) -> Any:
 
 
 def load_tokenizer(name: str, **loading: Any) -> Any:
-    """A model's tokenizer; errors name the file that is wrong."""
+    """A model's tokenizer, which reads bases; errors name the file that is wrong.
+
+    Raises:
+        InputError: if its files do not belong together or are damaged, so that it cannot be made or reads no bases.
+        OSError, ValueError: of Transformers, if there is none, or none of a kind that it knows.
+    """
     check_model_folder(name)
-    return AutoTokenizer.from_pretrained(name, **loading)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **loading)
+        tokenizer("ACGTN")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of any kind: tokenizers raises a bare one, Transformers a KeyError
+        raise InputError(
+            f"{printable(name)}: its tokenizer cannot be used ({type(error).__name__}: {printable(str(error))}); "
+            "tokenizer.json or tokenizer_config.json is damaged or incomplete: fetch them again."
+        ) from None
+    return tokenizer
 
 
 def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading: Any) -> Any:

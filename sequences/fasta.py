@@ -151,7 +151,7 @@ class _Parser:
             if self.repeated_names == "fail":
                 raise self._error(
                     f"the name '{printable(name)}' (the first word) was used in line {self.lines_of_names[name]} "
-                    "already; rename one of the two, or choose repeated_names='number' (--repeated-names)"
+                    "already; rename one of the two (`gengram prepare` can number them: --repeated-names number)"
                 )
             self.numbers_of_names[original] = self.numbers_of_names.get(original, 1) + 1
             name = f"{original}#{self.numbers_of_names[original]}"

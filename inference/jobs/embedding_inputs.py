@@ -114,7 +114,7 @@ class SequenceInput:
 
     def _records(self, size: int, margin: int) -> Iterator[Passage]:
         number = 0
-        for part in stretches(stream_sequences(self.path, repeated_names="keep"), size, margin):
+        for part in stretches(stream_sequences(self.path), size, margin):
             is_whole = part.start == 0 and part.is_last
             length = part.end if is_whole else self._length(number, size)
             yield _checked(part, length, f"{shown_name(self.path)}, record {shortened(part.name)}")
@@ -124,7 +124,7 @@ class SequenceInput:
         """Bases of a record of more than `size`; the file is read for them once."""
         if size not in self._long:
             found, record, bases = {}, 0, 0
-            for piece in stream_sequences(self.path, repeated_names="keep"):
+            for piece in stream_sequences(self.path, repeated_names="keep"):  # the first reading checks names
                 bases += len(piece.text)
                 if piece.is_last:
                     if bases > size:

@@ -130,11 +130,22 @@ def test_a_pointer_of_git_lfs_in_a_models_folder_is_named(name, own_folder):
             load(str(own_folder))
 
 
+WITHOUT_UNKNOWN = json.dumps(
+    {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"A": 0}, "unk_token": "[UNK]"}}
+).encode()
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [
         ("config.json", b"", r"model/config\.json is empty, expected a JSON file"),
         ("config.json", b"[]", r"model/config\.json: expected a JSON object, got \[\]"),
+        (
+            "tokenizer.json",
+            b"{}",
+            r"model: its tokenizer cannot be used \(KeyError: 'added_tokens'\)",
+        ),
+        ("tokenizer.json", WITHOUT_UNKNOWN, r"model: its tokenizer cannot be used .* Missing \[UNK\] token"),
         ("tokenizer.json", b"[]", r"model/tokenizer\.json: expected a JSON object"),
         ("tokenizer_config.json", b'{"a": ', r"model/tokenizer_config\.json: expected JSON, got something else"),
         ("config.json", b"[" * 100_000, r"model/config\.json: expected JSON, got something else"),

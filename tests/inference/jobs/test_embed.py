@@ -224,10 +224,11 @@ def test_all_formats_hold_the_same_and_how_it_was_made(fasta, tmp_path, options,
 
 
 @pytest.mark.parametrize("ending", ["parquet", "npz", "h5ad"])
-def test_names_that_repeat_and_those_of_other_scripts_are_kept(tmp_path, options, ending):
+def test_names_that_repeat_in_a_table_and_those_of_other_scripts_are_kept(tmp_path, options, ending):
     names = ["x", "x", "gène", "染色体", "x"]
-    (tmp_path / "in.fa").write_text("".join(f">{name}\nACGT\n" for name in names), encoding="utf-8")
-    output = embed_file(tmp_path / "in.fa", tmp_path / f"out.{ending}", **options).output
+    lines = ["name\tsequence", *(f"{name}\tACGT" for name in names)]
+    (tmp_path / "in.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    output = embed_file(tmp_path / "in.tsv", tmp_path / f"out.{ending}", **options).output
     if ending == "h5ad":
         data = anndata.read_h5ad(output)
         assert data.obs["name"].tolist() == names and data.obs_names.is_unique
@@ -384,6 +385,10 @@ REFUSED = {
         ">a\nACGT\n>b\n\n>c\nA\n",
         r"in.fa, record 'b': expected bases, got an empty sequence.*remove it",
     ),
+    "two of one name": (
+        ">a\nACGT\n>b\nA\n>a x\nCC\n",
+        r"line 5: the name 'a' .* was used in line 1 already; rename one",
+    ),
     "gap": (">a\nAC\nG-T\n", r"record 'a': expected DNA .*, got '-' at base 4; remove the gaps"),
     "protein": (">a\nMKVLAAGE\n", r"record 'a': expected DNA .*, got 'L' at base 4"),
     "no record": ("\n", r"expected"),
@@ -516,7 +521,8 @@ def oddly_written(data, records):
 @given(st.data())
 def test_fasta_is_read_however_it_is_written(tmp_path, options, expected, data):
     records = [
-        RECORDS[number] for number in data.draw(st.lists(st.integers(0, len(RECORDS) - 1), min_size=1, max_size=4))
+        RECORDS[number]
+        for number in data.draw(st.lists(st.integers(0, len(RECORDS) - 1), min_size=1, max_size=4, unique=True))
     ]
     (tmp_path / "odd.fa").write_bytes(oddly_written(data, records).encode())
     output = tmp_path / "odd.parquet"
