@@ -20,6 +20,7 @@ from .preparation import Preparation, iterate_examples
 from .split_rules import EVERYTHING_TRAINS, SplitRule
 from .window_options import WindowOptions
 
+_EXAMPLES_PER_LOOK = 4096  # after which the progress bar says how many there are
 
 def features(length: int | None = None) -> Features:
     """Columns of a data set: token ids (bytes), and where they are from in the notation of bedtools.
@@ -102,10 +103,13 @@ def prepare_genome_dataset(
         raise InputError("expected at least one FASTA file, got none.")
     preparation = Preparation(rules, sketch_scale or None)
     schema = features(options.length if options.packed else None).arrow_schema
-    with whole_folder(output, restart) as folder, progress_bar(None, "bp", shown=progress) as bar:
+    with whole_folder(output, restart) as folder, progress_bar("read", "bp", shown=progress) as bar:
         shards: dict[str, ParquetShards] = {}
         try:
-            for split, example in iterate_examples(fasta, options, preparation, bar.update, folder):
+            examples = iterate_examples(fasta, options, preparation, bar.update, folder)
+            for number, (split, example) in enumerate(examples):
+                if number % _EXAMPLES_PER_LOOK == 0:  # a chromosome is read in a moment, and its examples take long
+                    bar.set_postfix_str(f"{number:,} examples")
                 if split not in shards:
                     shards[split] = ParquetShards(folder / "data", split, schema)
                 shards[split].add(example)

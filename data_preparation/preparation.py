@@ -70,7 +70,7 @@ def iterate_examples(
         fasta: files, plain or compressed; `-` is standard input. Each is read once, in bounded memory.
         options: how sequences are cut.
         preparation: has the rules, and is filled.
-        on_bases: called with a number of bases as they are done, for a progress bar.
+        on_bases: called with a number of bases as they are read, for a progress bar.
         folder: where documents lie meanwhile that are too long for memory.
 
     Raises:
@@ -87,6 +87,8 @@ def iterate_examples(
         pieces = _noted(
             stream_fasta(path, digest, options.repeated_names), path, report, options, preparation.unused_rules
         )
+        if on_bases is not None:
+            pieces = _counted(pieces, on_bases)
         if times_named[report.name] > 1:
             pieces = _unique(pieces, report.name, seen)
         cutter = DocumentCutter(options.longest_gap, options.foreign != "keep", folder)
@@ -103,8 +105,6 @@ def iterate_examples(
                 sketch.end_run()
             for example in stream.examples(document):
                 yield part.split, example
-            if on_bases is not None:
-                on_bases(len(document))
         report.sha256 = digest.hexdigest()
         _check_foreign_share(path, report.letters, options)
     for stream in streams.values():
@@ -146,6 +146,13 @@ def _noted(
             for rule in [rule for rule in unused_rules if (rule.start or 0) < length]:
                 if rule.matches(report.name, piece.name):
                     unused_rules.remove(rule)
+        yield piece
+
+
+def _counted(pieces: Iterable[SequencePiece], on_bases: Callable[[int], Any]) -> Iterator[SequencePiece]:
+    """The pieces as they are; `on_bases` hears of their lengths."""
+    for piece in pieces:
+        on_bases(len(piece.text))
         yield piece
 
 

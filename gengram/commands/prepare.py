@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="records of one file that have one name: fail, or number them, NAME#2 (%(default)s)",
     )
     parser.add_argument("--restart", action="store_true", help="delete what an earlier run left when it was killed")
-    parser.add_argument("--json", action="store_true", help="print the record as JSON, and no progress bar")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    how.add_argument("--json", action="store_true", help="print the record as JSON, and no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,11 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output,
         options,
         rules,
-        progress=not arguments.json,
+        progress=not (arguments.json or arguments.quiet),
         restart=arguments.restart,
     )
     if arguments.json:
         print(json.dumps(record, indent=1))
+    if arguments.json or arguments.quiet:
         return 0
     for line in _summary(record):
         print(line)
