@@ -22,6 +22,7 @@ from .window_options import WindowOptions
 
 _EXAMPLES_PER_LOOK = 4096  # after which the progress bar says how many there are
 
+
 def features(length: int | None = None) -> Features:
     """Columns of a data set: token ids (bytes), and where they are from in the notation of bedtools.
 

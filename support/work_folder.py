@@ -93,8 +93,15 @@ def locked(
         lock_name: of the file that is locked.
 
     Raises:
-        InputError: if it is not what a run of ours leaves, or another process holds the lock.
+        InputError: if it is not what a run of ours leaves, another process holds the lock, or the name of `output` is
+            not UTF-8, which records and libraries that write could not name hours later.
     """
+    try:
+        str(output).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{printable(output)}: expected an output with a name in UTF-8; choose another one."
+        ) from None
     while True:
         with contextlib.suppress(FileExistsError):
             work.mkdir(mode=0o700)

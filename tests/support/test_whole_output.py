@@ -73,6 +73,13 @@ def test_an_output_that_is_something_is_refused_before_the_work(kind, tmp_path):
     assert names(tmp_path) == before
 
 
+def test_a_name_that_is_not_utf_8_is_refused_before_the_work(tmp_path):
+    with pytest.raises(InputError, match=r"o\\udcfft: expected an output with a name in UTF-8"):
+        with whole_folder(tmp_path / os.fsdecode(b"o\xfft")):
+            pytest.fail("the work has begun")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_empty_folder_takes_the_output(tmp_path):
     (tmp_path / "out").mkdir()
     with whole_folder(tmp_path / "out") as folder:
