@@ -160,7 +160,7 @@ def test_fastq(tmp_path, content):
     found = outcome(lambda path: list(read_sequences(path)), path)
     if found is None or not content.removeprefix(b"\xef\xbb\xbf").startswith(b"@"):
         return
-    lines = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").rstrip(b"\n \t").split(b"\n")
+    lines = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").rstrip(b"\r\n \t").split(b"\n")
     lines += [b""] * (-len(lines) % 4)  # of empty reads at the end
     for record, (name, sequence) in zip(range(0, len(lines), 4), found, strict=True):
         head, bases, plus, qualities = lines[record : record + 4]
