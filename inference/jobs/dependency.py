@@ -19,8 +19,8 @@ from ..mutations import Block, shared_window
 from .job import JobChunk, ModelOptions, Worker
 from .mutate import DEFAULT_CONTEXT, window_sizes
 from .region_tables import RegionTableJob, rounded
+from .regions import texts_and_beds
 from .tables import check_table_output, write_table
-from .track import texts_and_beds
 
 SCHEMA = pa.schema(
     [
@@ -146,4 +146,4 @@ def dependency_job(
         raise InputError(f"--dependency: {name} is no causal or masked language model by its configuration.")
     context, _ = window_sizes(model, config, context, DEFAULT_CONTEXT)
     assert context is not None
-    return DependencyJob(Path(fasta), Path(output), model, texts, beds, head == "masked", context)
+    return DependencyJob(Path(fasta), model, texts, beds, Path(output), head == "masked", context)

@@ -20,8 +20,8 @@ from ..mutations import Block, Mutation, mutations_of, region_blocks
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
 from .region_tables import RegionTableJob, rounded
+from .regions import texts_and_beds
 from .tables import check_table_output, read_written, write_table
-from .track import texts_and_beds
 
 DEFAULT_CONTEXT = 512
 CLASSES = "classes"  # the head of a classifier of sequences
@@ -246,7 +246,7 @@ def mutate_job(
     if not 1 <= per_window <= (context or longest):
         raise InputError(f"--per-window: expected 1 to {context or longest:,} bases, got {per_window:,}.")
     label_name = None if label is None else str(config.id2label.get(label, label))
-    arguments = (Path(fasta), Path(output), model, texts, beds, head, context, longest, per_window, deletions)
+    arguments = (Path(fasta), model, texts, beds, Path(output), head, context, longest, per_window, deletions)
     return MutateJob(*arguments, label, label_name)
 
 

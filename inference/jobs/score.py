@@ -19,6 +19,7 @@ from ..memory_use import fast_memory, memories_of
 from ..variant_effects import VariantEffect, effects_of_checked
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
+from .regions import RegionFilter, inputs_of_beds, regions_of
 from .score_outputs import OUTPUTS, check_fits_vcf, score_table, write_scores
 from .tables import check_table_output
 
@@ -40,6 +41,7 @@ class ScoreJob:
         model: which model, and how it is used.
         context: bases of the window around a variant.
         scores: names of `SCORES`; by default all that the model has.
+        regions, beds: see `texts_and_beds`: only variants whose first base lies in them; without any, all.
 
     Raises:
         ValueError: if the output's name says no format, or a score or the context makes no sense.
@@ -51,14 +53,17 @@ class ScoreJob:
     model: ModelOptions
     context: int = DEFAULT_CONTEXT
     scores: tuple[str, ...] | None = None
+    regions: tuple[str, ...] = ()
+    beds: tuple[Path, ...] = ()
     name: str = field(default="score", init=False)
     unit: str = field(default="variant", init=False)
     inputs: Mapping[str, Path] = field(init=False)  # the files that decide the result
     counts: Counter[str] = field(default_factory=Counter, init=False)  # of what was written, by status
+    left_out: int = field(default=0, init=False)  # records outside the regions
 
     def __post_init__(self) -> None:
         check_table_output(self.output, OUTPUTS)
-        self.inputs = {"variants": self.variants, "fasta": self.fasta}
+        self.inputs = {"variants": self.variants, "fasta": self.fasta, **inputs_of_beds(self.beds)}
         if self.context < 2:
             raise ValueError(f"--context: expected 2 bases or more, got {self.context}.")
         unknown = [name for name in self.scores or () if name not in SCORES]
@@ -67,7 +72,8 @@ class ScoreJob:
 
     def settings(self) -> dict[str, Any]:
         """The job's own options that decide the result."""
-        return {"context": self.context, "scores": None if self.scores is None else list(self.scores)}
+        scores = None if self.scores is None else list(self.scores)
+        return {"context": self.context, "scores": scores, "regions": list(self.regions)}
 
     @functools.cached_property
     def genome(self) -> Genome:
@@ -87,9 +93,13 @@ class ScoreJob:
         content: list[_Checked] = []
         file = read_variants(self.variants)
         becomes_vcf = not file.is_vcf and self.output.suffix not in (".tsv", ".parquet")
+        is_wanted, self.left_out = self._filter(), 0
         for number, record in enumerate(file):
             if becomes_vcf:
                 check_fits_vcf(record)
+            if not is_wanted(record.contig, record.start):
+                self.left_out += 1
+                continue
             if not record.alternatives:
                 content.append((number, Variant(record.contig, record.start, record.reference, "."), "no_alt"))
             content += ((number, variant, check.status(variant)) for variant in record.variants())
@@ -99,6 +109,11 @@ class ScoreJob:
         if content:
             yield JobChunk(len(content), content)
         check.finish()
+
+    def _filter(self) -> Callable[[str, int], bool]:
+        if not (self.regions or self.beds):
+            return lambda contig, position: True
+        return RegionFilter(self.genome, regions_of(self.genome, self.regions, self.beds))
 
     def worker(self, device: str | None) -> "ScoreWorker":
         """Load the model, and open the genome."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from ...sequences.alphabet import check_letters
-from ...sequences.genome import Genome, open_genome
-from ...sequences.intervals import Interval, parse_region, read_bed
+from ...sequences.genome import Genome
 from ...support.default_model import model_name
 from ...support.errors import InputError
 from ...support.whole_output import write_whole
@@ -21,6 +20,7 @@ from ..long_sequences import checked_overlap
 from ..tracks import OF_MEMORY, PREDICTED, UNITS, VALUES, Track, TrackModel, tracks_of
 from .job import JobChunk, ModelOptions, Worker
 from .record import differences, record_of
+from .regions import RegionJob, texts_and_beds
 from .run import JobSummary
 from .track_files import FORMATS, TrackWriter
 
@@ -29,14 +29,10 @@ WINDOWS_PER_CHUNK = 64  # of each strand; where chunks meet, one of them is read
 
 
 @dataclass
-class TrackJob:
+class TrackJob(RegionJob):
     """Tracks of regions of a genome; make it with `track_job`.
 
     Args:
-        fasta: the genome.
-        model: which model, and how.
-        regions: texts such as `chr1:1,000-2,000`.
-        beds: files of further regions; without these and texts, all of the genome.
         tracks: what is computed.
         is_masked: whether the model predicts masked bases.
         context, overlap: how the model reads long sequences, see `long_sequences`.
@@ -44,10 +40,6 @@ class TrackJob:
         chunk: bases that are computed and stored as a whole; they do not change the values.
     """
 
-    fasta: Path
-    model: ModelOptions
-    regions: tuple[str, ...]
-    beds: tuple[Path, ...]
     tracks: tuple[Track, ...]
     is_masked: bool
     context: int
@@ -56,10 +48,6 @@ class TrackJob:
     chunk: int = LONGEST_CHUNK
     name: str = "track"
     unit: str = "bp"
-
-    @property
-    def inputs(self) -> Mapping[str, Path]:
-        return {"fasta": self.fasta, **{f"regions_{number}": bed for number, bed in enumerate(self.beds, start=1)}}
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -72,15 +60,14 @@ class TrackJob:
         }
 
     def chunks(self) -> Iterator[JobChunk]:
-        with open_genome(self.fasta) as genome:
-            for region in regions_of(genome, self.regions, self.beds):
-                for start in range(region.start, region.end, self.chunk):
-                    end = min(start + self.chunk, region.end)
-                    first, last = _read_for(start, end, self.context, genome.contigs[region.record])
-                    check_letters(
-                        genome.fetch(region.record, first, last), f"{genome.name}, record {region.record}", first
-                    )
-                    yield JobChunk(end - start, (region.record, start, end))
+        genome = self.genome
+        for region in self.wanted():
+            where = f"{genome.name}, record {region.record}"
+            for start in range(region.start, region.end, self.chunk):
+                end = min(start + self.chunk, region.end)
+                first, last = _read_for(start, end, self.context, genome.contigs[region.record])
+                check_letters(genome.fetch(region.record, first, last), where, first)
+                yield JobChunk(end - start, (region.record, start, end))
 
     def worker(self, device: str | None) -> Worker:
         loaded = self.model.load(head_of(self.model.load_config()), device)
@@ -88,11 +75,10 @@ class TrackJob:
         values = tuple(dict.fromkeys(track.value for track in self.tracks))
         tokens = BaseTokens.of(loaded.tokenizer)
         options = (self.model.strands, self.context, self.overlap, self.model.batch_tokens)
-        return _Worker(TrackModel(loaded.model, tokens, self.is_masked, values, *options), open_genome(self.fasta))
+        return _Worker(TrackModel(loaded.model, tokens, self.is_masked, values, *options), self.genome)
 
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
-        with open_genome(self.fasta) as genome:
-            contigs = {name: genome.contigs[name] for name in sorted(genome.contigs)}
+        contigs = {name: self.genome.contigs[name] for name in sorted(self.genome.contigs)}
         output.mkdir()
         files = {track.name: f"{track.name}.{FORMATS[self.format].suffix}" for track in self.tracks}
         with contextlib.ExitStack() as stack:
@@ -194,27 +180,6 @@ def finished_tracks(job: TrackJob, output: Path) -> JobSummary | None:
     return JobSummary(output, sum(chunk.size for chunk in job.chunks()), 0, True, record)
 
 
-def texts_and_beds(
-    regions: Sequence[str | Path], whole_genome: bool = False
-) -> tuple[tuple[str, ...], tuple[Path, ...]]:
-    """What a user gave as regions: texts such as `chr1:1,000-2,000`, and BED files.
-
-    Raises:
-        InputError: if there are none, or some beside the whole genome.
-    """
-    if whole_genome == bool(regions):
-        raise InputError(
-            "expected regions or --whole-genome, and not both: a BED file, or regions such as chr9:10,000-20,000."
-        )
-    beds = tuple(Path(region) for region in regions if _is_file(region))
-    return tuple(str(region) for region in regions if not _is_file(region)), beds
-
-
-def _is_file(region: str | Path) -> bool:
-    """Whether this is the name of a BED file, there or not, and no region."""
-    return ".bed" in Path(region).suffixes[-2:] or Path(region).exists()
-
-
 def _checked_values(
     values: Sequence[str] | None, name: str, head: str | None, memory_layers: Sequence[int]
 ) -> list[str]:
@@ -235,28 +200,3 @@ def _checked_values(
     if not found:
         raise InputError(f"{name} gives no tracks: {lacking['surprisal']}, and {lacking['gate']}.")
     return found
-
-
-def regions_of(genome: Genome, texts: Sequence[str] = (), beds: Sequence[Path] = ()) -> list[Interval]:
-    """Regions that are computed, sorted by record and start; those that overlap or touch are one.
-
-    Args:
-        genome: whose names are used, with and without `chr`.
-        texts: such as `chr1:1,000-2,000`.
-        beds: files of further regions; without texts and files, all contigs are regions.
-
-    Raises:
-        InputError: if a region does not lie in the genome.
-    """
-    wanted = [parse_region(text, genome.lengths) for text in texts]
-    for bed in beds:
-        wanted += read_bed(bed, genome.lengths)
-    if not texts and not beds:
-        wanted = [Interval(name, 0, length) for name, length in genome.contigs.items() if length]
-    merged: list[Interval] = []
-    for name, start, end in sorted((genome.contig(region.record), region.start, region.end) for region in wanted):
-        if merged and merged[-1].record == name and start <= merged[-1].end:
-            merged[-1] = Interval(name, merged[-1].start, max(end, merged[-1].end))
-        else:
-            merged.append(Interval(name, start, end))
-    return merged

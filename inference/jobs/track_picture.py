@@ -15,7 +15,7 @@ from ...sequences.intervals import Interval
 from ...support.default_model import model_name
 from ...support.errors import InputError
 from ...support.figures import GENE_COLOUR, OTHER_COLOUR, STRAND_COLOURS, draw_letters, pyplot, write_figure
-from .track import TrackJob, regions_of
+from .regions import RegionJob
 from .track_files import read_track
 
 SUFFIXES = (".svg", ".png")
@@ -30,11 +30,9 @@ _ARROWS = 60  # at most, along the width
 _LETTER_WIDTH = 0.0075  # of a gene's name, as a share of the width
 
 
-def plan_pictures(job: TrackJob, image: Path) -> dict[Path, Interval]:
+def plan_pictures(job: RegionJob, image: Path) -> dict[Path, Interval]:
     """Which picture will show which region: see `pictures_of`."""
-    with open_genome(job.fasta) as genome:
-        regions = regions_of(genome, job.regions, job.beds)
-    return pictures_of(regions, image)
+    return pictures_of(job.wanted(), image)
 
 
 def pictures_of(regions: Sequence[Interval], image: Path, longest: int = LONGEST) -> dict[Path, Interval]:

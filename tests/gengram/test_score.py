@@ -318,6 +318,36 @@ def test_parts_joined_are_the_whole(tmp_path, vcf, genome, monkeypatch):
     assert [line for part in parts for line in part] == whole and all(parts)
 
 
+def test_regions_that_together_are_everything_give_everything(tmp_path, vcf, genome, records, capsys):
+    def scored(folder, name, *words):  # without digits, which depend on what is in a batch
+        lines = lines_of(run(folder, vcf, genome, name, *words))[1]
+        return [re.sub(r"=-?[0-9.]+(e-?[0-9]+)?(?=[;,\t])", "=", line) for line in lines]
+
+    whole = scored(tmp_path / "whole", "all.vcf")
+    (tmp_path / "rest.bed").write_text("chr1\t70\t80\nchr1\t80\t595\n2\t0\t40\n")
+    regions = [["1:1-50", "chr1:51-70"], [tmp_path / "rest.bed"]]
+    parts = [scored(tmp_path, f"{number}.vcf", "--regions", *each) for number, each in enumerate(regions)]
+    starts = {line: (line.split("\t")[0].removeprefix("chr"), int(line.split("\t")[1]) - 1) for line in whole}
+    assert parts[0] == [line for line in whole if starts[line] < ("1", 70) and starts[line][0] == "1"]
+    outside = [line for line in whole if line not in parts[0] + parts[1]]
+    assert sorted(starts[line] for line in outside) == [("1", 700), ("9", 7)]
+    assert sorted(parts[0] + parts[1] + outside) == sorted(whole)
+
+    command = ["score", vcf, "--fasta", genome, "--model", run.model, "--context", 40]
+    assert main([*map(str, command), "-o", str(tmp_path / "none.tsv"), "--regions", "chr2:40-40", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["alleles"] + found["records_left_out"] >= len(records)
+    assert found["record"]["settings"]["regions"] == ["chr2:40-40"]
+
+
+@pytest.mark.parametrize(
+    "region, said", [("chr3:1-5", "no record 'chr3'"), ("chr2:1-50", "its end is 50"), ("none.bed", "none.bed")]
+)
+def test_regions_that_are_not_there(tmp_path, vcf, genome, capsys, region, said):
+    words = [vcf, "--fasta", genome, "--model", run.model, "--output", tmp_path / "out.tsv", "--regions", region]
+    assert said in refused(capsys, *words)
+
+
 def test_a_summary_counts_what_was_not_scored(tmp_path, vcf, genome, records, capsys):
     words = [vcf, "--fasta", genome, "--context", 40, "--model", run.model]
     assert main(["score", *map(str, words), "--output", str(tmp_path / "a.tsv")]) == 0

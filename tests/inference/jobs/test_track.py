@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from gengram import GengramTokenizer
 from gengram.inference.base_tokens import BaseTokens
 from gengram.inference.jobs import ModelOptions, Share, run_job
-from gengram.inference.jobs.track import regions_of, track_job
+from gengram.inference.jobs.regions import regions_of
+from gengram.inference.jobs.track import track_job
 from gengram.inference.jobs.track_files import BedGraphWriter, BigWigWriter, read_track
 from gengram.inference.tracks import VALUES, TrackModel
 from gengram.sequences.genome import genome_of
