@@ -26,6 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gengram
 from gengram import GengramForMaskedLM, GengramTokenizer
 from gengram.cli import main
+from gengram.evaluation.evaluated_model import EvaluatedModel
+from gengram.evaluation.suite_files import read_suite
+from gengram.evaluation.variants import read_labelled_variants, zero_shot
 from gengram.inference.effects import SCORES
 from gengram.inference.variant_effects import variant_effects
 from gengram.inference.window_effects import WindowEffects
@@ -510,3 +513,18 @@ def test_1000_genomes_end_to_end_killed_three_times(tmp_path):
         assert len(list(file.fetch("z", 500_000, 510_000))) > 100
     pysam.set_verbosity(verbosity)
     assert set(statuses) <= {"scored", "symbolic_allele"} and statuses.count("scored") > 28_900
+
+
+@pytest.mark.slow
+@needs_data
+def test_brca1_is_scored_as_in_the_benchmark(tmp_path):
+    task = next(task for task in read_suite("variants").tasks if task.name.startswith("BRCA1"))
+    rows = read_labelled_variants(task, DATA)
+    in_benchmark, left_out = zero_shot(EvaluatedModel(gengram.DEFAULT_MODEL, device="cpu"), task, rows, progress=False)
+    table = pd.DataFrame([(each.contig, each.start + 1, each.reference, each.alternative) for each in rows.variants])
+    table.to_csv(tmp_path / "brca1.csv", header=COLUMNS[:4], index=False)
+    words = ["--fasta", DATA / task.fasta, "--context", 2 * task.flank + 1, "--scores", "llr"]
+    assert score(tmp_path / "brca1.csv", *words, "--output", tmp_path / "out.parquet") == 0
+    found = table_of(tmp_path / "out.parquet")
+    assert not left_out and set(found["status"]) == {"scored"} and len(found) > 3_800
+    assert found["llr"].to_numpy() == pytest.approx(-in_benchmark, abs=LOG_LIKELIHOOD_FP32)
