@@ -21,6 +21,7 @@ from .commands import (
     mutate,
     prepare,
     score,
+    serve,
     track,
     verify,
 )
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "prepare": prepare,
     "fill": fill,
     "generate": generate,
+    "serve": serve,
     "bench": bench,
     "demo": demo,
     "doctor": doctor,

@@ -1,0 +1,145 @@
+"""One model, as what a server does with it: continue, embed and compare sequences."""
+
+import base64
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...sequences.alphabet import check_letters
+from ...support.errors import InputError
+from ..base_tokens import BaseTokens
+from ..effects import Change, StrandEffects
+from ..embeddings import SequenceEncoder, check_dna
+from ..generation import BaseGenerator, Sampling, random_draws
+from ..loaded_model import LoadedModel, context_length, head_of
+from ..window_effects import WindowEffects
+from .batching import Work
+
+
+class Continuation(NamedTuple):
+    """New bases behind a prompt."""
+
+    prompt: str
+    new: int
+    seed: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class EmbeddingChoice:
+    """Which vector of a sequence."""
+
+    layer: int
+    pooling: str
+    strands: str
+
+
+class ServedModel:
+    """A language model with its weights in memory once; `compute` is for one thread.
+
+    Args:
+        loaded: with the head that it was saved with.
+        batch_tokens: most tokens, padding included, that are read at once.
+
+    Raises:
+        ValueError: if it is no causal or masked language model, or its tokens are not single bases.
+    """
+
+    def __init__(self, loaded: LoadedModel, batch_tokens: int):
+        self.loaded, self.batch_tokens = loaded, batch_tokens
+        self.head = head_of(loaded.model.config)
+        if self.head is None:
+            raise ValueError("expected a causal or a masked language model, got one that is neither.")
+        tokens = BaseTokens.of(loaded.tokenizer)
+        self.context = context_length(loaded.model.config, loaded.tokenizer) - len(tokens.before) - len(tokens.after)
+        body = LoadedModel(loaded.model.base_model, loaded.tokenizer)
+        self._encoder = SequenceEncoder(body, batch_tokens=batch_tokens)
+        self._effects: dict[str, WindowEffects] = {}
+
+    def continuations(self, prompt: str, new: int, sampling: Sampling, seed: int, number: int) -> list[Work]:
+        """The work of `number` sequences of `new` bases behind a prompt.
+
+        Raises:
+            InputError: if the model is a masked one, or the prompt has letters that are no DNA.
+        """
+        if self.head == "masked":
+            raise InputError("this model predicts masked bases from both sides, so it cannot continue a sequence.")
+        check_letters(prompt, "prompt")
+        size = 2 ** math.ceil(math.log2(new))  # works of nearly the same length are done together
+        return [
+            Work(
+                ("continue", sampling, size),
+                Continuation(prompt, new, seed, sample),
+                tokens=len(prompt) + size,
+                spread=size,
+            )
+            for sample in range(1, number + 1)
+        ]
+
+    def embedding(self, sequence: str, choice: EmbeddingChoice) -> Work:
+        """The work of a sequence's vector, (hidden,) float32.
+
+        Raises:
+            ValueError: if there is no such layer, or the sequence is empty or no DNA.
+        """
+        check_dna(sequence, "input")
+        self._encoder.layer(choice.layer)
+        return Work(("embed", choice), sequence, min(len(sequence), self.context))
+
+    def effect(self, reference: str, alternative: str, strands: str) -> Work:
+        """The work of comparing two windows of one length: its result are `StrandEffects`.
+
+        Raises:
+            InputError: if they have no letters, other letters, or other lengths.
+        """
+        for name, text in (("reference", reference), ("alternative", alternative)):
+            check_letters(text, name)
+        if len(reference) != len(alternative) or len(reference) < 2:
+            raise InputError(
+                f"expected two windows of one length, 2 bases or more, got {len(reference)} and {len(alternative)}; "
+                "a deletion brings in bases from the right, an insertion pushes some out."
+            )
+        if len(reference) > self.context:
+            raise InputError(f"expected at most {self.context} bases, which the model can read, got {len(reference)}.")
+        return Work(("score", strands), _change(reference.upper(), alternative.upper()), len(reference))
+
+    def compute(self, key: Hashable, payloads: list[Any]) -> Sequence[Any]:
+        """The results of works of one key: new bases, vectors, or effects."""
+        kind, *options = key  # type: ignore[misc]
+        if kind == "continue":
+            return self._continued(options[0], payloads)
+        if kind == "embed":
+            choice: EmbeddingChoice = options[0]
+            found = self._encoder.vectors(payloads, choice.layer, choice.pooling, choice.strands)
+            return list(found)
+        return self._compared(options[0], payloads)
+
+    def _continued(self, sampling: Sampling, wanted: Sequence[Continuation]) -> list[str]:
+        generator = BaseGenerator(self.loaded.model, self.loaded.tokenizer, sampling)
+        new = max(each.new for each in wanted)
+        draws = np.stack([random_draws(each.seed, each.prompt, each.sample, new) for each in wanted])
+        found = generator.continued([each.prompt for each in wanted], draws)
+        return [bases[: each.new] for bases, each in zip(found, wanted, strict=True)]
+
+    def _compared(self, strands: str, changes: Sequence[Change]) -> list[StrandEffects]:
+        if strands not in self._effects:
+            loaded, is_masked = self.loaded, self.head == "masked"
+            self._effects[strands] = WindowEffects(
+                loaded.model, loaded.tokenizer, strands=strands, is_masked=is_masked, tokens_per_pass=self.batch_tokens
+            )
+        return [found for found in self._effects[strands].of(changes) if found is not None]
+
+
+def _change(reference: str, alternative: str) -> Change:
+    """Two windows, as a change of all that lies between the first and the last letter that differ."""
+    places = [place for place, (one, other) in enumerate(zip(reference, alternative, strict=True)) if one != other]
+    first, last = (places[0], places[-1]) if places else (0, 0)
+    return Change(reference, alternative, first, last - first + 1, last - first + 1)
+
+
+def as_base64(vector: np.ndarray) -> str:
+    """Little-endian float32, as clients of OpenAI ask for vectors."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")

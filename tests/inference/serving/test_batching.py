@@ -1,0 +1,107 @@
+"""Works of many callers: which are done together, and that each gets its own answer."""
+
+import threading
+from concurrent.futures import CancelledError
+
+import pytest
+
+from gengram.inference.serving.batching import Batcher, ClosedError, QueueFullError, Work
+
+
+class Gate:
+    """Computes lengths of texts when it is opened, and keeps which batches it was given."""
+
+    def __init__(self):
+        self.open, self.begun, self.batches = threading.Event(), threading.Event(), []
+
+    def __call__(self, key, payloads):
+        self.begun.set()
+        assert self.open.wait(30)
+        self.batches.append((key, list(payloads)))
+        if "bad" in payloads:
+            raise ValueError("a bad one")
+        return [len(payload) for payload in payloads]
+
+
+def held(gate, most_waiting=100, most_tokens=20):
+    """A batcher whose thread is busy with a work of its own, so that all else waits."""
+    batcher = Batcher(gate, most_waiting, most_tokens)
+    batcher.submit([Work("first", "", 1)])
+    assert gate.begun.wait(30)
+    return batcher
+
+
+def test_works_of_a_key_that_fit_are_done_together():
+    gate = Gate()
+    batcher = held(gate)
+    works = [Work(key, text, len(text)) for key, text in [("a", "12345"), ("b", "1"), ("a", "123"), ("a", "1234567")]]
+    works += [Work("a", "1" * 30, 30)]
+    batcher.submit(works)
+    assert batcher.waiting == 5
+    gate.open.set()
+    assert [work.future.result(30) for work in works] == [5, 1, 3, 7, 30]
+    batcher.close()
+    # 3 works of at most 7 tokens are 21, which is more than 20
+    assert gate.batches[1:] == [("a", ["12345", "123"]), ("b", ["1"]), ("a", ["1234567"]), ("a", ["1" * 30])]
+
+
+def test_works_of_too_different_lengths_are_not_done_together():
+    gate = Gate()
+    batcher = held(gate)
+    works = [Work("a", "1" * size, size, spread=3) for size in (1, 6, 4, 3)]
+    batcher.submit(works)
+    gate.open.set()
+    assert [work.future.result(30) for work in works] == [1, 6, 4, 3]
+    batcher.close()
+    assert [[len(text) for text in texts] for _, texts in gate.batches[1:]] == [[1, 4, 3], [6]]
+
+
+def test_a_work_that_fails_does_not_spoil_those_beside_it():
+    gate = Gate()
+    batcher = held(gate)
+    works = [Work("a", text, 1) for text in ("one", "bad", "two!")]
+    batcher.submit(works)
+    gate.open.set()
+    assert works[0].future.result(30) == 3 and works[2].future.result(30) == 4
+    with pytest.raises(ValueError, match="a bad one"):
+        works[1].future.result(30)
+    batcher.close()
+
+
+def test_what_was_given_up_is_not_done():
+    gate = Gate()
+    batcher = held(gate)
+    given_up, other = Work("a", "1", 1), Work("a", "22", 2)
+    batcher.submit([given_up, other])
+    assert given_up.future.cancel()
+    gate.open.set()
+    assert other.future.result(30) == 2
+    with pytest.raises(CancelledError):
+        given_up.future.result(30)
+    batcher.close()
+    assert gate.batches[1:] == [("a", ["22"])]
+
+
+def test_a_queue_takes_all_works_of_a_caller_or_none():
+    gate = Gate()
+    batcher = held(gate, most_waiting=3)
+    batcher.submit([Work("a", "1", 1), Work("a", "1", 1)])
+    with pytest.raises(QueueFullError, match="2 wait already, and at most 3 can"):
+        batcher.submit([Work("a", "1", 1), Work("a", "1", 1)])
+    assert batcher.waiting == 2
+    gate.open.set()
+    batcher.close()
+
+
+def test_closing_finishes_what_waits_and_takes_no_more():
+    gate = Gate()
+    batcher = held(gate)
+    work = Work("a", "123", 3)
+    batcher.submit([work])
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    gate.open.set()
+    closing.join(30)
+    assert work.future.result(0) == 3
+    with pytest.raises(ClosedError):
+        batcher.submit([Work("a", "1", 1)])
