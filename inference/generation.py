@@ -13,7 +13,7 @@ from .base_tokens import BaseTokens
 from .finite import check_finite
 from .loaded_model import context_length
 from .memory_use import fast_memory
-from .shared_prefix import CausalReader, Pass
+from .shared_prefix import CausalReader, Pass, branched
 
 # A choice that a probability so little different would change is made by a pass of its sequence alone. Far above what
 # float32 probabilities differ by in other batches, and rare: about one base in a thousand.
@@ -140,13 +140,14 @@ class BaseGenerator:
             raise ValueError(f"expected a model that reads at least two bases, got {type(model).__name__}.")
 
     @torch.inference_mode()
-    def continued(self, prompts: Sequence[str], draws: np.ndarray) -> list[str]:
+    def continued(self, prompts: Sequence[str], draws: np.ndarray, new: Sequence[int] | None = None) -> list[str]:
         """The new bases behind each prompt.
 
         Args:
             prompts: sequences of IUPAC codes; those that are not bases are read as N. An empty one begins with the
                 model's own first token, or with a random base if it has none.
             draws: (prompts, new bases), uniform in [0, 1).
+            new: how many new bases of each are wanted, if not all that there are draws for.
 
         Raises:
             InputError: if a prompt has other letters.
@@ -154,6 +155,64 @@ class BaseGenerator:
         """
         for number, prompt in enumerate(prompts):
             check_letters(prompt, f"prompt {number}")
+        wanted = np.full(len(prompts), draws.shape[1]) if new is None else np.array(new)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        side_by_side = [row for row, length in enumerate(lengths) if self._fits(length, wanted[row])]
+        found = dict.fromkeys(range(len(prompts)), "")
+        with fast_memory(self.reader.model):
+            if len(set(lengths)) == 1 == len(set(wanted)) or not self.reader.padding:
+                side_by_side = []
+            if side_by_side:
+                texts = [prompts[row] for row in side_by_side]
+                own = self._padded(texts, draws[side_by_side], wanted[side_by_side])
+                found.update(zip(side_by_side, own, strict=True))
+            rest = [row for row in found if row not in set(side_by_side)]
+            if rest:
+                own = self._moving([prompts[row] for row in rest], draws[rest])
+                found.update((row, bases[: wanted[row]]) for row, bases in zip(rest, own, strict=True))
+        return list(found.values())
+
+    def _fits(self, length: int, new: int) -> bool:
+        """Whether a text and its new bases are in one window, and there is something to begin with."""
+        return 0 < length + len(self.tokens.before) and length + new <= 2 * self.half
+
+    def _padded(self, prompts: Sequence[str], draws: np.ndarray, new: np.ndarray) -> list[str]:
+        """The new bases of texts that fit into one window: padded in front, and left out when they are whole."""
+        texts = [[*self.tokens.before, *self.tokens.encode(prompt)] for prompt in prompts]
+        longest = max(map(len, texts))
+        ids = np.full((len(texts), longest), self.reader.filler)
+        mask = torch.zeros(ids.shape, dtype=torch.int64, device=self.reader.device)
+        for row, text in enumerate(texts):
+            ids[row, longest - len(text) :] = text
+            mask[row, longest - len(text) :] = 1
+        found = self._read_masked(ids, mask)
+        rows = np.arange(len(texts))
+        bases = np.array(self.tokens.bases)
+        for step in range(int(new.max())):
+            chosen, margin = self._choose(found.logits, draws[rows, step])
+            for place in np.flatnonzero(margin < _MARGIN):
+                alone = self.reader.read(torch.tensor([texts[rows[place]]], device=self.reader.device)).logits
+                chosen[place] = self._choose(alone, draws[rows[place], step][None])[0][0]
+            for row, token in zip(rows, bases[chosen], strict=True):
+                texts[row].append(token)
+            (kept,) = np.nonzero(new[rows] > step + 1)
+            if len(kept) == 0:
+                break
+            cache = found.cache
+            if len(kept) < len(rows):
+                places = torch.from_numpy(kept).to(self.reader.device)
+                cache, mask = branched(cache, places), mask[places]
+            rows = rows[kept]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            found = self._read_masked(bases[chosen[kept], None], mask, cache)
+        ends = [len(self.tokens.before) + len(prompt) for prompt in prompts]
+        return [self._text(np.array(text[end:], dtype=np.int64)) for text, end in zip(texts, ends, strict=True)]
+
+    def _read_masked(self, ids: np.ndarray, mask: torch.Tensor, cache: Any = None) -> Pass:
+        return self.reader.read(torch.from_numpy(ids).to(self.reader.device), cache, keeps_cache=True, mask=mask)
+
+    def _moving(self, prompts: Sequence[str], draws: np.ndarray) -> list[str]:
+        """The new bases of texts of any length, read in windows that move; the places of all move on together."""
         lengths = np.array([len(prompt) for prompt in prompts])
         rows, new = draws.shape
         total = int(lengths.max()) + new
@@ -164,9 +223,8 @@ class BaseGenerator:
         if place == 0 and not self.tokens.before:
             self._place(ids, 0, lengths, (draws[:, 0] * len(BASES)).astype(int))
             place = 1
-        with fast_memory(self.reader.model):
-            while place < total:
-                place = self._fill_window(ids, place, lengths, draws)
+        while place < total:
+            place = self._fill_window(ids, place, lengths, draws)
         return [self._text(ids[row, length : length + new]) for row, length in enumerate(lengths)]
 
     def _fill_window(self, ids: np.ndarray, place: int, lengths: np.ndarray, draws: np.ndarray) -> int:

@@ -16,7 +16,7 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # How far logits may be apart with and without a cache, in standard deviations of logits: some roundings of the model's
 # dtype, but no more than this.
 _ROUNDINGS, _MOST_APART = 256, 0.05
-_PROBE_LENGTH, _PROBE_SPLIT = 45, 29
+_PROBE_LENGTH, _PROBE_SPLIT, _PROBE_PADDED = 45, 29, 11
 
 
 class Pass(NamedTuple):
@@ -40,18 +40,33 @@ class CausalReader:
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         self._cache_name = next((name for name in _CACHE_NAMES if name in parameters), None)
         self._takes_use_cache = "use_cache" in parameters or takes_any
+        self._takes_positions = "position_ids" in parameters or takes_any
         self._can_continue: bool | None = None
+        self._padding: str | None = None
 
     @property
     def device(self) -> torch.device:
         """Where ids have to be."""
         return next(self.model.parameters()).device
 
-    def read(self, ids: torch.Tensor, cache: Any = None, keeps_cache: bool = False) -> Pass:
-        """Logits after each token of `ids` (batch, length), which follow what is in the cache."""
+    def read(
+        self, ids: torch.Tensor, cache: Any = None, keeps_cache: bool = False, mask: torch.Tensor | None = None
+    ) -> Pass:
+        """Logits after each token of `ids` (batch, length), which follow what is in the cache.
+
+        Args:
+            ids: (batch, length).
+            cache: of the tokens before.
+            keeps_cache: whether the pass returns one.
+            mask: (batch, tokens in the cache + length), 0 where a row is padded in front; see `padding`.
+        """
         options: dict[str, Any] = {"use_cache": keeps_cache or cache is not None} if self._takes_use_cache else {}
         if cache is not None:
             options[str(self._cache_name)] = cache
+        if mask is not None:
+            options["attention_mask"] = mask
+            if self.padding == "masked, with positions":
+                options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         outputs = self.model(input_ids=ids, **options)
         logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
         kept = next((outputs[name] for name in _CACHE_NAMES if name in outputs), None) if keeps_cache else None
@@ -69,6 +84,43 @@ class CausalReader:
                 f"not reused, {reason}" if reason else "reused",
             )
         return self._can_continue
+
+    @property
+    def padding(self) -> str:
+        """How texts of other lengths can stand side by side, padded in front; tried once.
+
+        "masked", "masked, with positions" that count from the first token that is not padding; or "" if neither gives
+        a text the logits that it has alone, whole and continued from a cache.
+        """
+        if self._padding is None:
+            ways = ["masked", *(["masked, with positions"] if self._takes_positions else [])]
+            self._padding = next((way for way in ways if self.can_continue and self._is_harmless(way)), "")
+        return self._padding
+
+    def _is_harmless(self, padding: str) -> bool:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.tensor(self.tokens.bases)[torch.randint(4, (2, _PROBE_LENGTH), generator=generator)].to(
+            self.device
+        )
+        alone = self.read(ids[1:, _PROBE_PADDED:]).logits
+        mask = torch.ones_like(ids)
+        mask[1, :_PROBE_PADDED] = 0
+        ids[1, :_PROBE_PADDED] = self.filler
+        self._padding = padding
+        try:
+            start = self.read(ids[:, :_PROBE_SPLIT], keeps_cache=True, mask=mask[:, :_PROBE_SPLIT])
+            end = self.read(ids[:, _PROBE_SPLIT:], start.cache, mask=mask)
+        except Exception:  # of any kind: what a model of others does with a mask is up to its code
+            return False
+        finally:
+            self._padding = None
+        found = torch.cat([start.logits, end.logits], dim=1)[1:, _PROBE_PADDED:]
+        return _are_alike(found, alone)
+
+    @property
+    def filler(self) -> int:
+        """The id of padding."""
+        return self.tokens.bases[0] if self.tokens.pad is None else self.tokens.pad
 
     def _why_not(self) -> str:
         if self._cache_name is None or not self._takes_use_cache:
@@ -89,12 +141,16 @@ class CausalReader:
                 again.append(self.read(ids[:, _PROBE_SPLIT:], branch).logits)
         except Exception as error:  # of any kind: a cache that cannot do this is another model's, or its own code's
             return f"its cache cannot be shared ({type(error).__name__}: {error})"
-        scale = whole.float().std()
-        apart = torch.stack([(logits - whole[:, _PROBE_SPLIT:]).abs().float() for logits in again]).flatten()
-        allowed = min(_ROUNDINGS * torch.finfo(whole.dtype).eps, _MOST_APART)
-        if not bool(apart.quantile(0.9) <= allowed * scale):
+        if not _are_alike(torch.stack(again), whole[:, _PROBE_SPLIT:]):
             return "its logits are others when a text is continued from a cache"
         return ""
+
+
+def _are_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits differ by no more than rounding; `expected` may lack leading dimensions."""
+    apart = (found - expected).abs().float().flatten()
+    allowed = min(_ROUNDINGS * torch.finfo(expected.dtype).eps, _MOST_APART)
+    return bool(apart.quantile(0.9) <= allowed * expected.float().std())
 
 
 def branched(cache: Any, rows: torch.Tensor) -> Any:

@@ -24,13 +24,11 @@ class Work:
         key: only work of equal keys is done together.
         payload: what is done.
         tokens: how long it is; in a batch all are as long as the longest.
-        spread: by how many tokens at most another one in its batch may be longer or shorter.
     """
 
     key: Hashable
     payload: Any
     tokens: int
-    spread: float = float("inf")
     future: "Future[Any]" = field(default_factory=Future, compare=False)
 
 
@@ -102,14 +100,12 @@ class Batcher:
 
     def _next_batch(self) -> list[Work]:
         batch, later = [self._waiting.popleft()], deque[Work]()
-        shortest = longest = batch[0].tokens
-        while self._waiting:
-            work = self._waiting.popleft()
-            low, high = min(shortest, work.tokens), max(longest, work.tokens)
-            is_alike = work.key == batch[0].key and high - low <= min(work.spread, batch[0].spread)
-            if is_alike and (len(batch) + 1) * high <= self._most_tokens:
+        longest = batch[0].tokens
+        for work in self._waiting:
+            high = max(longest, work.tokens)
+            if work.key == batch[0].key and (len(batch) + 1) * high <= self._most_tokens:
                 batch.append(work)
-                shortest, longest = low, high
+                longest = high
             else:
                 later.append(work)
         self._waiting = later

@@ -1,7 +1,6 @@
 """One model, as what a server does with it: continue, embed and compare sequences."""
 
 import base64
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,16 +67,8 @@ class ServedModel:
         if self.head == "masked":
             raise InputError("this model predicts masked bases from both sides, so it cannot continue a sequence.")
         check_letters(prompt, "prompt")
-        size = 2 ** math.ceil(math.log2(new))  # works of nearly the same length are done together
-        return [
-            Work(
-                ("continue", sampling, size),
-                Continuation(prompt, new, seed, sample),
-                tokens=len(prompt) + size,
-                spread=size,
-            )
-            for sample in range(1, number + 1)
-        ]
+        wanted = [Continuation(prompt, new, seed, sample) for sample in range(1, number + 1)]
+        return [Work(("continue", sampling), each, len(prompt) + new) for each in wanted]
 
     def embedding(self, sequence: str, choice: EmbeddingChoice) -> Work:
         """The work of a sequence's vector, (hidden,) float32.
@@ -119,10 +110,9 @@ class ServedModel:
 
     def _continued(self, sampling: Sampling, wanted: Sequence[Continuation]) -> list[str]:
         generator = BaseGenerator(self.loaded.model, self.loaded.tokenizer, sampling)
-        new = max(each.new for each in wanted)
-        draws = np.stack([random_draws(each.seed, each.prompt, each.sample, new) for each in wanted])
-        found = generator.continued([each.prompt for each in wanted], draws)
-        return [bases[: each.new] for bases, each in zip(found, wanted, strict=True)]
+        new = [each.new for each in wanted]
+        draws = np.stack([random_draws(each.seed, each.prompt, each.sample, max(new)) for each in wanted])
+        return generator.continued([each.prompt for each in wanted], draws, new)
 
     def _compared(self, strands: str, changes: Sequence[Change]) -> list[StrandEffects]:
         if strands not in self._effects:

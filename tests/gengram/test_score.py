@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -520,11 +521,13 @@ def test_1000_genomes_end_to_end_killed_three_times(tmp_path):
 def test_brca1_is_scored_as_in_the_benchmark(tmp_path):
     task = next(task for task in read_suite("variants").tasks if task.name.startswith("BRCA1"))
     rows = read_labelled_variants(task, DATA)
+    assert len(rows.variants) > 3_800
+    rows = replace(rows, variants=rows.variants[::20])
     in_benchmark, left_out = zero_shot(EvaluatedModel(gengram.DEFAULT_MODEL, device="cpu"), task, rows, progress=False)
     table = pd.DataFrame([(each.contig, each.start + 1, each.reference, each.alternative) for each in rows.variants])
     table.to_csv(tmp_path / "brca1.csv", header=COLUMNS[:4], index=False)
     words = ["--fasta", DATA / task.fasta, "--context", 2 * task.flank + 1, "--scores", "llr"]
     assert score(tmp_path / "brca1.csv", *words, "--output", tmp_path / "out.parquet") == 0
     found = table_of(tmp_path / "out.parquet")
-    assert not left_out and set(found["status"]) == {"scored"} and len(found) > 3_800
+    assert not left_out and set(found["status"]) == {"scored"}
     assert found["llr"].to_numpy() == pytest.approx(-in_benchmark, abs=LOG_LIKELIHOOD_FP32)

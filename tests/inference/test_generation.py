@@ -133,6 +133,9 @@ def test_new_bases_are_those_drawn_one_by_one(name):
     assert found == [one_by_one(model, tokenizer, *pair, context) for pair in zip(PROMPTS, draws, strict=True)]
     assert len(set(found)) == 4 and set("".join(found)) == set(BASES)
     assert generator.continued(PROMPTS[:1], draws[:1]) == found[:1]
+    assert generator.reader.padding == ("masked, with positions" if name == "gpt2" else "masked")
+    some = generator.continued(PROMPTS, draws, [7, 12, 1, 40])  # the first two and the third fit into a window
+    assert some == [bases[:new] for bases, new in zip(found, [7, 12, 1, 40], strict=True)]
     generator.reader._can_continue = False
     assert generator.continued(PROMPTS, draws) == found
 

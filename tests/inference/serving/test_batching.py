@@ -45,17 +45,6 @@ def test_works_of_a_key_that_fit_are_done_together():
     assert gate.batches[1:] == [("a", ["12345", "123"]), ("b", ["1"]), ("a", ["1234567"]), ("a", ["1" * 30])]
 
 
-def test_works_of_too_different_lengths_are_not_done_together():
-    gate = Gate()
-    batcher = held(gate)
-    works = [Work("a", "1" * size, size, spread=3) for size in (1, 6, 4, 3)]
-    batcher.submit(works)
-    gate.open.set()
-    assert [work.future.result(30) for work in works] == [1, 6, 4, 3]
-    batcher.close()
-    assert [[len(text) for text in texts] for _, texts in gate.batches[1:]] == [[1, 4, 3], [6]]
-
-
 def test_a_work_that_fails_does_not_spoil_those_beside_it():
     gate = Gate()
     batcher = held(gate)
