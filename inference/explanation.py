@@ -79,12 +79,18 @@ class Explanation:
         sequence, position, size, column = np.nonzero(self.grid.is_there.cpu().numpy())
         return sequence, position, size, self.last[sequence, position] + column - self.grid.back
 
-    def by_base(self) -> np.ndarray:
-        """Shares of letters, each k-mer's in equal parts to its letters, of all positions: (batch, letters)."""
+    def by_base(self, positions: Any = None) -> np.ndarray:
+        """Shares of letters, each k-mer's in equal parts to its letters: (batch, letters).
+
+        Args:
+            positions: bool (batch, length): which positions count; all by default.
+        """
         found = np.zeros((self.digits.shape[0], self.digits.shape[1] + 1))
-        sequence, _, size, end = self.places()
+        sequence, position, size, end = self.places()
         lengths = np.array(self.sizes)[size]
         parts = self.grid.shares[self.grid.is_there].cpu().numpy() / lengths
+        if positions is not None:
+            parts = parts * np.asarray(positions)[sequence, position]
         np.add.at(found, (sequence, end - lengths + 1), parts)
         np.add.at(found, (sequence, end + 1), -parts)
         return found.cumsum(1)[:, :-1]
@@ -178,18 +184,22 @@ def explain_memory(
     return _explanation(name, layer, rules, found, shares_of_output(found, direction), total, effect)
 
 
+def memories_by_layer(model: Any) -> dict[Layer, MotifMemory]:
+    """The memories of a model by their layers, in order: numbers in Gengram models, names in others."""
+    if getattr(_base(model), GRAFT, None) is not None:
+        return dict(attached_memories(model))
+    return {memory.layer_idx: memory for memory in memories_of(model)}
+
+
 def memory_at(model: Any, layer: Layer | None) -> tuple[Layer, MotifMemory]:
     """A memory and its layer: a number in Gengram models, a name in others.
 
     Raises:
         ValueError: if the model has no memory there.
     """
-    named: dict[Layer, MotifMemory]
-    if getattr(_base(model), GRAFT, None) is not None:
-        named = dict(attached_memories(model))
-        layer = next((name for name in named if isinstance(layer, int) and name.split(".")[-1] == str(layer)), layer)
-    else:
-        named = {memory.layer_idx: memory for memory in memories_of(model)}
+    named = memories_by_layer(model)
+    if isinstance(layer, int) and layer not in named:
+        layer = next((name for name in named if str(name).split(".")[-1] == str(layer)), layer)
     if not named:
         raise InputError(f"{type(model).__name__} has no motif memory.")
     if layer is None and len(named) == 1:

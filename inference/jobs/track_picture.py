@@ -216,7 +216,9 @@ def means_of_bins(values: np.ndarray, width: int) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
 
 
-def _finish(figure: Any, axes: Sequence[Any], region: Interval, model: str, panels: Mapping[Any, Mapping[str, Any]]) -> None:
+def _finish(
+    figure: Any, axes: Sequence[Any], region: Interval, model: str, panels: Mapping[Any, Mapping[str, Any]]
+) -> None:
     width = math.ceil(len(region) / MOST_STEPS)
     axes[-1].set_xlim(region.start + 0.5, region.end + 0.5)
     axes[-1].xaxis.set_major_locator(pyplot().MaxNLocator(10, steps=[1, 2, 5, 10], integer=True))
