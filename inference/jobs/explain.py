@@ -165,7 +165,7 @@ class ExplainJob(RegionTableJob):
 
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Write the tables, the pictures and the report that shows them."""
-        from .explain_report import write_report
+        from .explain_report import write_html_report
 
         output.mkdir()
         parts: dict[str, list[pa.Table]] = {name: [] for name in (*SCHEMAS, "changes")}
@@ -174,7 +174,7 @@ class ExplainJob(RegionTableJob):
                 parts[name].append(pa.ipc.open_stream(content).read_all())
         tables = {name: pa.concat_tables(found) for name, found in parts.items() if found}
         tables["kmers"] = _joined_kmers(tables["kmers"])
-        write_report(self, tables, output)
+        write_html_report(self, tables, output)
         for name, table in tables.items():
             pa.parquet.write_table(table, output / f"{name}.parquet", compression="zstd")
         write_whole(output / "record.json", json.dumps(record, indent=2) + "\n")

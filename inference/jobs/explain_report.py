@@ -45,7 +45,7 @@ _TARGETS = {
 }
 
 
-def write_report(job: "ExplainJob", tables: dict[str, pa.Table], folder: Path) -> None:
+def write_html_report(job: "ExplainJob", tables: dict[str, pa.Table], folder: Path) -> None:
     """Draw the pictures into `folder`/pictures and write the report that holds them.
 
     Adds `motifs` to the tables, and `jaspar` if it was asked for.
