@@ -140,7 +140,7 @@ def memory_tables(memory: Any) -> list[torch.Tensor]:
     Raises:
         ValueError: if they are adapted, quantised or not in memory.
     """
-    tables = list(memory.embeddings)
+    tables: list[Any] = list(memory.embeddings)
     _check_plain(tables, nn.Embedding)
     return [table.weight.detach() for table in tables]
 

@@ -60,13 +60,13 @@ def planted(generator: np.random.Generator, count: int, length: int, motif: str)
 
 
 def new_model(motif: str, length: int, seed: int) -> Any:
-    """A classifier of two layers, with a memory in front of each or of the second one."""
+    """A classifier of one layer with a memory in front of it, by the largest of each number over the bases."""
     torch.manual_seed(seed)
     config = gengram.GengramConfig(
-        vocab_size=16, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=0, max_position_embeddings=length, memory_layers=[1],
+        vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=0, max_position_embeddings=length, memory_layers=[0],
         memory_ngram_sizes=list(range(1, len(motif) + 1)), memory_embedding_dim=8, memory_window=2 * len(motif),
-        classifier_pooling="mean", num_labels=2, initializer_range=0.02,
+        classifier_pooling="max", num_labels=2, initializer_range=0.02,
     )  # fmt: skip
     return gengram.GengramForSequenceClassification(config)
 
@@ -75,21 +75,19 @@ def ids_of(digits: np.ndarray, model: Any) -> torch.Tensor:
     return torch.tensor(model.config.memory_token_ids)[torch.tensor(digits)]
 
 
-def train(model: Any, digits: np.ndarray, epochs: int, batch: int = 64) -> None:
-    """Trains in place; rows of even number are of class 1."""
-    labels = torch.tensor([1, 0]).repeat(len(digits) // 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    steps = epochs * len(digits) // batch
+def train(model: Any, generator: np.random.Generator, motif: str, length: int, steps: int, batch: int = 64) -> None:
+    """Trains in place, on new sequences in every step, so that nothing but the motif can be learned by heart."""
+    labels = torch.tensor([1, 0]).repeat(batch // 2)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    ids, generator = ids_of(digits, model), torch.Generator().manual_seed(0)
     model.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(len(digits), generator=generator).split(batch):
-            loss = model(input_ids=ids[rows], labels=labels[rows]).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for _ in range(steps):
+        digits, _ = planted(generator, batch, length, motif)
+        loss = model(input_ids=ids_of(digits, model), labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     model.eval()
 
 
@@ -156,10 +154,9 @@ def share(is_first: list[bool]) -> list[float]:
 
 def compare(options: Any) -> dict[str, Any]:
     generator = np.random.default_rng(options.seed)
-    digits, _ = planted(generator, options.training_sequences, options.length, options.motif)
     held_out, starts = planted(generator, 2 * options.sequences, options.length, options.motif)
     model = new_model(options.motif, options.length, options.seed)
-    _, seconds = timed(lambda: train(model, digits, options.epochs))
+    _, seconds = timed(lambda: train(model, generator, options.motif, options.length, options.steps_of_training))
     is_right = ((class_scores(model, held_out) > 0) == torch.tensor([True, False]).repeat(options.sequences)).numpy()
     positive, starts = held_out[::2], starts[::2]
     _, one_pass = timed(lambda: [model(input_ids=ids_of(row, model)[None]) for row in positive])
@@ -195,9 +192,8 @@ def compare(options: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--motif", default="TGACTC", help="(%(default)s)")
-    parser.add_argument("--length", type=int, default=100, help="bases of a sequence (%(default)s)")
-    parser.add_argument("--training-sequences", type=int, default=8192, help="(%(default)s)")
-    parser.add_argument("--epochs", type=int, default=10, help="(%(default)s)")
+    parser.add_argument("--length", type=int, default=40, help="bases of a sequence (%(default)s)")
+    parser.add_argument("--steps-of-training", type=int, default=400, help="of 64 new sequences (%(default)s)")
     parser.add_argument("--sequences", type=int, default=200, help="that are explained (%(default)s)")
     parser.add_argument(
         "--steps", type=int, default=50, help="of integrated gradients; captum's default (%(default)s)"
