@@ -187,7 +187,7 @@ def explain_memory(
 def memories_by_layer(model: Any) -> dict[Layer, MotifMemory]:
     """The memories of a model by their layers, in order: numbers in Gengram models, names in others."""
     if getattr(_base(model), GRAFT, None) is not None:
-        return dict(attached_memories(model))
+        return {name: memory for name, memory in attached_memories(model).items()}
     return {memory.layer_idx: memory for memory in memories_of(model)}
 
 

@@ -61,7 +61,7 @@ def draw_contributions(numbers: Numbers, region: Interval, letters: str, path: P
     figure, axes = pyplot().subplots(
         lines * len(rows), 1, figsize=(_WIDTH, height), squeeze=False, layout="constrained"
     )
-    limits = {}
+    limits: dict[tuple[str, str], tuple[float, float]] = {}
     for (value, layer, _), found in rows.items():
         low, high = limits.get((value, layer), (0.0, 0.0))
         limits[value, layer] = (min(low, found.min()), max(high, found.max()))

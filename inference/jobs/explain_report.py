@@ -149,7 +149,8 @@ def _section_of_kmers(job: "ExplainJob", tables: dict[str, pa.Table], pictures: 
     parts = [
         '<section id="kmers">\n<h2>K-mers</h2>\n<p>Contributions of all positions of the regions, added up.</p>\n'
     ]
-    kmers, rows, found = tables["kmers"], [], []
+    kmers, rows = tables["kmers"], []
+    found: list[tuple[str, str, list[Motif]]] = []
     for layer, target in dict.fromkeys(zip(kmers["layer"].to_pylist(), kmers["target"].to_pylist(), strict=True)):
         chosen = kmers.filter(pc.and_(pc.equal(kmers["layer"], layer), pc.equal(kmers["target"], target)))
         listed = chosen.to_pylist()
