@@ -17,6 +17,7 @@ from .support.default_model import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from .configuration import GengramConfig
+    from .inference.explanation import explain_memory
     from .inference.one_hot import OneHotModel
     from .modeling_gengram import (
         GengramForCausalLM,
@@ -55,6 +56,7 @@ _LOADED_FROM = {
     "attach_memory": "motif_memory",
     "attached_memories": "motif_memory",
     "detach_memory": "motif_memory",
+    "explain_memory": "inference.explanation",
     "load_memory": "motif_memory",
     "OneHotModel": "inference.one_hot",
     "memory_path": "motif_memory",
@@ -79,6 +81,7 @@ __all__ = [
     "attach_memory",
     "attached_memories",
     "detach_memory",
+    "explain_memory",
     "load_memory",
     "memory_path",
     "register",

@@ -334,6 +334,11 @@ class GengramPreTrainedModel(PreTrainedModel):
         fold_memory(self, dtype)
         return self
 
+    @property
+    def memory(self) -> dict[int, MotifMemory]:
+        """The memories by the number of their layer: `model.memory[2]["TATAAA"]` is a row, which can be replaced."""
+        return {module.layer_idx: module for module in self.modules() if isinstance(module, MotifMemory)}
+
     def unfold_memory(self) -> "GengramPreTrainedModel":
         """Drop the folded tables; new ones are made when they repay themselves again. Returns the model."""
         unfold_memory(self)

@@ -17,6 +17,7 @@ from .definition import (
     rms_norm,
     window_mean,
 )
+from .kmer_rows import place_of_kmer
 from .state import MemoryState
 from .ways.compute import compute
 from .ways.kept_fold import FoldKeeper
@@ -131,6 +132,43 @@ class MotifMemory(nn.Module):
             history = None if state is None else state.conv_inputs(self.layer_idx)
             residual = gated + self.short_conv(gated, plan, history)
         return MemoryOutput(residual.to(hidden_states.dtype), gate, gated)
+
+    # Rows by their k-mers: memory["TATAAA"] is read, and memory["TATAAA"] = 0 forgets it.
+
+    def __getitem__(self, kmer: str) -> torch.Tensor:
+        """A copy of the row of a k-mer, (embedding_dim,).
+
+        Raises:
+            ValueError: if the memory has no table for k-mers of this size, or its tables cannot be read.
+        """
+        table, row = self._row(kmer)
+        return table.weight.detach()[row].clone()
+
+    def __setitem__(self, kmer: str, value: torch.Tensor | float) -> None:
+        """Replace the row of a k-mer, in place; folded tables are dropped.
+
+        Raises:
+            ValueError: as for reading, or if the value is neither a number nor a row.
+        """
+        table, row = self._row(kmer)
+        new = torch.as_tensor(value, dtype=table.weight.dtype, device=table.weight.device)
+        if new.shape not in ((), table.weight.shape[1:]):
+            raise ValueError(f"{kmer}: expected a number or ({table.weight.shape[1]},), got {tuple(new.shape)}.")
+        with torch.no_grad():
+            table.weight[row] = new
+        self.kept_fold.drop()
+
+    def __iter__(self):
+        raise TypeError("a memory cannot be iterated; its tables are memory.embeddings.")
+
+    def _row(self, kmer: str) -> tuple[nn.Embedding, int]:
+        index, row = place_of_kmer(kmer, self.config.ngram_sizes)
+        table = self.embeddings[index]
+        if type(table) is not nn.Embedding or table.weight.is_meta:
+            raise ValueError(
+                "expected plain tables in memory; merge adapters, or load offloaded or quantised weights first."
+            )
+        return table, row
 
     # What changes the weights' device or dtype, or starts training, ends the use of folded tables.
 

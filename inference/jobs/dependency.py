@@ -13,7 +13,7 @@ import pyarrow as pa
 from ...support.default_model import model_name
 from ...support.errors import InputError
 from ..dependencies import DependencyModel
-from ..loaded_model import head_of
+from ..loaded_model import LoadedModel, head_of
 from ..memory_use import fast_memory
 from ..mutations import Block, shared_window
 from .job import JobChunk, ModelOptions, Worker
@@ -69,19 +69,25 @@ class DependencyJob(RegionTableJob):
 
     def worker(self, device: str | None) -> Worker:
         """Load the model, and open the genome."""
-        return _Worker(self, device)
+        return DependencyWorker(self, device)
 
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Write the table."""
         write_table(results, output, record, SCHEMA)
 
 
-class _Worker:
-    """A model and a genome, as a function of some bases of a region."""
+class DependencyWorker:
+    """Computes chunks of a `DependencyJob`.
 
-    def __init__(self, job: DependencyJob, device: str | None):
+    Args:
+        job: the job.
+        device: where the model runs.
+        loaded: the job's model, if it is there already.
+    """
+
+    def __init__(self, job: DependencyJob, device: str | None, loaded: LoadedModel | None = None):
         self._job = job
-        loaded = job.model.load("masked" if job.is_masked else "causal", device)
+        loaded = loaded or job.model.load("masked" if job.is_masked else "causal", device)
         self._model = DependencyModel(
             loaded.model, loaded.tokenizer, job.model.strands, job.is_masked, job.model.batch_tokens
         )

@@ -14,7 +14,7 @@ from ...support.errors import InputError, quoted
 from ..base_tokens import BaseTokens
 from ..class_effects import ClassEffects
 from ..embeddings import context_of
-from ..loaded_model import context_length, head_of
+from ..loaded_model import LoadedModel, context_length, head_of
 from ..memory_use import fast_memory
 from ..mutations import Block, Mutation, mutations_of, region_blocks
 from ..window_effects import WindowEffects
@@ -134,11 +134,12 @@ class MutateWorker:
     Args:
         job: the job.
         device: where the model runs.
+        loaded: the job's model, if it is there already.
     """
 
-    def __init__(self, job: MutateJob, device: str | None):
+    def __init__(self, job: MutateJob, device: str | None, loaded: LoadedModel | None = None):
         self._job = job
-        loaded = job.model.load(job.head, device)
+        loaded = loaded or job.model.load(job.head, device)
         strands, tokens = job.model.strands, job.model.batch_tokens
         if job.head == CLASSES:
             self._classes = ClassEffects(loaded.model, loaded.tokenizer, job.label or 0, strands, tokens)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ...sequences.intervals import Interval
 from ...support.default_model import model_name
 from ...support.errors import InputError
 from ...support.figures import GENE_COLOUR, OTHER_COLOUR, STRAND_COLOURS, draw_letters, pyplot, write_figure
+from ..tracks import UNITS
 from .regions import RegionJob
 from .track_files import read_track
 
@@ -88,6 +89,30 @@ def draw_tracks(
     for track in record_of_run["tracks"]:
         values = read_track(folder / track["file"], record, region.start, region.end)
         panels.setdefault((track["value"], track["layer"]), {})[track["strand"]] = values
+    draw_panels(panels, region, letters, path, model_name(record_of_run["model"]["model"]), genes)
+
+
+def draw_panels(
+    panels: Mapping[tuple[str, int | None], Mapping[str, np.ndarray]],
+    region: Interval,
+    letters: str,
+    path: str | Path,
+    model: str,
+    genes: Sequence[Gene] = (),
+) -> None:
+    """Draw values of a region, a panel for each, under its genes and letters.
+
+    Args:
+        panels: values (length,) by their name and layer, and by strand.
+        region: what is drawn.
+        letters: of the region; "" to write none.
+        path: the picture, in .svg or .png.
+        model: its name.
+        genes: of the region.
+
+    Raises:
+        OSError: if the picture cannot be written.
+    """
     rows = pack_genes(genes, region)
     heights = [_HEIGHTS["gene"] * (max(rows.values()) + 1) + 0.1] if rows else []
     heights += [_HEIGHTS["letters"]] if letters else []
@@ -106,11 +131,10 @@ def draw_tracks(
         _draw_genes(remaining.pop(0), rows, region)
     if letters:
         _draw_both_strands(remaining.pop(0), letters, region)
-    units = {(track["value"], track["layer"]): track["unit"] for track in record_of_run["tracks"]}
     for axis, ((value, layer), strands) in zip(remaining, panels.items(), strict=True):
         label = value if layer is None else f"{value}\nof layer {layer}"
-        _draw_value(axis, strands, region, f"{label}\n({units[value, layer]})", value)
-    _finish(figure, axes[:, 0], region, model_name(record_of_run["model"]["model"]), panels)
+        _draw_value(axis, strands, region, f"{label}\n({UNITS[value]})", value)
+    _finish(figure, axes[:, 0], region, model, panels)
     write_figure(path, figure)
 
 
@@ -159,7 +183,7 @@ def _draw_both_strands(axis: Any, letters: str, region: Interval) -> None:
         axis.spines[side].set_visible(False)
 
 
-def _draw_value(axis: Any, strands: dict[str, np.ndarray], region: Interval, label: str, value: str) -> None:
+def _draw_value(axis: Any, strands: Mapping[str, np.ndarray], region: Interval, label: str, value: str) -> None:
     """The forward strand upwards and the reverse one downwards."""
     width = math.ceil(len(region) / MOST_STEPS)
     edges = np.minimum(np.arange(0, len(region) + width, width), len(region)) + region.start + 0.5
@@ -190,7 +214,9 @@ def means_of_bins(values: np.ndarray, width: int) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(len(starts), np.nan), where=counts > 0)
 
 
-def _finish(figure: Any, axes: Sequence[Any], region: Interval, model: str, panels: dict[Any, dict[str, Any]]) -> None:
+def _finish(
+    figure: Any, axes: Sequence[Any], region: Interval, model: str, panels: Mapping[Any, Mapping[str, Any]]
+) -> None:
     width = math.ceil(len(region) / MOST_STEPS)
     axes[-1].set_xlim(region.start + 0.5, region.end + 0.5)
     axes[-1].xaxis.set_major_locator(pyplot().MaxNLocator(10, steps=[1, 2, 5, 10], integer=True))

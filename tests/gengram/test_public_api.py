@@ -11,13 +11,13 @@ import transformers
 
 import gengram
 from gengram.configuration import configuration_gengram
-from gengram.inference import base_tokens, one_hot
+from gengram.inference import base_tokens, explanation, one_hot
 from gengram.modeling_gengram import modeling_gengram
 from gengram.motif_memory import configuration_motif_memory, module, state
 from gengram.tokenization import tokenization_gengram
 
 MODULES = [configuration_gengram, modeling_gengram, tokenization_gengram, configuration_motif_memory, module, state]
-MODULES += [base_tokens, one_hot]
+MODULES += [base_tokens, explanation, one_hot]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -40,6 +40,7 @@ def test_public_names():
         "attach_memory",
         "attached_memories",
         "detach_memory",
+        "explain_memory",
         "load_memory",
         "memory_path",
         "register",

@@ -31,6 +31,10 @@ RANDOM_MEMORY_GRADIENT_FP64 = 1e-8
 # Folded tables beside the definition in float64: sums of projected rows instead of projections of sums.
 FOLDED_FP64 = 1e-11
 
+# Shares of k-mers in float64 beside brute force, and their sum beside the whole, relative to the larger of the whole
+# and the largest share: 1e-15 was measured.
+SHARES_FP64 = 1e-10
+
 # Share of the largest value: table-major values and gradients beside the definition in float64. The gate's square root
 # is steep near 0.
 TABLE_MAJOR_FP64 = 1e-10

@@ -1,0 +1,88 @@
+"""`gengram explain`: which k-mers made what a model does in a region, as one report and tables."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..job_options import add_job_options, model_options, print_summary, run_options
+
+HELP = "which k-mers of the memory made what a model does: a report, and tables"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `gengram explain`."""
+    parser.add_argument(
+        "regions",
+        nargs="*",
+        metavar="REGIONS|SEQUENCES",
+        help="regions such as chr9:10,000-10,100 (from 1, with their end) or BED files; or a FASTA file of sequences",
+    )
+    parser.add_argument("--fasta", type=Path, metavar="GENOME", help="the genome that regions are of")
+    parser.add_argument("--gtf", type=Path, metavar="GENES", help="genes for the pictures, GTF or GFF3")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="bases of the window around a region: 512 by default; of a classifier, the region",
+    )
+    parser.add_argument("--class", dest="of_class", metavar="CLASS", help="name or number of a classifier's class")
+    parser.add_argument(
+        "--knock-out", metavar="KMERS", help="also without the rows of these k-mers, such as TATAAA,TATATA"
+    )
+    parser.add_argument(
+        "--knock-out-reverse-complement", action="store_true", help="and without those of their reverse complements"
+    )
+    parser.add_argument(
+        "--jaspar",
+        nargs="?",
+        const="all",
+        metavar="TAXON",
+        help="compare with known motifs: vertebrates, fungi, plants, ...; all by default",
+    )
+    parser.add_argument("--no-mutate", action="store_true", help="do not change every base, which takes longest")
+    add_job_options(parser, "folder to make, with report.html, tables and pictures")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Explain the regions and write the report.
+
+    Raises:
+        ValueError, OSError: if an input or an option cannot be used.
+        MissingExtraError: if a library for pictures, genomes or motifs is not installed.
+    """
+    from ..inference.jobs import run_job
+
+    if arguments.shard is not None:
+        raise ValueError("--shard: a part has no report; leave it out.")
+    job = _job(arguments)
+    summary = run_job(job, arguments.output, **run_options(arguments))
+    report = summary.output / "report.html"
+    words = f"explained {summary.items:,} bases, wrote {report}"
+    print_summary(arguments, summary, words, bases=summary.items, report=str(report), targets=list(job.targets))
+    return 0
+
+
+def _job(arguments: argparse.Namespace) -> Any:
+    from ..inference.jobs.explain import explain_job
+
+    fasta, regions = arguments.fasta, arguments.regions
+    if fasta is None:
+        if len(regions) != 1 or not Path(regions[0]).is_file():
+            given = " ".join(regions) or "nothing"
+            raise ValueError(f"expected one FASTA file of sequences, or regions with --fasta GENOME; got {given}.")
+        fasta, regions = Path(regions[0]), []
+    words = [] if arguments.knock_out is None else arguments.knock_out.split(",")
+    return explain_job(
+        fasta,
+        arguments.output,
+        regions,
+        whole_genome=not regions and arguments.fasta is None,
+        model=model_options(arguments),
+        gtf=arguments.gtf,
+        context=arguments.context,
+        of_class=arguments.of_class,
+        knock_out=words,
+        reverse_complements=arguments.knock_out_reverse_complement,
+        mutates=not arguments.no_mutate,
+        jaspar=arguments.jaspar,
+    )

@@ -1,0 +1,156 @@
+"""`gengram explain`, from the command line to tables and a report that needs nothing else."""
+
+import base64
+import json
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from saved_models import tiny_folder  # noqa: F401  (a fixture)
+from tiny_models import tiny_model
+from tolerances import SAME_FP32, SHARES_FP64
+from transformers import AutoModelForCausalLM
+
+import gengram
+from gengram import GengramForSequenceClassification, GengramTokenizer
+from gengram.cli import main
+from gengram.sequences.alphabet import reverse_complement
+from gengram.sequences.genome import open_genome
+
+for library in ("matplotlib", "pysam"):
+    pytest.importorskip(library)
+
+FASTA, GTF = (str(gengram.DEMO_DATA / f"region.{kind}.gz") for kind in ("fa", "gtf"))
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class StrictPage(HTMLParser):
+    """Reads a page whose every tag is closed in its turn."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        names = [name for name, _ in attributes]
+        assert len(names) == len(set(names))
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def of(self, tag: str, name: str) -> list[str]:
+        return [value for found, key, value in self.attributes if (found, key) == (tag, name)]
+
+
+@pytest.fixture
+def explain(tiny_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Runs the command in an empty folder; returns exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, model=tiny_folder):
+        code = main(["explain", *words, "--model", str(model), "--device", "cpu", "--quiet"])
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def rows_of(folder, name) -> list[dict]:
+    return pq.read_table(folder / f"{name}.parquet").to_pylist()
+
+
+def check_page(folder) -> StrictPage:
+    page = StrictPage((folder / "report.html").read_text())
+    assert page.of("meta", "name") == ["viewport"] and "width=device-width" in page.of("meta", "content")[0]
+    assert not page.of("script", "src") and not page.of("link", "href")  # nothing is fetched
+    assert all(target.startswith("#") for target in page.of("a", "href"))
+    assert {target[1:] for target in page.of("a", "href")} <= set(page.of("section", "id"))
+    pictures = page.of("img", "src")
+    for picture in pictures:
+        kind, _, data = picture.partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
+    assert len(pictures) == len(list((folder / "pictures").iterdir())) and all(page.of("img", "alt"))
+    return page
+
+
+def test_a_region_with_a_knock_out(explain, tmp_path, tiny_folder):  # noqa: F811
+    words = ["chr21_25.7M:35,061-35,080", "--fasta", FASTA, "--gtf", GTF, "--output", "out", "--context", "40"]
+    code, out, error = explain(*words, "--knock-out", "GTA", "--knock-out-reverse-complement", "--json")
+    assert (code, error) == (0, "")
+    assert json.loads(out)["targets"] == ["gate_logit", "residual_norm", "base:actual"]
+    folder = tmp_path / "out"
+    names = {path.stem for path in folder.glob("*.parquet")}
+    assert names == {"bases", "changes", "contributions", "dependencies", "kmers", "knock_out", "motifs"}
+    check_page(folder)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    window = open_genome(FASTA).fetch("chr21_25.7M", 35050, 35090)  # 40 bases with the region in their middle
+    tokenizer = GengramTokenizer()
+    found = rows_of(folder, "contributions")
+    for strand in "+-":
+        text = window if strand == "+" else reverse_complement(window)
+        expected = gengram.explain_memory(model, tokenizer(text)["input_ids"], layer=2, target="residual_norm")
+        places = [10 + place if strand == "+" else 39 - 10 - place for place in range(20)]
+        sums = np.zeros(20)
+        for row in found:
+            if (row["strand"], row["layer"], row["target"]) == (strand, "2", "residual_norm"):
+                sums[row["pos"] - 35061] += row["contribution"]
+                there = window[row["start"] - 35051 : row["end"] - 35050]
+                assert (there if strand == "+" else reverse_complement(there)).upper() == row["kmer"]
+        np.testing.assert_allclose(sums, expected.total[0, places], rtol=SHARES_FP64)
+    knock_out = rows_of(folder, "knock_out")
+    assert {row["strand"] for row in knock_out} == {"+", "-"}
+    assert any(row["before"] != row["after"] for row in knock_out)
+    assert explain(*words)[0] == 1  # it is there
+
+
+def test_sequences_of_a_file_and_a_class(explain, tmp_path):
+    model = tiny_model(GengramForSequenceClassification, max_position_embeddings=48, num_labels=2)
+    model.config.id2label = {0: "other", 1: "promoter"}
+    model.save_pretrained(tmp_path / "classifier")
+    GengramTokenizer(model_max_length=48).save_pretrained(tmp_path / "classifier")
+    (tmp_path / "two.fa").write_text(">one\nACGTTGCATTACGGCA\n>two\nTTGACCATTACGGNCATC\n")
+    words = ["two.fa", "--class", "promoter", "--output", "out", "--strands", "forward", "--knock-out", "TAC"]
+    code, out, error = explain(*words, model=tmp_path / "classifier")
+    assert (code, out, error) == (0, "", "")
+    page = check_page(tmp_path / "out")
+    assert page.of("section", "id") == ["region1", "region2", "kmers"]
+    totals = {row["kmer"]: row for row in rows_of(tmp_path / "out", "kmers") if row["target"] == "class:1"}
+    assert totals["TAC"]["regions"] in (2, 4)  # of each memory
+    scores = [row for row in rows_of(tmp_path / "out", "knock_out") if row["value"] == "log-odds of the class"]
+    ids = torch.tensor([GengramTokenizer()("ACGTTGCATTACGGCA")["input_ids"]])
+    with torch.no_grad():
+        before = model(ids).logits[0]
+        for memory in model.memory.values():
+            memory["TAC"] = 0
+        after = model(ids).logits[0]
+    assert scores[0]["before"] == pytest.approx(float(before[1] - before[0]), abs=SAME_FP32)
+    assert scores[0]["after"] == pytest.approx(float(after[1] - after[0]), abs=SAME_FP32)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["chr21_25.7M:1-20"], "expected one FASTA file of sequences, or regions with --fasta"),
+        (["chr21_25.7M:1-2000", "--fasta", FASTA], "expected 2 to 48 bases, so that they are read at once"),
+        (["chr21_25.7M:1-20", "--fasta", FASTA, "--knock-out", "TATAAA"], "of a size that the memory has (1, 2, 3)"),
+        (["chr21_25.7M:1-20", "--fasta", FASTA, "--knock-out-reverse-complement"], "name the k-mers with --knock-out"),
+        (["chr21_25.7M:1-20", "--fasta", FASTA, "--shard", "1/2"], "--shard: a part has no report"),
+        (["chr21_25.7M:1-20", "--fasta", FASTA, "--class", "x"], "is no classifier"),
+        (["chr9:1-20", "--fasta", FASTA], "no record 'chr9'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_message_and_nothing_is_left(explain, tmp_path, words, message):
+    code, out, error = explain(*words, "--output", "out")
+    assert (code, out) == (1, "") and error.startswith("error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
