@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         GengramForTokenClassification,
         GengramModel,
         GengramPreTrainedModel,
+        GengramQuantizationConfig,
     )
     from .motif_memory import (
         MotifMemory,
@@ -49,6 +50,7 @@ _LOADED_FROM = {
     "GengramForTokenClassification": "modeling_gengram",
     "GengramModel": "modeling_gengram",
     "GengramPreTrainedModel": "modeling_gengram",
+    "GengramQuantizationConfig": "modeling_gengram",
     "GengramTokenizer": "tokenization",
     "MotifMemory": "motif_memory",
     "MotifMemoryConfig": "motif_memory",
@@ -71,6 +73,7 @@ __all__ = [
     "GengramForTokenClassification",
     "GengramModel",
     "GengramPreTrainedModel",
+    "GengramQuantizationConfig",
     "GengramTokenizer",
     "MotifMemory",
     "MotifMemoryConfig",

@@ -47,6 +47,8 @@ from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
 from .adapters import check_adapters, record_settings
 from .inputs import check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
 from .losses import IGNORED, load_balancing_loss, mean_over_step, router_z_loss, share_of_step
+from .quantization import warn_of_untouched
+from .quantized_experts import quantized_experts
 
 logger = logging.get_logger(__name__)
 
@@ -164,15 +166,20 @@ class GengramRouter(nn.Module):
 class GengramExperts(MixtralExperts):
     """Mixtral's stacked experts; what grouped products have no kernel for takes the eager loop instead.
 
-    That is float64, and matrices whose rows are not multiples of 16 bytes.
+    That is float64, matrices whose rows are not multiples of 16 bytes, and the tensor classes of torchao.
     """
+
+    quantization: str | None = None  # "int8" or "int4": how the weights are kept
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        if self.quantization is not None:
+            return quantized_experts(self, hidden_states, top_k_index, top_k_weights)
         weights = (self.gate_up_proj, self.down_proj)
         is_supported = hidden_states.dtype != torch.float64 and all(
-            weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights
+            weight.shape[-1] * weight.element_size() % 16 == 0 and not type(weight).__module__.startswith("torchao.")
+            for weight in weights
         )
         config: Any = self.config
         if config._experts_implementation == "grouped_mm" and not is_supported:
@@ -285,6 +292,13 @@ class GengramPreTrainedModel(PreTrainedModel):
 
     # Set by the package; unset in the flat copies that it writes, which Transformers copies by itself.
     _remote_code_writer: Any = None  # (config, folder) -> None
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """A model with the weights of a folder or of the Hub; says so if a quantisation leaves most of them alone."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        warn_of_untouched(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
