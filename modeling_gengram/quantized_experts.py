@@ -3,8 +3,8 @@
 A stack of matrices (experts, rows, columns) becomes whole numbers and scales, both ordinary tensors:
 
 - `"int8"`: int8 (experts, rows, columns), and one scale per row, (experts, rows). weight = number * scale.
-- `"int4"`: numbers -8..7, and one scale per 32 columns, (experts, rows, columns / 32). Two numbers share a byte: byte j
-  of the 16 that hold a group has its number j in the low four bits and its number j + 16 in the high ones, each + 8.
+- `"int4"`: numbers -8..7, and one scale per 32 columns, (experts, rows, columns / 32). Two numbers share a byte: byte
+  j of the 16 that hold a group has its number j in the low four bits and its number j + 16 in the high ones, each + 8.
   So they are uint8 (experts, rows, columns / 2).
 
 Scales have the dtype of the weights that were quantised. They are rounded to it first, and the numbers are chosen
@@ -26,8 +26,9 @@ _HALF = GROUP // 2
 # Divisors of a group's largest number that are tried for the scale; the one with the least squared error is kept.
 # Beside 8 alone, as in llama.cpp's Q4_0, the error of normally distributed weights is 3.7 % smaller.
 _INT4_DIVISORS = (-7.5, -8.0, -8.5)
-# Tokens of an expert up to which a kernel that multiplies whole numbers beats making floats of the weights first, where
-# the CPU has instructions for bfloat16. Without these it always does.
+_BLOCK = 2**20  # weights that are quantised at once, so that what lies between fits the cache
+# Tokens of an expert up to which a kernel that multiplies whole numbers beats making floats of the weights first,
+# where the CPU has instructions for bfloat16. Without these it always does.
 _FEW_TOKENS = 16
 # A copy of this file in a model's folder (remote code) registers its own operators.
 _NAMESPACE = "gengram_experts"
@@ -75,7 +76,14 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if the columns do not fit the kind, or weights are not finite.
     """
-    quantized_shapes(tuple(weight.shape), kind)
+    shapes = quantized_shapes(tuple(weight.shape), kind)
+    rows = weight.reshape(-1, weight.shape[-1])
+    blocks = [_quantize_block(block, kind) for block in rows.split(max(_BLOCK // rows.shape[1], 1))]
+    numbers, scales = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return numbers.reshape(shapes[0]), scales.reshape(shapes[1])
+
+
+def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     work = weight.to(torch.promote_types(weight.dtype, torch.float32))
     largest = work.abs().amax(-1, keepdim=True) if kind == "int8" else _signed_largest(_groups(work))
     if not bool(torch.isfinite(largest).all()):
