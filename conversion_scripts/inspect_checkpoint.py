@@ -99,6 +99,20 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
     return info
 
 
+def config_at(path: str | Path, revision: str | None = None) -> GengramConfig:
+    """The configuration of the model of a checkpoint or folder; of what is on the Hub, metadata is fetched only.
+
+    Raises:
+        ConversionError: as `inspect_checkpoint`, or if the checkpoint's arguments describe no such model.
+    """
+    place = open_source(path, revision)
+    if isinstance(place, HubPath):
+        place.repository.may_fetch_files = False
+    if (place / "config.json").is_file():
+        return config_of(config_fields(place), place)
+    return config_from_args(open_checkpoint(place).args)
+
+
 def _inspect_folder(path: Path) -> CheckpointInfo:
     fields = config_fields(path)
     tensors = stored_tensors(path)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..motif_memory.ways import native
+
 KINDS = ("int8", "int4")
 WEIGHTS = ("gate_up_proj", "down_proj")
 GROUP = 32  # columns that share a scale in "int4"
@@ -138,8 +140,15 @@ def _multiplies_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def _has_native_product(x: Tensor, numbers: Tensor) -> bool:
+    fits = x.shape[-1] % (16 if numbers.dtype == torch.int8 else GROUP) == 0
+    return fits and x.dtype != torch.float64 and native.status().available
+
+
 def _product(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
     """(tokens, columns) times the transpose of one expert's (rows, columns)."""
+    if x.device.type == "cpu" and len(x) <= _FEW_TOKENS and _has_native_product(x, numbers):
+        return torch.ops.gengram_native.quantized_product(x, numbers, scale.to(x.dtype))
     is_narrow = numbers.dtype == torch.int8 and x.dtype in (torch.bfloat16, torch.float16)
     if is_narrow and x.device.type == "cpu" and (len(x) <= _FEW_TOKENS or not _multiplies_bfloat16()):
         return torch._weight_int8pack_mm(x, numbers, scale.to(x.dtype))

@@ -17,7 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gengram import GengramForCausalLM, GengramQuantizationConfig
+from gengram.modeling_gengram import quantized_experts
 from gengram.modeling_gengram.quantized_experts import _linear, dequantize, quantize
+from gengram.motif_memory.ways import native
 
 KINDS = ["int8", "int4"]
 
@@ -87,10 +89,15 @@ def test_int4_has_a_smaller_error_than_rounding_to_the_largest_number():
     assert error < 0.85 * plain
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_equal_those_of_the_stored_weights(kind, dtype, tokens):
+def test_products_equal_those_of_the_stored_weights(kind, dtype, tokens, kernels, monkeypatch):
+    if kernels == "torch":
+        monkeypatch.setattr(quantized_experts, "_has_native_product", lambda x, numbers: False)
+    elif not native.status().available:
+        pytest.skip(native.status().reason)
     generator = torch.Generator().manual_seed(tokens)
     numbers, scale = quantize(torch.randn(4, 9, 64, generator=generator).to(dtype), kind)
     x = torch.randn(tokens, 64, generator=generator).to(dtype)
@@ -103,6 +110,31 @@ def test_products_equal_those_of_the_stored_weights(kind, dtype, tokens):
     assert found.dtype == dtype
     tolerance = QUANTIZED_PRODUCT if dtype == torch.float32 else QUANTIZED_PRODUCT_BF16
     assert (found.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.skipif(not native.status().available, reason=native.status().reason)
+@pytest.mark.parametrize("columns", [32, 96, 80])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16])
+def test_the_native_product_takes_any_number_of_rows_and_tokens(tokens, columns):
+    for kind in KINDS if columns % 32 == 0 else ["int8"]:
+        numbers, scale = quantize(torch.randn(35, columns), kind)
+        x = torch.randn(tokens, 2 * columns)[:, ::2]
+        expected = x.double() @ by_hand(numbers, scale, kind).T
+        found = torch.ops.gengram_native.quantized_product(x, numbers, scale)
+        assert (found - expected).norm() <= QUANTIZED_PRODUCT * expected.norm()
+
+
+@pytest.mark.skipif(not native.status().available, reason=native.status().reason)
+def test_the_native_product_refuses_what_does_not_fit():
+    numbers, scale = quantize(torch.randn(4, 32), "int8")
+    product = torch.ops.gengram_native.quantized_product
+    with pytest.raises(RuntimeError, match=r"numbers .rows, columns."):
+        product(torch.randn(1, 48), numbers, scale)
+    with pytest.raises(RuntimeError, match="scale must be Float"):
+        product(torch.randn(1, 32), numbers, scale.half())
+    with pytest.raises(RuntimeError, match="int8 or uint8"):
+        product(torch.randn(1, 32), numbers.int(), scale)
+    assert product(torch.randn(0, 32), numbers, scale).shape == (0, 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
