@@ -45,7 +45,7 @@ from ..motif_memory.plan import letter_codes, plan_ngrams
 from ..motif_memory.state import MemoryState
 from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
 from .adapters import check_adapters, record_settings
-from .inputs import check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
+from .inputs import check_engine, check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
 from .losses import IGNORED, load_balancing_loss, mean_over_step, router_z_loss, share_of_step
 from .quantization import warn_of_untouched
 from .quantized_experts import quantized_experts
@@ -445,6 +445,8 @@ class GengramModel(GengramPreTrainedModel):
             input_ids = integer_ids("input_ids", input_ids, rows)  # type: ignore[assignment]
             inputs_embeds = self.embed_tokens(input_ids)
         check_inputs(inputs_embeds, config.hidden_size, attention_mask, position_ids, memory_input_ids, cache)
+        if config.memory_layers:
+            check_engine(config._attn_implementation, position_ids)
         batch, length = inputs_embeds.shape[:2]
         if input_ids is not None and length > 1:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -729,6 +731,28 @@ class GengramForCausalLM(_Head, GengramPreTrainedModel, GenerationMixin):
             # PEFT's prompts stand in front of this method and look for the cache under its older name.
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching; only for models without a memory, as `init_continuous_batching`."""
+        self._check_continuous_batching()
+        return super().generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers.
+
+        Raises:
+            ValueError: if the model has a memory, for whose state the pages of continuous batching have no place.
+        """
+        self._check_continuous_batching()
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _check_continuous_batching(self) -> None:
+        if self.config.memory_layers:
+            raise ValueError(
+                "continuous batching (generate_batch) keeps attention's keys and values in pages, where the state of "
+                "the motif memory has no place. Use generate(), which takes prompts of different lengths padded on "
+                "the left, or `gengram generate`."
+            )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in `GenerationMixin`; with `assistant_early_exit=n` the first n layers draft what the whole model checks.
