@@ -163,6 +163,11 @@ class GengramRouter(nn.Module):
         return logits, weights.to(logits.dtype), indices
 
 
+def _is_of_torchao(weight: torch.Tensor) -> bool:
+    """Whether a weight is of a class of torchao, which the compiler cannot be asked."""
+    return not torch.compiler.is_compiling() and type(weight).__module__.startswith("torchao.")
+
+
 class GengramExperts(MixtralExperts):
     """Mixtral's stacked experts; what grouped products have no kernel for takes the eager loop instead.
 
@@ -178,8 +183,7 @@ class GengramExperts(MixtralExperts):
             return quantized_experts(self, hidden_states, top_k_index, top_k_weights)
         weights = (self.gate_up_proj, self.down_proj)
         is_supported = hidden_states.dtype != torch.float64 and all(
-            weight.shape[-1] * weight.element_size() % 16 == 0 and not type(weight).__module__.startswith("torchao.")
-            for weight in weights
+            weight.shape[-1] * weight.element_size() % 16 == 0 and not _is_of_torchao(weight) for weight in weights
         )
         config: Any = self.config
         if config._experts_implementation == "grouped_mm" and not is_supported:
@@ -357,7 +361,7 @@ class GengramPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MixtralExperts):
+        if isinstance(module, MixtralExperts) and getattr(module, "quantization", None) is None:
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, (GengramRouter, DepthwiseConv)):

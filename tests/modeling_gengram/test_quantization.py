@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import random_ids, tiny_model
-from tolerances import QUANTIZED_PRODUCT, QUANTIZED_PRODUCT_BF16
+from tolerances import QUANTIZED_PRODUCT, QUANTIZED_PRODUCT_BF16, SAME_FP32
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -287,6 +287,18 @@ def test_unfit_models_and_options_are_refused_in_plain_words(folder, tmp_path):
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "narrow", quantization_config=GengramQuantizationConfig(experts="int4")
         )
+
+
+def test_layers_on_disk_compute_the_same_and_are_not_quantised_there(quantized, folder, tmp_path):
+    kind, model, saved = quantized
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    places |= {f"model.layers.{layer}": "disk" if layer in (1, 2) else "cpu" for layer in range(4)}
+    options = {"device_map": places, "offload_folder": str(tmp_path)}
+    found = AutoModelForCausalLM.from_pretrained(saved, **options)
+    ids = random_ids(1, 20)
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=0, atol=SAME_FP32)
+    with pytest.raises(ValueError, match="layers on disk cannot be quantised while they are loaded"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=GengramQuantizationConfig(kind), **options)
 
 
 class _LinearOnlyConfig(QuantizationConfigMixin):
