@@ -81,8 +81,8 @@ class GengramQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
             raise ValueError(
-                "layers on disk cannot be quantised while they are loaded. Save a quantised folder first (load without "
-                "device_map and save_pretrained, or `gengram convert to-hf --experts`), and load that."
+                "layers on disk cannot be quantised while they are loaded. Save a quantised folder first (load "
+                "without device_map and save_pretrained, or use `gengram convert to-hf --experts`), then load it."
             )
         for module in model.modules():
             if getattr(module, "quantization", None) is not None:
