@@ -154,7 +154,7 @@ def main() -> None:
                 "bytes_of_weights": sum(p.numel() * p.element_size() for p in model.parameters()),
             }
             print(kind, results[kind], flush=True)
-    facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    facts = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
     record = {"machine": describe_machine(), "options": facts, "results": results}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 

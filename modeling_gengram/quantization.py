@@ -114,7 +114,9 @@ class _Quantize(ConversionOps):
     def __init__(self, kind: str):
         self.kind = kind
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
         """Numbers and scales by name, of one stack of weights; expert by expert, to need little memory."""
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
