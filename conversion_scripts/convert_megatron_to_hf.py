@@ -18,7 +18,6 @@ from ..support.errors import ConversionError
 from ..support.whole_output import check_output_is_free
 from ..support.work_folder import work_path
 from .files.conversion_record import needed_record
-from .files.dtypes import dtype_name
 from .files.partial_folder import PartialFolder
 from .files.safetensors_writer import shard_size
 from .files.tensor_memory import reused_memory
@@ -40,6 +39,7 @@ def convert_to_hf(
     restart: bool = False,
     revision: str | None = None,
     fetch: str = "auto",
+    experts: str | None = None,
 ) -> ConversionReport:
     """Converts the Megatron checkpoint `source` into the new folder `output` for Transformers.
 
@@ -57,6 +57,7 @@ def convert_to_hf(
         revision: Branch, tag or commit on the Hub; its main branch by default.
         fetch: How files on the Hub are fetched: `"ranges"`, only the bytes that hold weights; `"files"`, whole, into
             the Hub's cache; `"auto"`, whole if nearly all of a file is wanted.
+        experts: `"int8"` or `"int4"` quantises the experts on the way; `None` keeps them.
 
     Raises:
         ConversionError: if the checkpoint cannot be used; nothing is left behind.
@@ -68,7 +69,7 @@ def convert_to_hf(
     output = Path(os.path.abspath(output))
     if not os.path.lexists(work_path(output)):
         check_output_is_free(output)
-    job = prepare_job(source, dtype, revision, fetch)
+    job = prepare_job(source, dtype, revision, fetch, experts)
     with PartialFolder(output, identity_of(job, limit), restart, keep_parts=job.repository is not None) as place:
         if not place.published:
             try:
@@ -82,7 +83,7 @@ def convert_to_hf(
         output=output,
         format=job.checkpoint.format,
         iteration=job.checkpoint.iteration,
-        dtype=dtype_name(job.dtype),
+        dtype=job.dtypes,
         tensors=len(job.specs),
         parameters=parameters(job.plan),
         nbytes=job.nbytes,
@@ -100,6 +101,7 @@ def plan_conversion(
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
     fetch: str = "auto",
+    experts: str | None = None,
 ) -> ConversionPlan:
     """What `convert_to_hf` with these arguments would do; weights are not read and nothing is written.
 
@@ -111,7 +113,7 @@ def plan_conversion(
     limit = shard_size(max_shard_size)
     output = Path(os.path.abspath(output))
     check_output_is_free(output)
-    job = prepare_job(source, dtype, revision, fetch, metadata_only=True)
+    job = prepare_job(source, dtype, revision, fetch, experts, metadata_only=True)
     return planned(job, output, limit, fetch)
 
 

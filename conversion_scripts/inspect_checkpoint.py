@@ -5,15 +5,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..configuration.configuration_gengram import GengramConfig
 from ..support.errors import ConversionError, size_text
 from ..support.printable import printable
 from .files.conversion_record import read_record
 from .files.dtypes import dtype_name
-from .files.hf_folder import config_fields, config_of, stored_tensors
+from .files.hf_folder import StoredTensor, config_fields, config_of, stored_tensors
 from .hub.hub_path import HubPath, SourcePath, open_source, size_of
 from .mapping.arguments import config_from_args
 from .mapping.match import match, parameters
+from .mapping.quantized import numbers_name, quantization_of
 from .megatron.checkpoint import summary_of_dropped
 from .megatron.open_checkpoint import NotACheckpointError, open_checkpoint
 
@@ -96,6 +99,20 @@ def inspect_checkpoint(path: str | Path, revision: str | None = None) -> Checkpo
     return info
 
 
+def config_at(path: str | Path, revision: str | None = None) -> GengramConfig:
+    """The configuration of the model of a checkpoint or folder; of what is on the Hub, metadata is fetched only.
+
+    Raises:
+        ConversionError: as `inspect_checkpoint`, or if the checkpoint's arguments describe no such model.
+    """
+    place = open_source(path, revision)
+    if isinstance(place, HubPath):
+        place.repository.may_fetch_files = False
+    if (place / "config.json").is_file():
+        return config_of(config_fields(place), place)
+    return config_from_args(open_checkpoint(place).args)
+
+
 def _inspect_folder(path: Path) -> CheckpointInfo:
     fields = config_fields(path)
     tensors = stored_tensors(path)
@@ -106,10 +123,15 @@ def _inspect_folder(path: Path) -> CheckpointInfo:
         dtypes=sorted({dtype_name(tensor.dtype) for tensor in tensors.values()}),
         files=len(files),
         nbytes=sum(file.stat().st_size for file in files),
-        parameters=sum(prod(tensor.shape) for tensor in tensors.values()),
+        parameters=sum(_parameters(tensor) for tensor in tensors.values()),
     )
     _add_description(info, path, fields)
     return info
+
+
+def _parameters(tensor: StoredTensor) -> int:
+    """Weights that a tensor holds: scales are none, and two 4-bit numbers share a byte."""
+    return 0 if numbers_name(tensor.name) else prod(tensor.shape) * (2 if tensor.dtype == torch.uint8 else 1)
 
 
 def _inspect_repository(folder: HubPath) -> CheckpointInfo:
@@ -147,6 +169,9 @@ def _facts(config: GengramConfig) -> dict[str, Any]:
         if config.num_local_experts > 1
         else f"dense, width {config.intermediate_size}"
     )
+    kept = quantization_of(config)
+    if kept is not None:
+        experts += f", kept in {kept}"
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     memory = "none"
     if config.memory_layers:

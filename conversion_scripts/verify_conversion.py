@@ -22,9 +22,11 @@ from .files.conversion_record import ConversionRecord, needed_record
 from .files.file_facts import check_unchanged, facts_in
 from .files.hf_folder import RECORD, StoredTensor, read_config, stored_tensors
 from .files.tensor_memory import reused_memory
-from .files.weight_hash import tensor_digest, weight_digest
-from .mapping.match import Move, match
+from .files.weight_hash import WeightHash, tensor_bytes, tensor_digest, weight_digest
+from .mapping.match import Move, WeightPlan, match
+from .mapping.quantized import is_quantized, quantization_of, quantized, scale_name, stored_specs
 from .mapping.weight_table import TABLE_VERSION
+from .megatron.checkpoint import MegatronCheckpoint
 from .megatron.open_checkpoint import open_checkpoint
 
 
@@ -65,7 +67,7 @@ def verify_conversion(output: str | Path, source: str | Path | None = None, load
     _check_against_record(output, record, tensors)
     report.checks.append(f"{len(tensors)} tensors on disk have the recorded names, shapes, dtypes and hashes")
     _check_round_trip(output, record, tensors, report)
-    _check_source(record, source, report)
+    _check_source(output, record, source, report)
     if load:
         _check_loading(output, record)
         report.checks.append("two loads are identical and equal the files; a forward pass is finite")
@@ -121,15 +123,20 @@ def _check_round_trip(
     output: Path, record: ConversionRecord, tensors: dict[str, StoredTensor], report: VerificationReport
 ) -> None:
     sources = record.sources
-    plan = match({name: entry.shape for name, entry in sources.items()}, read_config(output))
-    names = {out.name for out in plan.outputs}
+    config = read_config(output)
+    experts = quantization_of(config)
+    plan = match({name: entry.shape for name, entry in sources.items()}, config)
+    names = {spec.name for spec in stored_specs(plan.outputs, experts, torch.float32)}
     if names != set(tensors):
         raise ConversionError(
             f"{output}: config.json describes other weights than the folder has: "
             f"{quoted(sorted(names ^ set(tensors)))}"
         )
-    wrong, narrowed = [], 0
+    wrong, narrowed, rounded = [], 0, 0
     for move in plan.moves:
+        if experts is not None and is_quantized(move.entry.targets[0].name):
+            rounded += 1
+            continue
         dtype = sources[move.source].dtype
         parts = list(_targets(move, tensors))
         if torch.promote_types(parts[0].dtype, dtype) != parts[0].dtype:
@@ -143,9 +150,11 @@ def _check_round_trip(
         )
     if narrowed:
         report.skipped.append(f"the way back of {narrowed} tensors, which were rounded to a smaller dtype")
-    if narrowed < len(plan.moves):
+    if rounded:
+        report.skipped.append(f"the way back of {rounded} tensors of experts, which were quantised to {experts}")
+    if narrowed + rounded < len(plan.moves):
         report.checks.append(
-            f"{len(plan.moves) - narrowed} tensors taken back through the table have the source's hashes"
+            f"{len(plan.moves) - narrowed - rounded} tensors taken back through the table have the source's hashes"
         )
 
 
@@ -154,7 +163,9 @@ def _targets(move: Move, tensors: dict[str, StoredTensor]) -> Iterator[torch.Ten
         yield tensors[target.name].read(target.index)
 
 
-def _check_source(record: ConversionRecord, source: str | Path | None, report: VerificationReport) -> None:
+def _check_source(
+    output: Path, record: ConversionRecord, source: str | Path | None, report: VerificationReport
+) -> None:
     recorded = record.source
     if source is None:
         if recorded is not None and recorded.startswith("hf://"):
@@ -174,6 +185,10 @@ def _check_source(record: ConversionRecord, source: str | Path | None, report: V
     wrong = [
         name for name, entry in expected.items() if tensor_digest([checkpoint.tensors[name].read()]) != entry.sha256
     ]
+    config = read_config(output)
+    experts = quantization_of(config)
+    plan = match({name: entry.shape for name, entry in expected.items()}, config)
+    stale = [] if wrong or experts is None else _wrongly_quantized(checkpoint, plan, record, experts)
     checkpoint.check_unchanged()
     if wrong:
         raise ConversionError(
@@ -181,6 +196,34 @@ def _check_source(record: ConversionRecord, source: str | Path | None, report: V
             "checkpoint, or was changed since"
         )
     report.checks.append(f"{len(expected)} tensors of {source} have the recorded hashes")
+    if stale:
+        raise ConversionError(
+            f"{output}: {len(stale)} tensors are not what quantising the source to {experts} gives: {quoted(stale)}; "
+            "convert again"
+        )
+    if experts is not None:
+        report.checks.append(f"quantising its experts to {experts} gives the tensors on disk")
+
+
+def _wrongly_quantized(
+    checkpoint: MegatronCheckpoint, plan: WeightPlan, record: ConversionRecord, experts: str
+) -> list[str]:
+    """Tensors that are not what quantising the experts of the source gives."""
+    wrong = []
+    for output in plan.outputs:
+        if not is_quantized(output.name):
+            continue
+        names = (output.name, scale_name(output.name))
+        recorded = [record.weights[name] for name in names]
+        digests = [WeightHash(entry.shape, entry.dtype) for entry in recorded]
+        for move, which in output.parts:
+            weight = move.entry.layout.to_hf(checkpoint.tensors[move.source].read())[which]
+            for part, digest in zip(quantized(output.name, weight, experts, recorded[1].dtype), digests, strict=True):
+                digest.update(tensor_bytes(part))
+        wrong += [
+            name for name, d, entry in zip(names, digests, recorded, strict=True) if d.hexdigest() != entry.sha256
+        ]
+    return wrong
 
 
 def _check_loading(output: Path, record: ConversionRecord) -> None:

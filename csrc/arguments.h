@@ -83,4 +83,15 @@ struct FeatureArguments {
   float* const* grad_rows;    // backward: one (5^n, width), zeroed
 };
 
+// Tokens times the transpose of quantised weights; see modeling_gengram/quantized_experts.py.
+struct ProductArguments {
+  const void* x;        // (tokens, columns)
+  const void* numbers;  // int8 (rows, columns), or 4-bit (rows, columns / 2 bytes)
+  const void* scale;    // (rows,), or 4-bit (rows, columns / 32)
+  void* out;            // (tokens, rows)
+  Type type;            // of x, scale and out
+  int64_t tokens, rows, columns;
+  bool is_int4;
+};
+
 }  // namespace gengram

@@ -32,6 +32,7 @@ inline void define_operators(torch::Library& m) {
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("window_features(Tensor[] tables, Tensor grams, Tensor runs, Tensor? behind, Tensor? ahead, " GENGRAM_WINDOW_SCHEMA
         ", int length) -> Tensor");
+  m.def("quantized_product(Tensor x, Tensor numbers, Tensor scale) -> Tensor");
   m.def("window_features_backward(Tensor grad, Tensor grams, Tensor runs, Tensor? behind, Tensor? ahead, " GENGRAM_WINDOW_SCHEMA
         ") -> Tensor[]");
 }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         GengramForTokenClassification,
         GengramModel,
         GengramPreTrainedModel,
+        GengramQuantizationConfig,
     )
     from .motif_memory import (
         MotifMemory,
@@ -50,6 +51,7 @@ _LOADED_FROM = {
     "GengramForTokenClassification": "modeling_gengram",
     "GengramModel": "modeling_gengram",
     "GengramPreTrainedModel": "modeling_gengram",
+    "GengramQuantizationConfig": "modeling_gengram",
     "GengramTokenizer": "tokenization",
     "MotifMemory": "motif_memory",
     "MotifMemoryConfig": "motif_memory",
@@ -73,6 +75,7 @@ __all__ = [
     "GengramForTokenClassification",
     "GengramModel",
     "GengramPreTrainedModel",
+    "GengramQuantizationConfig",
     "GengramTokenizer",
     "MotifMemory",
     "MotifMemoryConfig",

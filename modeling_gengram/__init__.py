@@ -8,6 +8,7 @@ from .modeling_gengram import (
     GengramModel,
     GengramPreTrainedModel,
 )
+from .quantization import GengramQuantizationConfig
 from .remote_code import write_remote_code
 
 GengramPreTrainedModel._remote_code_writer = staticmethod(write_remote_code)
@@ -19,5 +20,6 @@ __all__ = [
     "GengramForTokenClassification",
     "GengramModel",
     "GengramPreTrainedModel",
+    "GengramQuantizationConfig",
     "write_remote_code",
 ]

@@ -37,6 +37,39 @@ def integer_ids(name: str, ids: Any, rows: int | None = None) -> torch.Tensor:
     return ids
 
 
+_ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}  # names of their attention, by which they run any model
+
+
+def check_engine(implementation: str | None, position_ids: Any) -> None:
+    """Refuse what a serving engine asks of a model with a memory and cannot give it: the letters of earlier passes.
+
+    The engines keep attention's keys and values by themselves and call the model without a cache. The memory then sees
+    the tokens of this pass only: whole prompts are right, their continuation is not.
+
+    Args:
+        implementation: of attention.
+        position_ids: of this pass, (1, tokens) or (tokens,); several sequences in a row.
+
+    Raises:
+        ValueError: if a sequence does not begin in this pass, or it cannot be seen whether it does.
+    """
+    engine = _ENGINES.get((implementation or "").removeprefix("paged|"))
+    if engine is None:
+        return
+    advice = (
+        f"{engine} keeps no state for the motif memory, so that only whole prompts can be read there (embeddings, "
+        "scores): one pass each, without chunked prefill, prefix caching, CUDA graphs and compilation. To generate, "
+        "use model.generate or `gengram generate`."
+    )
+    if position_ids is None or not _can_be_read(position_ids):
+        raise ValueError(f"it cannot be seen here where sequences begin. {advice}")
+    positions = position_ids.reshape(-1)
+    is_start = torch.ones_like(positions, dtype=torch.bool)
+    is_start[1:] = positions[1:] != positions[:-1] + 1
+    if bool((positions[is_start] != 0).any()):
+        raise ValueError(f"this pass continues a sequence whose earlier bases the motif memory does not see. {advice}")
+
+
 def check_inputs(
     inputs_embeds: torch.Tensor,
     hidden_size: int,

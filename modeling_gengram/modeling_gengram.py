@@ -45,8 +45,10 @@ from ..motif_memory.plan import letter_codes, plan_ngrams
 from ..motif_memory.state import MemoryState
 from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
 from .adapters import check_adapters, record_settings
-from .inputs import check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
+from .inputs import check_engine, check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
 from .losses import IGNORED, load_balancing_loss, mean_over_step, router_z_loss, share_of_step
+from .quantization import warn_of_untouched
+from .quantized_experts import quantized_experts
 
 logger = logging.get_logger(__name__)
 
@@ -161,18 +163,27 @@ class GengramRouter(nn.Module):
         return logits, weights.to(logits.dtype), indices
 
 
+def _is_of_torchao(weight: torch.Tensor) -> bool:
+    """Whether a weight is of a class of torchao, which the compiler cannot be asked."""
+    return not torch.compiler.is_compiling() and type(weight).__module__.startswith("torchao.")
+
+
 class GengramExperts(MixtralExperts):
     """Mixtral's stacked experts; what grouped products have no kernel for takes the eager loop instead.
 
-    That is float64, and matrices whose rows are not multiples of 16 bytes.
+    That is float64, matrices whose rows are not multiples of 16 bytes, and the tensor classes of torchao.
     """
+
+    quantization: str | None = None  # "int8" or "int4": how the weights are kept
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        if self.quantization is not None:
+            return quantized_experts(self, hidden_states, top_k_index, top_k_weights)
         weights = (self.gate_up_proj, self.down_proj)
         is_supported = hidden_states.dtype != torch.float64 and all(
-            weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights
+            weight.shape[-1] * weight.element_size() % 16 == 0 and not _is_of_torchao(weight) for weight in weights
         )
         config: Any = self.config
         if config._experts_implementation == "grouped_mm" and not is_supported:
@@ -286,6 +297,13 @@ class GengramPreTrainedModel(PreTrainedModel):
     # Set by the package; unset in the flat copies that it writes, which Transformers copies by itself.
     _remote_code_writer: Any = None  # (config, folder) -> None
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """A model with the weights of a folder or of the Hub; says so if a quantisation leaves most of them alone."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        warn_of_untouched(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> Any:
@@ -348,7 +366,7 @@ class GengramPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MixtralExperts):
+        if isinstance(module, MixtralExperts) and getattr(module, "quantization", None) is None:
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, (GengramRouter, DepthwiseConv)):
@@ -436,6 +454,8 @@ class GengramModel(GengramPreTrainedModel):
             input_ids = integer_ids("input_ids", input_ids, rows)  # type: ignore[assignment]
             inputs_embeds = self.embed_tokens(input_ids)
         check_inputs(inputs_embeds, config.hidden_size, attention_mask, position_ids, memory_input_ids, cache)
+        if config.memory_layers:
+            check_engine(config._attn_implementation, position_ids)
         batch, length = inputs_embeds.shape[:2]
         if input_ids is not None and length > 1:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
@@ -720,6 +740,28 @@ class GengramForCausalLM(_Head, GengramPreTrainedModel, GenerationMixin):
             # PEFT's prompts stand in front of this method and look for the cache under its older name.
             inputs["past_key_values"] = inputs.pop("cache")
         return inputs
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Continuous batching; only for models without a memory, as `init_continuous_batching`."""
+        self._check_continuous_batching()
+        return super().generate_batch(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers.
+
+        Raises:
+            ValueError: if the model has a memory, for whose state the pages of continuous batching have no place.
+        """
+        self._check_continuous_batching()
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _check_continuous_batching(self) -> None:
+        if self.config.memory_layers:
+            raise ValueError(
+                "continuous batching (generate_batch) keeps attention's keys and values in pages, where the state of "
+                "the motif memory has no place. Use generate(), which takes prompts of different lengths padded on "
+                "the left, or `gengram generate`."
+            )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in `GenerationMixin`; with `assistant_early_exit=n` the first n layers draft what the whole model checks.

@@ -9,7 +9,7 @@ import torch
 
 from ...support.errors import ConversionError, shortened
 from ..hub.hub_path import SourcePath
-from .dtypes import DTYPES
+from .dtypes import STORED_DTYPES
 from .hf_folder import RECORD, read_json
 
 
@@ -106,6 +106,6 @@ def _tensor(entry: dict[str, Any]) -> RecordedTensor:
     sizes_are_sound = isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**62 for size in shape)
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest) or not sizes_are_sound:
         raise ValueError(f"entry {shortened(entry)}")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in STORED_DTYPES:
         raise ValueError(f"dtype {shortened(dtype)}")
-    return RecordedTensor(digest, DTYPES[dtype], tuple(shape), _of_kind(entry.get("unchecked"), str) or "")
+    return RecordedTensor(digest, STORED_DTYPES[dtype], tuple(shape), _of_kind(entry.get("unchecked"), str) or "")

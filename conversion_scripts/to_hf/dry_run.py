@@ -135,7 +135,7 @@ def planned(job: ConversionJob, output: Path, limit: int, fetch: str) -> Convers
         output=str(output),
         format=job.checkpoint.format,
         iteration=job.checkpoint.iteration,
-        dtype=dtype_name(job.dtype),
+        dtype=job.dtypes,
         parameters=parameters(job.plan),
         bytes_written=job.nbytes,
         bytes_read=sum(tensors[move.source].nbytes for move in job.plan.moves),

@@ -43,13 +43,13 @@ def conversion_record(
             },
         },
         "weights": {
-            output.name: {
-                "sha256": digests[output.name],
-                "dtype": dtype_name(job.dtype),
-                "shape": list(output.shape),
-                "sources": [move.source for move, _ in output.parts],
+            spec.name: {
+                "sha256": digests[spec.name],
+                "dtype": dtype_name(spec.dtype),
+                "shape": list(spec.shape),
+                "sources": job.sources([spec]),
             }
-            for output in plan.outputs
+            for spec in job.specs
         },
         "dropped": [{"name": entry.name, "reason": entry.reason, "bytes": entry.nbytes} for entry in job.dropped],
     }

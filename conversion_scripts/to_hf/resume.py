@@ -9,7 +9,9 @@ from ...support.versions import installed_version
 from ..files.dtypes import dtype_name
 from ..files.partial_folder import FinishedFile, FinishedPart, PartialFolder
 from ..files.safetensors_writer import StartedFile, TensorSpec, intact_start, shard_is_intact
+from ..mapping.quantized import numbers_name
 from ..mapping.weight_table import TABLE_VERSION
+from .expert_pieces import slices_there
 from .job import ConversionJob
 
 
@@ -19,6 +21,7 @@ def identity_of(job: ConversionJob, limit: int) -> dict[str, Any]:
         "source": str(job.checkpoint.path.resolve()),
         "source files": [[str(file), *job.checkpoint.facts.get(file, ())] for file in job.checkpoint.files],
         "dtype": dtype_name(job.dtype),
+        "experts": job.experts,
         "max_shard_size": limit,
         "version of gengram": installed_version("gengram"),
         "table_version": TABLE_VERSION,
@@ -78,10 +81,18 @@ def intact_parts(
 def to_be_read(
     job: ConversionJob, shards: dict[str, list[TensorSpec]], kept: Container[str], started: dict[str, StartedFile]
 ) -> list[str]:
-    """The tensors of the source that what is still to be written needs, in the order of their use, once for each."""
+    """The tensors of the source that what is still to be written needs, in the order of their use, once for each.
+
+    Scales are made together with their numbers; for those whose numbers an earlier run wrote, experts are read again.
+    """
     names: list[str] = []
+    there = slices_there(shards, kept, started)
     for name, shard in shards.items():
-        if name not in kept:
-            start = started.get(name, StartedFile())
-            names += job.sources(shard[len(start.tensors) :])[len(start.slices) :]
+        if name in kept:
+            continue
+        start = started.get(name, StartedFile())
+        for place, spec in enumerate(shard[len(start.tensors) :]):
+            numbers = numbers_name(spec.name)
+            last = None if numbers is None else there.get(numbers, 0)
+            names += job.sources([spec])[len(start.slices) if place == 0 else 0 : last]
     return names

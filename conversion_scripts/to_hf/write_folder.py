@@ -17,6 +17,7 @@ from ...tokenization import GengramTokenizer
 from ..files.hf_folder import RECORD
 from ..files.partial_folder import FinishedFile, FinishedPart, PartialFolder
 from ..files.safetensors_writer import HashedTensor, TensorSpec, write_safetensors
+from .expert_pieces import ExpertPieces, slices_there
 from .job import ConversionJob
 from .record import conversion_record
 from .resume import intact_files, intact_parts, to_be_read
@@ -68,8 +69,10 @@ def _write_weights(
             for note in notes:
                 reader.know(note.sources, note.unchecked)
 
+            experts = ExpertPieces(job, reader, slices_there(shards, kept, started))
+
             def pieces(spec: TensorSpec, first: int) -> Iterator[torch.Tensor | HashedTensor]:
-                yield from reader.pieces(spec, first)
+                yield from experts.of(spec, first)
                 bar.tensors += 1
 
             def on_part(file: str, tensor: str, index: int | None, digest: str) -> None:

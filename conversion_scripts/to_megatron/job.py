@@ -39,6 +39,12 @@ class BackJob:
         self.options = options
         self._facts = facts_in(source)
         self.config = read_config(source)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise ConversionError(
+                f"{source}: the weights are quantised (quantization_config in config.json), Megatron's checkpoints "
+                "hold floats. The rounded weights are not the original ones: take the checkpoint, or the folder, that "
+                "was quantised"
+            )
         stored = stored_tensors(source)
         self._files = [source / name for name in ("config.json", INDEX, RECORD) if (source / name).is_file()]
         self._files += list(dict.fromkeys(tensor.path for tensor in stored.values()))

@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "../half.h"
 #include "../motif_memory.h"
@@ -841,6 +842,8 @@ void features_backward(const FeatureArguments& a, Parallel parallel) {
   with_type(a.type, [&](auto* t) { feature_gradients_of<decltype(type_of(t))>(a, parallel); });
 }
 
+#include "experts.h"
+
 }  // namespace
 }  // namespace GENGRAM_CAPABILITY
 
@@ -850,7 +853,8 @@ void features_backward(const FeatureArguments& a, Parallel parallel) {
 #define GENGRAM_NAME(x) GENGRAM_TEXT(x)
 
 const Kernels& GENGRAM_KERNELS(GENGRAM_CAPABILITY)() {
-  static constexpr Kernels kernels = {GENGRAM_NAME(GENGRAM_CAPABILITY), plan, forward, backward, features, features_backward};
+  static constexpr Kernels kernels = {GENGRAM_NAME(GENGRAM_CAPABILITY), plan, forward, backward, features, features_backward,
+                                      product};
   return kernels;
 }
 

@@ -19,6 +19,7 @@ struct Kernels {
   void (*backward)(const BackwardArguments&, Parallel);
   void (*features)(const FeatureArguments&, Parallel);
   void (*features_backward)(const FeatureArguments&, Parallel);
+  void (*product)(const ProductArguments&, Parallel);
 };
 
 const Kernels& kernels_avx512();

@@ -39,6 +39,24 @@ struct Cpu {
   static void prepare_given(Inputs&) {}
 };
 
+Tensor quantized_product(const Tensor& x, const Tensor& numbers, const Tensor& scale) {
+  const bool is_int4 = numbers.scalar_type() == at::kByte;
+  TORCH_CHECK(is_int4 || numbers.scalar_type() == at::kChar, "numbers must be int8 or uint8, got ", numbers.scalar_type());
+  TORCH_CHECK(x.dim() == 2 && numbers.dim() == 2 && x.size(1) == numbers.size(1) * (is_int4 ? 2 : 1),
+              "x must be (tokens, columns) and numbers (rows, columns), got ", x.sizes(), " and ", numbers.sizes());
+  const int64_t tokens = x.size(0), columns = x.size(1), rows = numbers.size(0);
+  TORCH_CHECK(columns % (is_int4 ? 32 : 16) == 0, "columns must be a multiple of ", is_int4 ? 32 : 16, ", got ", columns);
+  TORCH_CHECK(scale.scalar_type() == x.scalar_type(), "scale must be ", x.scalar_type(), ", got ", scale.scalar_type());
+  TORCH_CHECK(scale.numel() == rows * (is_int4 ? columns / 32 : 1), "scale has ", scale.numel(), " numbers for ", rows, " rows");
+  const Tensor own = x.contiguous(), weights = numbers.contiguous(), scales = scale.contiguous();
+  Tensor out = at::empty({tokens, rows}, x.options());
+  if (out.numel())
+    kernels().product({own.const_data_ptr(), weights.const_data_ptr(), scales.const_data_ptr(), out.mutable_data_ptr(), type_of(x),
+                       tokens, rows, columns, is_int4},
+                      parallel);
+  return out;
+}
+
 std::string capability() { return kernels().name; }
 
 }  // namespace
@@ -52,6 +70,9 @@ TORCH_LIBRARY(gengram_native, m) {
   m.def("capability() -> str", capability);
 }
 
-TORCH_LIBRARY_IMPL(gengram_native, CPU, m) { Operators<Cpu>::implement(m); }
+TORCH_LIBRARY_IMPL(gengram_native, CPU, m) {
+  Operators<Cpu>::implement(m);
+  m.impl("quantized_product", quantized_product);
+}
 
 }  // namespace gengram

@@ -32,6 +32,7 @@ def test_public_names():
         "GengramForTokenClassification",
         "GengramModel",
         "GengramPreTrainedModel",
+        "GengramQuantizationConfig",
         "GengramTokenizer",
         "MotifMemory",
         "MotifMemoryConfig",

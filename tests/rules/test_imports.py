@@ -39,6 +39,9 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     ("conversion_scripts.to_hf.write_folder", "modeling_gengram.remote_code"): "a written folder carries its sources",
     ("conversion_scripts.verify_conversion", "modeling_gengram.modeling_gengram"): "a folder is loaded to verify it",
+    ("conversion_scripts.mapping.quantized", "modeling_gengram.quantization"): "the name of the format in config.json",
+    ("conversion_scripts.mapping.quantized", "modeling_gengram.quantized_experts"): "the format of quantised experts",
+    ("conversion_scripts.to_hf.job", "modeling_gengram.quantization"): "the config.json of quantised experts",
     ("conversion_scripts.convert_megatron_to_hf", "gengram.cli"): "`main` is `gengram convert to-hf`",
     (
         "conversion_scripts.convert_hf_to_megatron",

@@ -7,6 +7,8 @@ SAVED_SOURCES = {
     "modeling_gengram_adapters.py",
     "modeling_gengram_inputs.py",
     "modeling_gengram_losses.py",
+    "modeling_gengram_quantization.py",
+    "modeling_gengram_quantized_experts.py",
     "motif_memory_as_trained.py",
     "motif_memory_definition.py",
     "motif_memory_module.py",

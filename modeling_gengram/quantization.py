@@ -1,0 +1,156 @@
+"""Quantised experts by Transformers' ordinary `quantization_config`: made while loading, or read from a folder.
+
+The quantisers of the libraries look at `nn.Linear`. A Gengram model's experts are stacked parameters, 92 % of the
+released model, which they leave alone without a word; `warn_of_untouched` says so.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .quantized_experts import GROUP, WEIGHTS, check_kind, make_room, quantize, undo
+
+logger = logging.get_logger(__name__)
+
+METHOD = "gengram_experts"
+_MOST_UNTOUCHED = 0.1  # share of the parameters that a quantisation may leave alone without being told of
+
+
+class GengramQuantizationConfig(QuantizationConfigMixin):
+    """Keeps the stacked experts in 8 or 4 bits; router, attention, norms, embeddings and memory stay as they are.
+
+    Args:
+        experts: `"int8"`, a scale per row, or `"int4"`, a scale per 32 weights (4.5 bits per weight).
+
+    Example:
+
+    ```python
+    >>> GengramQuantizationConfig(experts="int4").to_dict()
+    {'quant_method': 'gengram_experts', 'experts': 'int4'}
+
+    ```
+    """
+
+    def __init__(self, experts: str = "int8", **kwargs: Any):
+        kwargs.pop("quant_method", None)
+        if kwargs:
+            raise ValueError(f"a quantisation of experts has the option experts, not {', '.join(map(repr, kwargs))}.")
+        self.quant_method: Any = METHOD
+        self.experts = check_kind(experts)
+
+
+class GengramQuantizer(HfQuantizer):
+    """Makes room for quantised experts before weights are loaded, and quantises weights that are not yet."""
+
+    requires_calibration = False
+    quantization_config: GengramQuantizationConfig
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes per number of what is quantised while loading; what is quantised already has its own size."""
+        if self.pre_quantized:
+            return None
+        return 1.0 if self.quantization_config.experts == "int8" else 0.5 + 2 / GROUP
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is a weight of experts."""
+        path, _, name = param_name.rpartition(".")
+        return name in WEIGHTS and getattr(model.get_submodule(path), "quantization", None) is not None
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What makes numbers and scales of a weight that was read."""
+        return _Quantize(self.quantization_config.experts)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        stacks = [module for module in model.modules() if hasattr(module, "quantization")]
+        if not stacks:
+            raise ValueError(
+                "the model has no experts (num_local_experts is 0 or 1), so that there is nothing to quantise by "
+                "GengramQuantizationConfig; BitsAndBytesConfig and TorchAoConfig quantise its linear layers."
+            )
+        for experts in stacks:
+            make_room(experts, self.quantization_config.experts, has_numbers=self.pre_quantized)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self.pre_quantized and "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            raise ValueError(
+                "layers on disk cannot be quantised while they are loaded. Save a quantised folder first (load "
+                "without device_map and save_pretrained, or use `gengram convert to-hf --experts`), then load it."
+            )
+        for module in model.modules():
+            if getattr(module, "quantization", None) is not None:
+                module.requires_grad_(False)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for module in model.modules():
+            if getattr(module, "quantization", None) is not None:
+                undo(module, dtype or model.dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Quantised models are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on other modules train; the experts themselves do not."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The product with quantised weights is an operator."""
+        return True
+
+
+class _Quantize(ConversionOps):
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """Numbers and scales by name, of one stack of weights; expert by expert, to need little memory."""
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        numbers, scales = zip(*(quantize(expert, self.kind) for expert in weight), strict=True)
+        return {full_layer_name: torch.stack(numbers), f"{full_layer_name}_scale": torch.stack(scales)}
+
+
+def warn_of_untouched(model: Any) -> None:
+    """Say so if the model was loaded with a quantisation that leaves more than a tenth of its parameters alone."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.quantization_config.quant_method == METHOD:
+        return
+    with torch.device("meta"):
+        whole = sum(parameter.numel() for parameter in type(model)(model.config).parameters())
+    plain = {name: p for name, p in model.named_parameters() if p.is_floating_point() and _is_plain(p)}
+    untouched = sum(parameter.numel() for parameter in plain.values())
+    if untouched <= _MOST_UNTOUCHED * whole:
+        return
+    in_experts = sum(p.numel() for name, p in plain.items() if name.rpartition(".")[2] in WEIGHTS)
+    what = f"{untouched / whole:.0%} of the model's parameters as they are"
+    how = f"{type(quantizer.quantization_config).__name__} leaves {what}"
+    if in_experts > untouched / 2:
+        how += (
+            f", most of them the stacked experts ({in_experts / whole:.0%}). Load with quantization_config="
+            'GengramQuantizationConfig(experts="int8") or "int4", which quantises these'
+        )
+    logger.warning(f"{how}.")
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter holds one float per weight; quantisers use tensor classes of their own."""
+    return type(parameter) in (nn.Parameter, torch.Tensor)
+
+
+# A copy of this file in a model's folder (remote code) leaves the registration to the package where that came first.
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, GengramQuantizationConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(METHOD, GengramQuantizer)

@@ -1,0 +1,270 @@
+"""Experts whose weights are kept in 8 or 4 bits; products are taken in the dtype of the hidden states.
+
+A stack of matrices (experts, rows, columns) becomes whole numbers and scales, both ordinary tensors:
+
+- `"int8"`: int8 (experts, rows, columns), and one scale per row, (experts, rows). weight = number * scale.
+- `"int4"`: numbers -8..7, and one scale per 32 columns, (experts, rows, columns / 32). Two numbers share a byte: byte
+  j of the 16 that hold a group has its number j in the low four bits and its number j + 16 in the high ones, each + 8.
+  So they are uint8 (experts, rows, columns / 2).
+
+Scales have the dtype of the weights that were quantised. They are rounded to it first, and the numbers are chosen
+for the rounded scale, so that its rounding costs nothing.
+"""
+
+import functools
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..motif_memory.ways import native
+
+KINDS = ("int8", "int4")
+WEIGHTS = ("gate_up_proj", "down_proj")
+GROUP = 32  # columns that share a scale in "int4"
+_HALF = GROUP // 2
+# Divisors of a group's largest number that are tried for the scale; the one with the least squared error is kept.
+# Beside 8 alone, as in llama.cpp's Q4_0, the error of normally distributed weights is 3.7 % smaller.
+_INT4_DIVISORS = (-7.5, -8.0, -8.5)
+_BLOCK = 2**20  # weights that are quantised at once, so that what lies between fits the cache
+# Tokens of an expert up to which a kernel that multiplies whole numbers beats making floats of the weights first,
+# where the CPU has instructions for bfloat16. Without these it always does.
+_FEW_TOKENS = 16
+# A copy of this file in a model's folder (remote code) registers its own operators.
+_NAMESPACE = "gengram_experts"
+if not __name__.startswith("gengram."):
+    _NAMESPACE += "_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
+
+
+def check_kind(kind: Any) -> str:
+    """The kind of a quantisation.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"experts must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
+    return str(kind)
+
+
+def quantized_shapes(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the numbers and of the scales for weights (..., rows, columns).
+
+    Raises:
+        ValueError: if the columns are no multiple of what shares a scale.
+    """
+    *rows, columns = shape
+    if kind == "int8":
+        return shape, tuple(rows)
+    if columns % GROUP:
+        raise ValueError(
+            f'"int4" needs expert matrices whose columns are a multiple of {GROUP} (hidden_size and '
+            f'intermediate_size), got {columns}; use "int8".'
+        )
+    return (*rows, columns // 2), (*rows, columns // GROUP)
+
+
+def numbers_dtype(kind: str) -> torch.dtype:
+    """The dtype of the stored numbers."""
+    return torch.int8 if kind == "int8" else torch.uint8
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Numbers and scales of weights (..., rows, columns).
+
+    Raises:
+        ValueError: if the columns do not fit the kind, or weights are not finite.
+    """
+    shapes = quantized_shapes(tuple(weight.shape), kind)
+    rows = weight.reshape(-1, weight.shape[-1])
+    blocks = [_quantize_block(block, kind) for block in rows.split(max(_BLOCK // rows.shape[1], 1))]
+    numbers, scales = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return numbers.reshape(shapes[0]), scales.reshape(shapes[1])
+
+
+def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    work = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    largest = work.abs().amax(-1, keepdim=True) if kind == "int8" else _signed_largest(_groups(work))
+    if not bool(torch.isfinite(largest).all()):
+        raise ValueError("the weights of the experts hold numbers that are not finite, which cannot be quantised.")
+    if kind == "int8":
+        scale = (largest / 127).to(weight.dtype)
+        return _rounded(work, scale, -127, 127).to(torch.int8), scale.squeeze(-1)
+    groups = _groups(work)  # (..., rows, columns / 32, 32)
+    least, best = None, None
+    for divisor in _INT4_DIVISORS:
+        scale = (largest / divisor).to(weight.dtype)
+        numbers = _rounded(groups, scale, -8, 7)
+        error = (numbers * scale - groups).square().sum(-1, keepdim=True)
+        if least is None or best is None:
+            least, best = error, scale
+        else:
+            best = torch.where(error < least, scale, best)
+            least = torch.minimum(error, least)
+    assert best is not None
+    numbers = (_rounded(groups, best, -8, 7) + 8).to(torch.uint8)
+    packed = numbers[..., :_HALF] | (numbers[..., _HALF:] << 4)
+    return packed.flatten(-2), best.squeeze(-1)
+
+
+def _groups(work: Tensor) -> Tensor:
+    return work.unflatten(-1, (-1, GROUP))
+
+
+def _signed_largest(groups: Tensor) -> Tensor:
+    return groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+
+
+def _rounded(work: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
+    scale = scale.to(work.dtype)
+    return (work / scale.masked_fill(scale == 0, 1)).round().clamp(least, most)
+
+
+def dequantize(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights (..., rows, columns) in `dtype`."""
+    if numbers.dtype == torch.int8:
+        return numbers.to(dtype).mul_(scale.to(dtype).unsqueeze(-1))
+    halves = numbers.unflatten(-1, (-1, _HALF))
+    groups = torch.cat((halves & 15, halves >> 4), -1).to(dtype).sub_(8)
+    return groups.mul_(scale.to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+# ---- the product, opaque to `torch.compile`
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _has_native_product(x: Tensor, numbers: Tensor) -> bool:
+    fits = x.shape[-1] % (16 if numbers.dtype == torch.int8 else GROUP) == 0
+    return fits and x.dtype != torch.float64 and native.status().available
+
+
+def _product(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
+    """(tokens, columns) times the transpose of one expert's (rows, columns)."""
+    if x.device.type == "cpu" and len(x) <= _FEW_TOKENS and _has_native_product(x, numbers):
+        return torch.ops.gengram_native.quantized_product(x, numbers, scale.to(x.dtype))
+    is_narrow = numbers.dtype == torch.int8 and x.dtype in (torch.bfloat16, torch.float16)
+    if is_narrow and x.device.type == "cpu" and (len(x) <= _FEW_TOKENS or not _multiplies_bfloat16()):
+        return torch._weight_int8pack_mm(x, numbers, scale.to(x.dtype))
+    return F.linear(x, dequantize(numbers, scale, x.dtype))
+
+
+def _parts(experts: Tensor, count: int) -> list[tuple[int, slice]]:
+    """The experts in use, and the tokens of each among those sorted by expert; what has no expert comes last."""
+    counts = torch.bincount(experts, minlength=count)[:count].tolist()
+    parts, start = [], 0
+    for expert, tokens in enumerate(counts):
+        if tokens:
+            parts.append((expert, slice(start, start + tokens)))
+            start += tokens
+    return parts
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear", mutates_args=())
+def _linear(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
+    x = x.contiguous()
+    result = x.new_zeros(len(x), numbers.shape[1])
+    for expert, tokens in _parts(experts, len(numbers)):
+        result[tokens] = _product(x[tokens], numbers[expert], scale[expert])
+    return result
+
+
+@_linear.register_fake
+def _linear_shapes(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], numbers.shape[1])
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear_backward", mutates_args=())
+def _linear_backward(grad: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
+    halving = 1 if numbers.dtype == torch.int8 else 2
+    result = grad.new_zeros(len(grad), numbers.shape[2] * halving)
+    for expert, tokens in _parts(experts, len(numbers)):
+        result[tokens] = grad[tokens] @ dequantize(numbers[expert], scale[expert], grad.dtype)
+    return result
+
+
+@_linear_backward.register_fake
+def _linear_backward_shapes(grad: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
+    halving = 1 if numbers.dtype == torch.int8 else 2
+    return grad.new_empty(grad.shape[0], numbers.shape[2] * halving)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[0]
+    return _linear_backward(grad, *ctx.saved_tensors) if needed else None, None, None, None
+
+
+_linear.register_autograd(_differentiate, setup_context=_keep)
+
+
+# ---- the experts' module
+
+
+def quantized_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What the experts add to each token, (tokens, hidden).
+
+    Args:
+        experts: Mixtral's stacked experts with quantised weights.
+        hidden_states: (tokens, hidden).
+        top_k_index: (tokens, k), the experts of each token. An index beyond the last expert adds nothing.
+        top_k_weights: (tokens, k).
+
+    Raises:
+        ValueError: if something was added to the stored numbers, such as an adapter.
+    """
+    if "parametrizations" in experts._modules:
+        raise ValueError(
+            f"the weights of these experts are kept in {experts.quantization} and cannot be changed, as LoRA on them "
+            "(target_parameters) would. Put the adapter on the attention (target_modules), or load the model "
+            "unquantised."
+        )
+    matrices = [(getattr(experts, name), getattr(experts, f"{name}_scale")) for name in WEIGHTS]
+    tokens, chosen = top_k_index.shape
+    sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
+    x = hidden_states[order // chosen]  # (tokens * k, hidden), by expert
+    gate, up = _linear(x, *matrices[0], sorted_experts).chunk(2, dim=-1)
+    act: Any = experts.act_fn
+    out = _linear(act(gate) * up, *matrices[1], sorted_experts)
+    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return out[back].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+
+
+def make_room(experts: Any, kind: str, has_numbers: bool) -> None:
+    """Give stacked experts without values (on the meta device) the parameters of quantised ones, also without values.
+
+    Args:
+        experts: the module.
+        kind: of the quantisation.
+        has_numbers: whether quantised numbers will be loaded; otherwise floats are, and are quantised then.
+    """
+    for name in WEIGHTS:
+        weight = getattr(experts, name)
+        numbers, scale = quantized_shapes(tuple(weight.shape), kind)
+        if has_numbers:
+            _set(experts, name, torch.empty(numbers, dtype=numbers_dtype(kind), device=weight.device))
+        _set(experts, f"{name}_scale", torch.empty(scale, dtype=weight.dtype, device=weight.device))
+    experts.quantization = kind
+
+
+def undo(experts: Any, dtype: torch.dtype) -> None:
+    """Give quantised experts ordinary weights again."""
+    for name in WEIGHTS:
+        weight = dequantize(getattr(experts, name), getattr(experts, f"{name}_scale"), dtype)
+        delattr(experts, f"{name}_scale")
+        setattr(experts, name, nn.Parameter(weight))
+    experts.quantization = None
+
+
+def _set(experts: nn.Module, name: str, values: Tensor) -> None:
+    experts.register_parameter(name, nn.Parameter(values, requires_grad=False))
