@@ -204,16 +204,21 @@ def ngram_rows_and_runs(
         Two int32 tensors (batch, length). An n-gram belongs to the position of its last letter; that letter is the
         least significant of its base-5 digits.
     """
-    digits = (codes - 1).clamp_min(0).to(torch.int32).unsqueeze(-1)
-    grams = torch.zeros_like(digits)
-    for back in range(largest):
-        grams = grams + shifted(digits, back, behind) * 5**back
     places = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device).expand_as(codes)
     breaks = torch.where(codes > 0, -1, places)
     runs = places - (breaks.cummax(1).values if codes.shape[1] else breaks)
     if behind is not None:
         runs = torch.minimum(runs, (behind + 1).clamp_min(0))
-    return grams.squeeze(-1), runs
+    return grams_of(codes, largest, behind), runs
+
+
+def grams_of(codes: torch.Tensor, largest: int, behind: torch.Tensor | None = None) -> torch.Tensor:
+    """The last `largest` letters up to each position as one number, int32 (batch, length)."""
+    digits = (codes - 1).clamp_min(0).to(torch.int32).unsqueeze(-1)
+    grams = torch.zeros_like(digits)
+    for back in range(largest):
+        grams = grams + shifted(digits, back, behind) * 5**back
+    return grams.squeeze(-1)
 
 
 def plan_windows(

@@ -1,0 +1,194 @@
+"""A model as an ONNX file, made of ONNX's own operations and compared with the model in ONNX Runtime."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..motif_memory import memory_path
+from ..motif_memory.definition import grams_of
+from ..support.errors import InputError, MissingExtraError
+from ..support.whole_output import check_output_is_free
+from ..support.work_folder import work_folder
+from .loaded_model import LoadedModel
+
+ALLOWED = 1e-4  # by which a number of the file may differ from the model's
+_MOST_BYTES = 2**31 - 2**20  # of a file; weights of a larger model lie beside it
+_EXAMPLE, _OTHERS = (2, 40), ((3, 57), (1, 7))  # batch and length
+
+
+def export_onnx(loaded: LoadedModel, output: str | Path) -> float:
+    """Write a model as ONNX: `input_ids` and `attention_mask` (batch, length) in, `logits` (or hidden states) out.
+
+    Batch and length are free, from 2 bases to what the model reads. Experts are all computed for every token, and
+    those not chosen weigh nothing, since ONNX knows no products of groups; that takes experts / chosen times as long.
+
+    Args:
+        loaded: the model, in float32 on the CPU.
+        output: ends in `.onnx`; weights of more than 2 GB lie in `OUTPUT.data` beside it.
+
+    Returns:
+        By how much numbers of the file differ at most from the model's, of random sequences, some padded in front.
+
+    Raises:
+        InputError: if the model is quantised or not in float32, the name does not end in `.onnx`, or the file's
+            numbers differ by more than 1e-4.
+        MissingExtraError: if a library of the extra `onnx` is not installed.
+        FileExistsError: if the output exists.
+        OSError: if it cannot be written.
+    """
+    output = Path(output)
+    if output.suffix != ".onnx":
+        raise InputError(f"--output: expected a name that ends in .onnx, got {output.name!r}.")
+    check_output_is_free(output)
+    model = loaded.model
+    if getattr(model, "hf_quantizer", None) is not None or model.dtype != torch.float32:
+        raise InputError(f"ONNX is written of models in float32, got one in {model.dtype} or quantised.")
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (PyTorch's exporter needs it)
+    except ImportError as error:
+        raise MissingExtraError(f"gengram export needs {error.name}: pip install 'gengram[onnx]'") from error
+    longest = min(loaded.context, 1 << 17)
+    program = _program(model, longest)
+    is_large = sum(parameter.nbytes for parameter in model.parameters()) > _MOST_BYTES
+    with work_folder(output, restart=True) as folder:
+        program.save(str(folder / output.name), external_data=is_large)
+        session = onnxruntime.InferenceSession(str(folder / output.name), providers=["CPUExecutionProvider"])
+        apart = _difference(session, model, longest)
+        if not apart <= ALLOWED:
+            raise InputError(f"{output} was not written: its numbers differ from the model's by {apart:.1e}.")
+        for file in sorted(folder.iterdir(), reverse=True):  # the weights beside it first
+            os.replace(file, output.with_name(file.name))
+    return apart
+
+
+class _Outputs(nn.Module):
+    """A model as a function of ids and mask alone."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+
+
+def _program(model: Any, longest: int) -> Any:
+    """What PyTorch's exporter makes of the model."""
+    batch, length = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=longest)
+    shapes = ({0: batch, 1: length},) * 2
+    example = (torch.full(_EXAMPLE, _base(model)), torch.ones(_EXAMPLE, dtype=torch.int64))
+    with _attention(model, "eager"), dense_experts(model), memory_path("token_major", "torch"), _silent():
+        exported = torch.export.export(_Outputs(model), example, dynamic_shapes=shapes, strict=False)
+        if any("gengram" in str(node.target) for node in exported.graph.nodes):
+            table = torch.export.default_decompositions()
+            table[torch.ops.gengram.ngram_rows_and_runs.default] = _RowsAndRuns(longest)
+            exported = exported.run_decompositions(table)
+        name = "logits" if hasattr(model, "lm_head") or hasattr(model, "score") else "output"
+        return torch.onnx.export(exported, (), dynamo=True, output_names=[name], verbose=False)
+
+
+def _base(model: Any) -> int:
+    """An id that any model has."""
+    return min(5, int(model.config.get_text_config().vocab_size) - 1)
+
+
+@contextlib.contextmanager
+def _attention(model: Any, implementation: str) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without what the exporter says of operations that are not in the model."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
+
+
+@contextlib.contextmanager
+def dense_experts(model: nn.Module) -> Iterator[None]:
+    """A block in which stacked experts (Mixtral's layout) compute by products over all experts."""
+    stacks = [module for module in model.modules() if _is_stack(module)]
+    for module in stacks:
+        module.forward = _dense.__get__(module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in stacks:
+            del module.forward
+
+
+def _is_stack(module: nn.Module) -> bool:
+    weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    return all(isinstance(weight, Tensor) and weight.dim() == 3 for weight in weights) and hasattr(module, "act_fn")
+
+
+def _dense(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """(tokens, hidden): all experts of every token, those that were not chosen with the weight 0."""
+    experts = self.gate_up_proj.shape[0]
+    none = hidden_states.new_zeros(hidden_states.shape[0], experts)
+    weights = none.scatter(1, top_k_index, top_k_weights.to(hidden_states.dtype))
+    gate, up = torch.einsum("th,eoh->eto", hidden_states, self.gate_up_proj).chunk(2, -1)
+    out = torch.einsum("eti,ehi->eth", self.act_fn(gate) * up, self.down_proj)
+    return torch.einsum("eth,te->th", out, weights)
+
+
+class _RowsAndRuns:
+    """`definition.ngram_rows_and_runs` without `cummax`, which ONNX lacks, for texts of at most `longest` letters."""
+
+    def __init__(self, longest: int):
+        self.longest = longest
+
+    def __call__(
+        self, codes: Tensor, largest: int, behind: Tensor | None = None, native: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        places = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device).expand_as(codes)
+        last_break = torch.where(codes > 0, -1, places)
+        step = 1
+        while step < self.longest:  # the largest of 1, 2, 4, ... places up to here
+            earlier = F.pad(last_break, (step, 0), value=-1)[:, : codes.shape[1]]
+            last_break, step = torch.maximum(last_break, earlier), 2 * step
+        runs = places - last_break
+        if behind is not None:
+            runs = torch.minimum(runs, (behind + 1).clamp_min(0))
+        return grams_of(codes, largest, behind), runs
+
+
+def _difference(session: Any, model: Any, longest: int) -> float:
+    """By how much the file's numbers differ from the model's at most."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    apart = 0.0
+    for batch, length in (_EXAMPLE, *_OTHERS):
+        ids = torch.randint(
+            min(5, vocabulary - 1), min(10, vocabulary), (batch, min(length, longest)), generator=generator
+        )
+        mask = torch.ones_like(ids)
+        mask[0, : ids.shape[1] // 4] = 0
+        with torch.no_grad():
+            expected = _Outputs(model)(ids, mask).numpy()
+        (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        apart = max(apart, float(np.abs(found - expected)[mask.numpy() == 1].max()))
+    return apart
