@@ -91,7 +91,7 @@ def _token_major(work: _Pass, way: Way) -> MemoryOutput:
 
 
 def _one_token(work: _Pass) -> MemoryOutput | None:
-    """The definition of a decoding step with a fifth of the operations; None for any other pass."""
+    """The definition of a decoding step with a quarter of the operations; None for any other pass."""
     memory, hidden_states, plan, _, weights, history = work
     if hidden_states.shape[1] != 1 or hidden_states.device.type != "cpu" or not runs_now(hidden_states):
         return None
