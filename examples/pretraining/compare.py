@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from memory_kinds import new_model, parameters_per_token
 
+from gengram.support.bootstrap import interval_over_seeds
 from gengram.support.figures import pyplot, write_figure
 from gengram.support.whole_output import write_whole
 
@@ -156,17 +157,6 @@ def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path)
     return result
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval over seeds (Student's t); the half width is nan for one value."""
-    from scipy.stats import t
-
-    mean, count = sum(values) / len(values), len(values)
-    if count < 2:
-        return mean, math.nan
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return mean, float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
-
-
 def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
     """A row per architecture and arm, with the paired difference from the arm with memory of the same seeds.
 
@@ -187,9 +177,9 @@ def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
         found = [by_key[architecture, arm, seed] for seed in plan["seeds"] if (architecture, arm, seed) in by_key]
         if not found:
             continue
-        mean, half = interval([run["bits_per_base"] for run in found])
+        mean, half = interval_over_seeds([run["bits_per_base"] for run in found])
         paired = minus_memory(found)
-        difference, difference_half = interval(paired) if paired else (math.nan, math.nan)
+        difference, difference_half = interval_over_seeds(paired) if paired else (math.nan, math.nan)
         row = {
             "architecture": architecture,
             "arm": arm,
@@ -210,14 +200,14 @@ def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
                 "last": [losses[-1] for losses in balance],
                 "mean": [sum(losses) / len(losses) for losses in balance],
             }.items():
-                row[f"{name}_load_balancing_loss"], half = interval(values)
+                row[f"{name}_load_balancing_loss"], half = interval_over_seeds(values)
                 row[f"{name}_load_balancing_loss_half_width_95"] = half
         rows.append(row)
     pooled = {}
     for arm in plan["arms"]:
         paired = minus_memory([run for run in results if run["arm"] == arm]) if arm != "memory" else []
         if paired:
-            mean, half = interval(paired)
+            mean, half = interval_over_seeds(paired)
             above = sum(difference > 0 for difference in paired)
             pooled[arm] = {"pairs": len(paired), "above_memory": above, "minus_memory": mean, "half_width_95": half}
     return {"plan": plan, "rows": rows, "pooled": pooled, "runs": results} | ({"tuning": tried} if tried else {})

@@ -60,11 +60,12 @@ def one_token_features(
     """`window_features` of one causal token per sequence whose window is full of letters; None for any other."""
     if not _is_one_full_window(plan, layer, history):
         return None
+    grams, work = plan.grams[:, plan.context + 1 - plan.window :], at_least_float32(tables[0].dtype)
     means = []
     for size, table in zip(plan.ngram_sizes, tables, strict=True):
-        rows = F.embedding(plan.grams[:, plan.context + size - plan.window :] % 5**size, table)
-        means.append(rows.to(at_least_float32(table.dtype)).mean(1, keepdim=True).to(table.dtype))
-    return torch.cat(means, dim=-1)
+        rows = F.embedding(grams[:, size - 1 :] % 5**size, table)
+        means.append(rows.to(work).sum(1, keepdim=True) / rows.shape[1])
+    return torch.cat(means, dim=-1).to(tables[0].dtype)
 
 
 def one_token_memory(

@@ -145,6 +145,7 @@ def test_a_comparison_that_was_cut_off_continues_where_it_was(dataset, tmp_path)
     run(*words, str(tmp_path / "whole"))
 
     work = tmp_path / "cut" / "work" / "dense--no_gate--1"
+    work.parent.mkdir(parents=True)
     options = [word for name, value in plan["training"].items() for word in (f"--{name}", str(value))]
     pretrain(dataset, work, *options, "--data_seed", "1", "--seed", "1", num_local_experts=0, memory_kind="no gate")
     shutil.rmtree(work / "checkpoint-4")
