@@ -73,7 +73,8 @@ class GraftState(MemoryState):
         if kept is None:
             return ids.new_full((ids.shape[0], most), -1)
         kept = kept[:, -most:, 0]
-        return torch.nn.functional.pad(kept, (most - kept.shape[1], 0), value=-1)
+        missing = most - kept.shape[1]
+        return torch.nn.functional.pad(kept, (missing, 0), value=-1) if missing else kept
 
     def advance_ids(self, ids: torch.Tensor) -> None:
         """Keep the ids of this pass, (batch, length)."""

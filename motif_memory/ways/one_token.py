@@ -63,7 +63,7 @@ def one_token_features(
     grams, work = plan.grams[:, plan.context + 1 - plan.window :], at_least_float32(tables[0].dtype)
     means = []
     for size, table in zip(plan.ngram_sizes, tables, strict=True):
-        rows = F.embedding(grams[:, size - 1 :] % 5**size, table)
+        rows = torch.embedding(table, grams[:, size - 1 :] % 5**size)
         means.append(rows.to(work).sum(1, keepdim=True) / rows.shape[1])
     return torch.cat(means, dim=-1).to(tables[0].dtype)
 
@@ -123,13 +123,12 @@ def gated_token(
     gated = (gate / scale).unsqueeze(-1) * value
     if layer.taps is None:
         return MemoryOutput(gated.to(hidden_states.dtype), gate, gated[:, 1:].clone())
-    taps = layer.taps.shape[-1]
+    taps, parts = layer.taps.to(work).unbind(1), [gated.squeeze(1)]
+    if history is not None and layer.reach:
+        parts = [*history[:, :: layer.dilation].to(work).unbind(1), *parts]  # only where a tap is
     total: torch.Tensor | None = None
-    for tap in range(taps):
-        start = tap * layer.dilation
-        part = gated if tap == taps - 1 else history[:, start : start + 1].to(work)  # type: ignore[index]
-        weight = layer.taps[:, tap].to(work)
+    for part, weight in zip(parts, taps, strict=True):
         total = part * weight if total is None else torch.addcmul(total, part, weight)
     assert total is not None
-    residual = gated + F.silu(total)
-    return MemoryOutput(residual.to(hidden_states.dtype), gate, gated if taps > 1 else gated[:, 1:].clone())
+    residual = gated + F.silu(total).unsqueeze(1)
+    return MemoryOutput(residual.to(hidden_states.dtype), gate, gated if layer.reach else gated[:, 1:].clone())
