@@ -3,12 +3,14 @@
     python benchmarks/graft_overhead.py [--device cuda] [--threads N] [--hidden 512 1024] [--length 2048] [--rounds 9]
 
 The host is a Llama with grouped-query attention and twelve layers; the memories stand in front of three of them, as in
-the released model. Host and host with memory take turns, and each figure is the median of the ratios of neighbouring
-turns, so that a load that comes and goes touches both. Writes `benchmarks/results/graft_overhead.json`.
+the released model. Without gradients a third model takes part, whose memories were folded by `fold_memory`. The models
+take turns, and each figure is the median of the ratios of neighbouring turns, so that a load that comes and goes
+touches all. On a CPU processor time is counted. Writes `benchmarks/results/graft_overhead.json`.
 """
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from memory_setup import LETTERS, add_machine_arguments, machine, random_bases, 
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from gengram import GengramTokenizer, MotifMemoryConfig, attach_memory
+from gengram.motif_memory import fold_memory
 
 LAYERS = 12
 MEMORY_LAYERS = (2, 5, 9)
@@ -76,29 +79,45 @@ def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
 WORK = {"training step": training_step, "prefill": prefill, "decoding": decoding}
 
 
-def measure(hidden: int, length: int, dtype: str, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Medians of seconds of both, and of their ratio, for each kind of work."""
-    ids = random_bases(length)
-    bare, grafted = (host(hidden, getattr(torch, dtype), device) for _ in range(2))
-    memory = MotifMemoryConfig(embedding_dim=hidden // 4)
-    attach_memory(grafted, memory, layers=MEMORY_LAYERS, tokenizer=GengramTokenizer())
-    with torch.no_grad():  # as after training: new memories would add zeros
-        for name, weight in grafted.named_parameters():
+def with_memories(model: Any) -> Any:
+    """The model with memories that add something, as after training."""
+    attach_memory(
+        model,
+        MotifMemoryConfig(embedding_dim=model.config.hidden_size // 4),
+        layers=MEMORY_LAYERS,
+        tokenizer=GengramTokenizer(),
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
             if "motif_memory" in name and weight.dim() > 1:
                 weight.normal_(std=weight.shape[-1] ** -0.5)
-    case: dict[str, Any] = {"hidden": hidden, "length": length, "dtype": dtype}
-    case["parameters"] = [sum(weight.numel() for weight in model.parameters()) for model in (bare, grafted)]
-    for name, of in WORK.items():
-        both = [of(bare, ids), of(grafted, ids)]
-        for call in both:
+    return model
+
+
+def measure(hidden: int, length: int, dtype: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Medians of seconds of the bare host, and of the others' ratios to it, for each kind of work."""
+    ids = random_bases(length)
+    models = {"bare": host(hidden, getattr(torch, dtype), device)}
+    for name in ("grafted", "folded"):
+        models[name] = with_memories(host(hidden, getattr(torch, dtype), device))
+    fold_memory(models["folded"].eval())
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    case: dict[str, Any] = {"hidden": hidden, "length": length, "dtype": dtype, "clock": clock.__name__}
+    case["parameters"] = {name: model.num_parameters() for name, model in models.items()}
+    for work, of in WORK.items():
+        taking_part = [name for name in models if of is not training_step or name != "folded"]
+        calls = {name: of(models[name], ids) for name in taking_part}
+        for call in calls.values():
             call()
-        seconds = [[seconds_of(call) for call in both] for _ in range(rounds)]
-        case[name] = {
-            "bare_seconds": statistics.median(bare_seconds for bare_seconds, _ in seconds),
-            "ratio": statistics.median(ours / bare_seconds for bare_seconds, ours in seconds),
-            "ratios": [round(ours / bare_seconds, 4) for bare_seconds, ours in seconds],
-        }
-        print(f"hidden {hidden}, {length} bases, {dtype}: {name:14} {case[name]['ratio']:.3f}x", flush=True)
+        seconds = [{name: seconds_of(call, clock=clock) for name, call in calls.items()} for _ in range(rounds)]
+        case[work] = {"bare_seconds": statistics.median(turn["bare"] for turn in seconds)}
+        for name in taking_part[1:]:
+            ratios = [turn[name] / turn["bare"] for turn in seconds]
+            case[work][name] = {"ratio": statistics.median(ratios), "ratios": [round(ratio, 4) for ratio in ratios]}
+            print(
+                f"hidden {hidden}, {length} bases, {dtype}: {work:14} {name:8} {statistics.median(ratios):.3f}x",
+                flush=True,
+            )
     return case
 
 

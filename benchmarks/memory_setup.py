@@ -50,14 +50,14 @@ def use_machine(arguments: argparse.Namespace) -> torch.device:
     return _device
 
 
-def seconds_of(call: Callable[[], Any], repeats: int = 1) -> float:
+def seconds_of(call: Callable[[], Any], repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds per call, the device's work included."""
     synchronize()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repeats):
         call()
     synchronize()
-    return (time.perf_counter() - started) / repeats
+    return (clock() - started) / repeats
 
 
 def synchronize() -> None:

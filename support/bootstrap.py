@@ -1,6 +1,7 @@
-"""Bootstrap intervals: how far a result depends on which rows were drawn."""
+"""Intervals: how far a result depends on which rows were drawn, or on the seed."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,3 +37,14 @@ def bootstrap(statistic: Callable[[np.ndarray], Any], rows: int, samples: int = 
 def estimate(statistic: Callable[[np.ndarray], float], rows: int, samples: int = 1000) -> Estimate:
     """`bootstrap` of a statistic that is one number."""
     return Estimate(*bootstrap(statistic, rows, samples).tolist())
+
+
+def interval_over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval (Student's t, needs SciPy); the half width is nan for one value."""
+    from scipy.stats import t
+
+    mean, count = sum(values) / len(values), len(values)
+    if count < 2:
+        return mean, math.nan
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    return mean, float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)

@@ -1,7 +1,7 @@
 """Does a model that was trained without a memory gain from one? Go on with it, with and without, and draw the curves.
 
     python continue_pretraining.py --dataset DATASET --output OUTPUT                 # train what is missing
-    python continue_pretraining.py --output OUTPUT --figure curves.svg               # and draw it
+    python continue_pretraining.py --output OUTPUT --report runs.json --figure curves.svg   # write and draw it
 
 For each seed a small mixture of experts of the kind of Mixtral (as Genos is) is trained without a memory. From there
 three arms go on, with the same batches and steps: without a memory; with a memory, all weights trained; and with a
@@ -26,6 +26,7 @@ from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 from gengram import GengramTokenizer, MotifMemoryConfig, attach_memory
 from gengram.data_preparation import DataCollatorForGenomeModeling
 from gengram.inference.likelihood import IGNORED, next_token_log_probabilities
+from gengram.support.bootstrap import interval_over_seeds
 from gengram.support.figures import pyplot, write_figure
 from gengram.support.machine import describe_machine
 from gengram.support.whole_output import write_whole
@@ -140,9 +141,26 @@ def go_on(arm: str, data: dict[str, Any], tokenizer: Any, seed: int, arguments: 
     write_whole(file, json.dumps({**result, "machine": describe_machine()}) + "\n")
 
 
-def draw(output: Path, figure_file: Path) -> None:
+def report(runs: list[dict[str, Any]], file: Path) -> None:
+    """Write all runs, and per arm the final bits per base and their difference, paired by seed, from no memory."""
+    last = {(run["arm"], run["seed"]): run["curve"][-1][1] for run in runs}
+    arms = {}
+    for arm in ARMS:
+        seeds = [seed for of_arm, seed in last if of_arm == arm]
+        if not seeds:
+            continue
+        mean, half = interval_over_seeds([last[arm, seed] for seed in seeds])
+        arms[arm] = {"seeds": seeds, "bits_per_base": mean, "half_width_95": half}
+        paired = [last[arm, seed] - last["no memory", seed] for seed in seeds if ("no memory", seed) in last]
+        if arm != "no memory" and paired:
+            mean, half = interval_over_seeds(paired)
+            arms[arm] |= {"minus_no_memory": mean, "minus_no_memory_half_width_95": half, "by_seed": paired}
+        print(arm, arms[arm])
+    write_whole(file, json.dumps({"arms": arms, "runs": runs}, indent=1) + "\n")
+
+
+def draw(runs: list[dict[str, Any]], figure_file: Path) -> None:
     """Mean of the seeds, and each seed as a thin line."""
-    runs = [json.loads(file.read_text()) for file in sorted(output.glob("*.json"))]
     figure, axis = pyplot().subplots(figsize=(6, 3.5), layout="constrained")
     for arm, colour in zip(ARMS, ("#777777", "#0072B2", "#D55E00"), strict=True):
         curves = [run["curve"] for run in runs if run["arm"] == arm]
@@ -173,6 +191,7 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=50, metavar="STEPS")
     parser.add_argument("--validation-examples", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--report", type=Path, help="write all runs and their differences to this JSON file")
     parser.add_argument("--figure", type=Path, help="draw the curves: a name in .svg or .png")
     arguments = parser.parse_args()
     if arguments.dataset is not None:
@@ -184,8 +203,11 @@ def main() -> None:
         for seed in arguments.seeds:
             for arm in ARMS:
                 go_on(arm, data, tokenizer, seed, arguments)
+    runs = [json.loads(file.read_text()) for file in sorted(arguments.output.glob("*.json"))]
+    if arguments.report is not None:
+        report(runs, arguments.report)
     if arguments.figure is not None:
-        draw(arguments.output, arguments.figure)
+        draw(runs, arguments.figure)
 
 
 if __name__ == "__main__":

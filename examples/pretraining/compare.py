@@ -3,9 +3,15 @@
     python compare.py --dataset DATASET --output OUTPUT              # runs what is missing, then reports
     python compare.py --output OUTPUT --report benchmarks/results/memory_comparison.json --figure docs/figures/...svg
 
-`comparison.json` holds the architectures, arms, ablations, seeds and training options. Every run is one call of
-`pretrain.py`; one that is done is not done again, one that was cut off starts anew. "widened baseline" has no memory
-either, but a feed-forward so wide that it has as many parameters as the arm with memory: more computing per token.
+A plan, such as `comparison.json`, holds the architectures, arms, ablations, seeds and training options. "widened
+baseline" has no memory, but a feed-forward so wide that it has as many parameters as the arm with memory: more
+computing per token. `memory_kinds.py` has the arms of `comparison_arms.json` that the package has no model for.
+
+With `learning_rates` in the plan, every arm of every architecture is first trained with each of them and the
+`tuning_seed`; the one with the lowest loss on the split `tuning_split` is used for all seeds of that arm.
+
+Every run is one call of `pretrain.py`. One that is done is not done again; one that was cut off continues from its
+last checkpoint.
 """
 
 import argparse
@@ -19,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory_kinds import new_model, parameters_per_token
 
-from gengram import GengramConfig, GengramForCausalLM
+from gengram.support.bootstrap import interval_over_seeds
 from gengram.support.figures import pyplot, write_figure
 from gengram.support.whole_output import write_whole
 
@@ -30,18 +37,12 @@ AS_MEMORY = "as many parameters as memory"
 
 def parameters(fields: dict[str, Any]) -> tuple[int, int]:
     """All parameters of a model, and those that a token uses: chosen experts, and of the tables the window's rows."""
-    config = GengramConfig(**fields)
     with torch.device("meta"):
-        model = GengramForCausalLM(config)
-    used = 0
-    for name, weight in model.named_parameters():
-        share = 1.0
-        if ".experts." in name:
-            share = config.num_experts_per_tok / config.num_local_experts
-        elif ".embeddings." in name:
-            share = min(1.0, config.memory_window / weight.shape[0])
-        used += round(weight.numel() * share)
-    return model.num_parameters(), used
+        model = new_model(fields)
+    config = model.config
+    experts = getattr(config, "num_local_experts", 0)
+    share = config.num_experts_per_tok / experts if experts > 1 else 1.0
+    return model.num_parameters(), parameters_per_token(model, fields.get("memory_window", 21), share)
 
 
 def as_wide_as(fields: dict[str, Any], wanted: int) -> int:
@@ -61,7 +62,9 @@ def planned_runs(plan: dict[str, Any]) -> list[dict[str, Any]]:
                 if fields["intermediate_size"] == AS_MEMORY:
                     fields["intermediate_size"] = as_wide_as(fields, parameters(with_memory)[0])
                 runs.append({"architecture": architecture, "arm": arm, "seed": seed, "fields": fields})
-    ablations = plan["ablations"]
+    ablations = plan.get("ablations")
+    if ablations is None:
+        return runs
     with_memory = {**plan["base"], **plan["architectures"][ablations["architecture"]]}
     for seed in ablations["seeds"]:
         for variant, changes in ablations["variants"].items():
@@ -70,8 +73,37 @@ def planned_runs(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return runs
 
 
+def tuning_runs(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """A run per architecture, arm and learning rate; none if the plan has no grid."""
+    return [
+        {**run, "seed": plan["tuning_seed"], "learning_rate": rate, "split": plan["tuning_split"]}
+        for run in planned_runs({**plan, "seeds": plan["seeds"][:1]})
+        for rate in plan.get("learning_rates", [])
+    ]
+
+
+def with_best_rates(plan: dict[str, Any], output: Path) -> list[dict[str, Any]]:
+    """The planned runs, each with the best learning rate of its arm; those whose rates are not all tried are left."""
+    runs = planned_runs(plan)
+    if "learning_rates" not in plan:
+        return runs
+    tried: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in tuning_runs(plan):
+        if (output / f"{run_name(run)}.json").exists():
+            result = json.loads((output / f"{run_name(run)}.json").read_text())
+            tried.setdefault((run["architecture"], run["arm"]), []).append(result)
+    found = []
+    for run in runs:
+        results = tried.get((run["architecture"], run["arm"]), [])
+        if len(results) == len(plan["learning_rates"]):
+            best = min(results, key=lambda result: result["bits_per_base"])
+            found.append({**run, "learning_rate": best["learning_rate"]})
+    return found
+
+
 def run_name(run: dict[str, Any]) -> str:
-    return f"{run['architecture']}--{run['arm']}--{run['seed']}".replace(", ", "-").replace(" ", "_")
+    tuned = f"--lr{run['learning_rate']:g}-{run['split']}" if "split" in run else ""
+    return f"{run['architecture']}--{run['arm']}--{run['seed']}{tuned}".replace(", ", "-").replace(" ", "_")
 
 
 def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path) -> dict[str, Any]:
@@ -81,12 +113,24 @@ def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path)
         RuntimeError: if it has not.
     """
     folder = output / "work" / run_name(run)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").exists():  # what is written last
+            shutil.rmtree(checkpoint)
     (folder / "config.in.json").write_text(json.dumps(run["fields"]))
-    options = {**plan["training"], "seed": run["seed"], "data_seed": run["seed"]}
+    options = {
+        "save_steps": 50,
+        "save_total_limit": 1,
+        **plan["training"],
+        "seed": run["seed"],
+        "data_seed": run["seed"],
+    }
+    if "learning_rate" in run:
+        options["learning_rate"] = run["learning_rate"]
+    if "split" in run:
+        options["validation_split"] = run["split"]
     command = [sys.executable, str(HERE / "pretrain.py"), "--config", str(folder / "config.in.json")]
-    command += ["--dataset", dataset, "--output_dir", str(folder), "--save_strategy", "no", "--report_to", "none"]
+    command += ["--dataset", dataset, "--output_dir", str(folder), "--report_to", "none"]
     command += ["--disable_tqdm", "true"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     with open(folder / "output.txt", "w") as log:
@@ -94,6 +138,7 @@ def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path)
     if done.returncode != 0:
         raise RuntimeError(f"{run_name(run)} failed:\n{(folder / 'output.txt').read_text()[-2000:]}")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = list({line["step"]: line for line in lines if "loss" in line}.values())  # some twice if it was cut off
     summary = json.loads((folder / "training.json").read_text())
     kept = ("step", "loss", "router_load_balancing_loss", "router_z_loss", "router_entropy_bits")
     total, used = parameters(run["fields"])
@@ -104,23 +149,12 @@ def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path)
         "bits_per_base": summary["final"]["eval_bits_per_base"],
         "trained_tokens": summary["trained_tokens"],
         "seconds": summary["seconds_of_this_run"],
-        "log": [{name: line[name] for name in kept if name in line} for line in lines if "loss" in line],
+        "log": [{name: line[name] for name in kept if name in line} for line in lines],
         "machine": summary["machine"],
     }
-    (output / f"{run_name(run)}.json").write_text(json.dumps(result) + "\n")
+    write_whole(output / f"{run_name(run)}.json", json.dumps(result) + "\n")
     shutil.rmtree(folder)
     return result
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval over seeds (Student's t); the half width is nan for one value."""
-    from scipy.stats import t
-
-    mean, count = sum(values) / len(values), len(values)
-    if count < 2:
-        return mean, math.nan
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return mean, float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
 
 
 def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -128,7 +162,10 @@ def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
 
     `pooled` has that difference over all architectures and seeds.
     """
-    results = [json.loads(path.read_text()) for path in sorted(output.glob("*.json"))]
+    names = [f"{run_name(run)}.json" for run in planned_runs(plan)]
+    results = [json.loads((output / name).read_text()) for name in sorted(names) if (output / name).exists()]
+    tuning = [f"{run_name(run)}.json" for run in tuning_runs(plan)]
+    tried = [json.loads((output / name).read_text()) for name in tuning if (output / name).exists()]
     by_key = {(r["architecture"], r["arm"], r["seed"]): r for r in results}
 
     def minus_memory(runs: list[dict[str, Any]]) -> list[float]:
@@ -140,9 +177,9 @@ def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
         found = [by_key[architecture, arm, seed] for seed in plan["seeds"] if (architecture, arm, seed) in by_key]
         if not found:
             continue
-        mean, half = interval([run["bits_per_base"] for run in found])
+        mean, half = interval_over_seeds([run["bits_per_base"] for run in found])
         paired = minus_memory(found)
-        difference, difference_half = interval(paired) if paired else (math.nan, math.nan)
+        difference, difference_half = interval_over_seeds(paired) if paired else (math.nan, math.nan)
         row = {
             "architecture": architecture,
             "arm": arm,
@@ -155,18 +192,25 @@ def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
             "parameters_used_per_token": found[0]["parameters_used_per_token"],
             "trained_tokens": found[0]["trained_tokens"],
         }
-        last = [run["log"][-1].get("router_load_balancing_loss") for run in found]
-        if None not in last:
-            row["last_load_balancing_loss"], row["last_load_balancing_loss_half_width_95"] = interval(last)
+        if "learning_rate" in found[0]:
+            row["learning_rate"] = found[0]["learning_rate"]
+        balance = [[line.get("router_load_balancing_loss") for line in run["log"]] for run in found]
+        if all(None not in losses for losses in balance):
+            for name, values in {
+                "last": [losses[-1] for losses in balance],
+                "mean": [sum(losses) / len(losses) for losses in balance],
+            }.items():
+                row[f"{name}_load_balancing_loss"], half = interval_over_seeds(values)
+                row[f"{name}_load_balancing_loss_half_width_95"] = half
         rows.append(row)
     pooled = {}
     for arm in plan["arms"]:
         paired = minus_memory([run for run in results if run["arm"] == arm]) if arm != "memory" else []
         if paired:
-            mean, half = interval(paired)
+            mean, half = interval_over_seeds(paired)
             above = sum(difference > 0 for difference in paired)
             pooled[arm] = {"pairs": len(paired), "above_memory": above, "minus_memory": mean, "half_width_95": half}
-    return {"plan": plan, "rows": rows, "pooled": pooled, "runs": results}
+    return {"plan": plan, "rows": rows, "pooled": pooled, "runs": results} | ({"tuning": tried} if tried else {})
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -208,21 +252,24 @@ def draw(found: dict[str, Any], path: Path) -> None:
     left.set_title("every seed, and the mean with its 95 % interval over seeds", fontsize=10)
     left.legend()
 
-    ablations = found["plan"]["ablations"]
+    first = {"architecture": architectures[0], "seeds": found["plan"]["seeds"]}
+    chosen = found["plan"].get("ablations", first)
     shown = [
         run
         for run in found["runs"]
-        if run["architecture"] == ablations["architecture"] and run["seed"] in ablations["seeds"]
+        if run["architecture"] == chosen["architecture"] and run["seed"] in chosen["seeds"]
     ]
     shown.sort(key=lambda run: (run["arm"] not in arms, run["arm"]))
-    middle.plot([run["bits_per_base"] for run in shown], range(len(shown)), "o", color="tab:gray")
-    middle.set_yticks(range(len(shown)), [run["arm"] for run in shown])
+    names = list(dict.fromkeys(run["arm"] for run in shown))
+    places = [names.index(run["arm"]) for run in shown]
+    middle.plot([run["bits_per_base"] for run in shown], places, "o", color="tab:gray")
+    middle.set_yticks(range(len(names)), names)
     middle.invert_yaxis()
     middle.locator_params(axis="x", nbins=5)
     middle.grid(axis="x", alpha=0.3)
     middle.set_xlabel("held-out bits per base")
-    seeds = ", ".join(map(str, ablations["seeds"]))
-    middle.set_title(f"ablations, {ablations['architecture']}, seed {seeds}", fontsize=10)
+    seeds = ", ".join(map(str, chosen["seeds"]))
+    middle.set_title(f"{chosen['architecture']}, seed {seeds}", fontsize=10)
 
     for arm in arms:
         curves = [
@@ -243,6 +290,23 @@ def draw(found: dict[str, Any], path: Path) -> None:
     write_figure(path, figure)
 
 
+def train_missing(runs: list[dict[str, Any]], plan: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Do those of the runs that have left no result."""
+    missing = [run for run in runs if not (arguments.output / f"{run_name(run)}.json").exists()]
+    if not arguments.dataset:
+        if missing:
+            print(f"{len(missing)} of {len(runs)} runs are missing; give --dataset to do them")
+        return
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        done = [pool.submit(train, run, plan, arguments.dataset, arguments.output) for run in missing]
+        try:
+            for number, (run, result) in enumerate(zip(missing, done, strict=True), start=1):
+                bits = result.result()["bits_per_base"]
+                print(f"{number} of {len(missing)}: {run_name(run)}, {bits:.4f} bits per base", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, default=HERE / "comparison.json", help="what to compare")
@@ -254,19 +318,8 @@ def main() -> None:
     arguments = parser.parse_args()
     plan = json.loads(arguments.plan.read_text())
     arguments.output.mkdir(parents=True, exist_ok=True)
-    runs = planned_runs(plan)
-    missing = [run for run in runs if not (arguments.output / f"{run_name(run)}.json").exists()]
-    if arguments.dataset:
-        with ThreadPoolExecutor(arguments.processes) as pool:
-            done = [pool.submit(train, run, plan, arguments.dataset, arguments.output) for run in missing]
-            try:
-                for number, (run, result) in enumerate(zip(missing, done, strict=True), start=1):
-                    bits = result.result()["bits_per_base"]
-                    print(f"{number} of {len(missing)}: {run_name(run)}, {bits:.4f} bits per base", flush=True)
-            finally:
-                pool.shutdown(cancel_futures=True)
-    elif missing:
-        print(f"{len(missing)} of {len(runs)} runs are missing; give --dataset to do them")
+    train_missing(tuning_runs(plan), plan, arguments)
+    train_missing(with_best_rates(plan, arguments.output), plan, arguments)
     found = report(plan, arguments.output)
     print(table(found["rows"]))
     for arm, pooled in found["pooled"].items():

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
+from memory_kinds import new_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -50,7 +51,7 @@ class DataArguments:
     )
 
 
-def build_model(arguments: ModelArguments) -> GengramForCausalLM | GengramForMaskedLM:
+def build_model(arguments: ModelArguments) -> Any:
     """A new model of a configuration file, or a trained one."""
     model_classes = {"causal": GengramForCausalLM, "masked": GengramForMaskedLM}
     if arguments.objective not in model_classes:
@@ -60,7 +61,12 @@ def build_model(arguments: ModelArguments) -> GengramForCausalLM | GengramForMas
     overrides = json.loads(arguments.overrides)
     if arguments.model is not None:
         return model_classes[arguments.objective].from_pretrained(arguments.model, dtype=torch.float32, **overrides)
-    config = GengramConfig(**{**json.loads(Path(arguments.config).read_text()), **overrides})
+    fields = {**json.loads(Path(arguments.config).read_text()), **overrides}
+    if fields.keys() & {"host", "memory_kind"}:  # of the comparison
+        if arguments.objective != "causal":
+            raise ValueError("host and memory_kind are for --objective causal only.")
+        return new_model(fields)
+    config = GengramConfig(**fields)
     if config.num_local_experts > 1:
         config.output_router_logits = True  # adds the router's losses, and shows what the router does
     return model_classes[arguments.objective](config)
@@ -151,7 +157,7 @@ def main() -> None:
     model_arguments, data_arguments, arguments = parser.parse_args_into_dataclasses()
     set_seed(arguments.seed)
     model = build_model(model_arguments)
-    if model.config.num_local_experts > 1:
+    if getattr(model.config, "num_local_experts", 0) > 1:
         print(f"{model.num_parameters():,} parameters, {model.config.num_local_experts} experts")
     data = load_dataset(data_arguments.dataset, streaming=data_arguments.streaming)
     validation = data.get(data_arguments.validation_split)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,6 +19,8 @@ CONFIG_FILE, WEIGHTS_FILE = "motif_memory.json", "motif_memory.safetensors"
 def save_memory(model: Any, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
     """Save the memories of a model, without the model.
 
+    Weights that FSDP spreads over processes are gathered, so call this in all of them; the first one writes.
+
     Args:
         model: with memories attached.
         folder: to be made, or in which files of the same names are replaced.
@@ -28,6 +31,13 @@ def save_memory(model: Any, folder: str | Path, *, push_to_hub: bool = False, re
         ValueError: if the model has no memory.
     """
     graft, folder = graft_of(model), Path(folder)
+    weights = {
+        f"{layer}.{name}": _gathered(value.detach()).contiguous().clone()
+        for layer, memory in attached_memories(model).items()
+        for name, value in memory.state_dict().items()
+    }
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     host = base_model_of(model)
     fields = {
@@ -39,11 +49,6 @@ def save_memory(model: Any, folder: str | Path, *, push_to_hub: bool = False, re
             "model_type": getattr(host.config, "model_type", None),
             "hidden_size": host.config.get_text_config().hidden_size,
         },
-    }
-    weights = {
-        f"{layer}.{name}": value.detach().contiguous().clone()
-        for layer, memory in attached_memories(model).items()
-        for name, value in memory.state_dict().items()
     }
     save_file(weights, folder / f"{WEIGHTS_FILE}.partial", metadata={"format": "pt"})
     (folder / f"{WEIGHTS_FILE}.partial").replace(folder / WEIGHTS_FILE)
@@ -58,6 +63,11 @@ def save_memory(model: Any, folder: str | Path, *, push_to_hub: bool = False, re
             allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
             commit_message="Motif memory",
         )
+
+
+def _gathered(weight: torch.Tensor) -> torch.Tensor:
+    """A weight with the parts that other processes hold."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def load_memory(model: Any, folder: str | Path, *, tokenizer: Any = None, revision: str | None = None) -> Any:

@@ -1,5 +1,6 @@
 """What a graft remembers while its host decodes: kept in the host's cache, reordered, cropped and reset with it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +12,52 @@ _ATTRIBUTE = "motif_memory_state"
 MOST_CROPPED = 512  # tokens that a cache can take back: what a graft keeps beyond what it reads
 
 
-class GraftState(MemoryState):
-    """Token ids and inputs of the convolutions of the last tokens, in pieces as they came.
+class _Pieces:
+    """Tensors (batch, positions, width) in pieces as they came, joined only when they are read."""
 
-    Joining pieces only when they are read makes a decoding step independent of how much is kept.
+    def __init__(self) -> None:
+        self.pieces: list[torch.Tensor] = []
+        self.length = 0
+
+    def append(self, new: torch.Tensor, kept: int) -> None:
+        """Add positions, and drop old pieces that the last `kept` positions do without."""
+        self.pieces.append(new[:, -kept:].clone() if new.shape[1] > kept else new)
+        self.length += self.pieces[-1].shape[1]
+        while self.length - self.pieces[0].shape[1] >= kept:
+            self.length -= self.pieces.pop(0).shape[1]
+
+    def last(self, needed: int) -> torch.Tensor | None:
+        """At least the last `needed` positions, or all; None if there are none."""
+        taken, first = 0, len(self.pieces)
+        while first and taken < needed:
+            first -= 1
+            taken += self.pieces[first].shape[1]
+        found = self.pieces[first:] or self.pieces[-1:]
+        return torch.cat(found, dim=1) if len(found) > 1 else found[0] if found else None
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last positions."""
+        left = tokens
+        while self.pieces and left >= self.pieces[-1].shape[1]:
+            left -= self.pieces.pop().shape[1]
+        if left and self.pieces:
+            self.pieces[-1] = self.pieces[-1][:, :-left]
+        self.length = sum(piece.shape[1] for piece in self.pieces)
+
+    def change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Change every piece."""
+        self.pieces = [change(piece) for piece in self.pieces]
+
+
+class GraftState(MemoryState):
+    """Token ids and inputs of the convolutions of the last tokens.
+
+    A decoding step costs the same, however much is kept.
     """
 
     def __init__(self, config: MotifMemoryConfig):
         super().__init__(config)
-        self._pieces: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self._pieces: dict[tuple[int, str], _Pieces] = {}
 
     @property
     def keeps_all(self) -> bool:
@@ -35,7 +73,8 @@ class GraftState(MemoryState):
         if kept is None:
             return ids.new_full((ids.shape[0], most), -1)
         kept = kept[:, -most:, 0]
-        return torch.nn.functional.pad(kept, (most - kept.shape[1], 0), value=-1)
+        missing = most - kept.shape[1]
+        return torch.nn.functional.pad(kept, (missing, 0), value=-1) if missing else kept
 
     def advance_ids(self, ids: torch.Tensor) -> None:
         """Keep the ids of this pass, (batch, length)."""
@@ -43,35 +82,23 @@ class GraftState(MemoryState):
 
     def _read(self, name: str, layer: int) -> torch.Tensor | None:
         pieces = self._pieces.get((layer, name))
-        if not pieces:
-            return None
-        needed, taken = self._needed(name), 0
-        for first in range(len(pieces) - 1, -1, -1):
-            taken += pieces[first].shape[1]
-            if taken >= needed:
-                break
-        return pieces[first] if first == len(pieces) - 1 else torch.cat(pieces[first:], dim=1)
+        return None if pieces is None else pieces.last(self._needed(name))
 
     def _needed(self, name: str) -> int:
         return {"ids": self.config.context, "conv_inputs": self.config.conv_context}.get(name, self.config.window)
 
     def _write(self, name: str, layer: int, new: torch.Tensor, most: int) -> None:
-        kept = most + MOST_CROPPED
-        pieces = self._pieces.setdefault((layer, name), [])
-        pieces.append(new[:, -kept:].clone() if new.shape[1] > kept else new)
-        total = sum(piece.shape[1] for piece in pieces)
-        while total - pieces[0].shape[1] >= kept:
-            total -= pieces.pop(0).shape[1]
+        self._pieces.setdefault((layer, name), _Pieces()).append(new, most + MOST_CROPPED)
 
     def select(self, rows: torch.Tensor) -> None:
         """Rows of the batch, in this order."""
-        for key, pieces in self._pieces.items():
-            self._pieces[key] = [piece[rows.to(piece.device)] for piece in pieces]
+        for pieces in self._pieces.values():
+            pieces.change(lambda piece: piece[rows.to(piece.device)])
 
     def repeat(self, repeats: int) -> None:
         """Every row of the batch so many times."""
-        for key, pieces in self._pieces.items():
-            self._pieces[key] = [piece.repeat_interleave(repeats, dim=0) for piece in pieces]
+        for pieces in self._pieces.values():
+            pieces.change(lambda piece: piece.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens: int) -> None:
         """Forget the last tokens.
@@ -80,12 +107,9 @@ class GraftState(MemoryState):
             ValueError: if that is more than is kept.
         """
         for (_, name), pieces in self._pieces.items():
-            left, is_whole = tokens, sum(piece.shape[1] for piece in pieces) < self._needed(name) + MOST_CROPPED
-            while pieces and left >= pieces[-1].shape[1]:
-                left -= pieces.pop().shape[1]
-            if left and pieces:
-                pieces[-1] = pieces[-1][:, :-left]
-            if not is_whole and sum(piece.shape[1] for piece in pieces) < self._needed(name):
+            is_whole = pieces.length < self._needed(name) + MOST_CROPPED
+            pieces.crop(tokens)
+            if not is_whole and pieces.length < self._needed(name):
                 raise ValueError(
                     f"a motif memory was asked to forget {tokens} tokens, but keeps what is needed for "
                     f"{MOST_CROPPED}; run the text that stays again, with a new cache."

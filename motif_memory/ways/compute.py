@@ -9,7 +9,8 @@ from ..definition import MemoryOutput, NgramPlan
 from ..state import MemoryState
 from .choose import Way, choose_kernels, choose_way, packed_layout
 from .folded import folded_key_value
-from .operators import folded_memory, gated_memory, window_features
+from .one_token import gated_token, one_token_features
+from .operators import folded_memory, gated_memory, runs_now, window_features
 from .packed_tables import PackedTables
 from .table_major import packed_rows, rows_to_project, used_rows
 from .weights import Weights, weights_at_hand
@@ -23,6 +24,7 @@ class _Pass(NamedTuple):
     plan: NgramPlan
     state: MemoryState | None
     weights: Weights | None  # None where only the modules may read them
+    history: torch.Tensor | None  # inputs of the convolution before this pass
 
 
 def compute(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: MemoryState | None) -> MemoryOutput:
@@ -34,12 +36,13 @@ def compute(memory: Any, hidden_states: torch.Tensor, plan: NgramPlan, state: Me
         assert weights is not None
         return memory.kept_fold.find(memory, weights, hidden_states, plan, state, is_forced)
 
-    work = _Pass(memory, hidden_states, plan, state, weights)
+    history = None if state is None else state.conv_inputs(memory.layer_idx)
+    work = _Pass(memory, hidden_states, plan, state, weights, history)
     way = choose_way(
         hidden_states,
         is_as_trained=memory.config.pooling == "as_trained",
         can_project=why_not,
-        continues=_history(work) is not None,
+        continues=history is not None,
         table_rows=rows_to_project(plan.ngram_sizes),
         find_fold=find_fold,
     )
@@ -71,9 +74,11 @@ def _as_trained(work: _Pass, way: Way) -> MemoryOutput:
 
 
 def _token_major(work: _Pass, way: Way) -> MemoryOutput:
-    memory, hidden_states, plan, state, weights = work
-    if way.kernels == "torch" or weights is None or _keeps_all(work):
+    memory, hidden_states, plan, state, weights, history = work
+    if weights is None:
         return memory.by_definition(hidden_states, plan, state)
+    if way.kernels == "torch" or _keeps_more(work):
+        return _one_token(work) or memory.by_definition(hidden_states, plan, state)
     table = weights.tables[0]
     fits = table.shape[1] % 16 == 0  # the width that native kernels need
     native = fits and choose_kernels(table.device, (table.dtype,), table.shape[1])[0] == "native"
@@ -82,7 +87,21 @@ def _token_major(work: _Pass, way: Way) -> MemoryOutput:
     if key.dtype != value.dtype:
         return memory.from_key_and_value(hidden_states, key, value, plan, state)
     layer = weights.layer(plan.is_causal)
-    return gated_memory(hidden_states, key, value, plan, layer, _history(work), native=True)
+    return gated_memory(hidden_states, key, value, plan, layer, history, native=True)
+
+
+def _one_token(work: _Pass) -> MemoryOutput | None:
+    """The definition of a decoding step with a quarter of the operations; None for any other pass."""
+    memory, hidden_states, plan, _, weights, history = work
+    if hidden_states.shape[1] != 1 or hidden_states.device.type != "cpu" or not runs_now(hidden_states):
+        return None
+    assert weights is not None
+    layer = weights.layer(plan.is_causal)
+    features = one_token_features(weights.tables, plan, layer, history)
+    if features is None:
+        return None
+    key, value = memory.key_proj(features), memory.value_proj(features)
+    return gated_token(hidden_states, key, value, layer, history)
 
 
 def _table_major(work: _Pass, way: Way) -> MemoryOutput:
@@ -101,23 +120,20 @@ def _folded(work: _Pass, way: Way) -> MemoryOutput:
 
 
 def _from_tables(work: _Pass, way: Way, tables: PackedTables, top: torch.Tensor | None) -> MemoryOutput:
-    memory, hidden_states, plan, state, weights = work
+    memory, hidden_states, plan, state, weights, history = work
     assert weights is not None
-    if _keeps_all(work):
+    if _keeps_more(work):
         key, value = folded_key_value(tables, plan, top)
         return memory.from_key_and_value(hidden_states, key, value, plan, state)
     layer = way.fold.layer if way.fold is not None and plan.is_causal else weights.layer(plan.is_causal)
-    return folded_memory(hidden_states, tables, plan, layer, _history(work), top, native=way.kernels == "native")
+    return folded_memory(hidden_states, tables, plan, layer, history, top, native=way.kernels == "native")
 
 
-def _keeps_all(work: _Pass) -> bool:
-    """Whether all inputs of the convolution are wanted, not only the last."""
-    return work.state is not None and work.state.keeps_all
-
-
-def _history(work: _Pass) -> torch.Tensor | None:
-    """Inputs of the convolution before this pass."""
-    return None if work.state is None else work.state.conv_inputs(work.memory.layer_idx)
+def _keeps_more(work: _Pass) -> bool:
+    """Whether more inputs of the convolution are wanted than those that it reaches."""
+    if work.state is None or not work.state.keeps_all:
+        return False
+    return work.plan.length > work.memory.config.conv_context
 
 
 _WAYS = {"as_trained": _as_trained, "token_major": _token_major, "table_major": _table_major, "folded": _folded}

@@ -157,7 +157,7 @@ def tokens_to_repay(weights: Weights, plan: NgramPlan) -> float:
     Infinite if a token is cheaper unfolded, or the tables would be too large to be made unasked.
     """
     columns, width = 2 * weights.key.shape[0], weights.tables[0].shape[1]
-    projected = sum(table.shape[0] for table in weights.tables)
+    projected = sum(5**size for size in plan.ngram_sizes)
     packed = table_sections(max(plan.ngram_sizes)).rows
     saved = _saved_per_token(weights, plan)
     if saved <= 0 or packed * columns > LARGEST_GROWTH * _elements(weights):

@@ -54,6 +54,20 @@ def scaled_gate(
     return signed_square_root_gate(g.unsqueeze(-1).expand(*g.shape, 32).contiguous())[..., 0]
 
 
+def one_token_features(
+    tables: Sequence[torch.Tensor], plan: NgramPlan, layer: MemoryLayer, history: torch.Tensor | None
+) -> torch.Tensor | None:
+    """`window_features` of one causal token per sequence whose window is full of letters; None for any other."""
+    if not _is_one_full_window(plan, layer, history):
+        return None
+    grams, work = plan.grams[:, plan.context + 1 - plan.window :], at_least_float32(tables[0].dtype)
+    means = []
+    for size, table in zip(plan.ngram_sizes, tables, strict=True):
+        rows = torch.embedding(table, grams[:, size - 1 :] % 5**size)
+        means.append(rows.to(work).sum(1, keepdim=True) / rows.shape[1])
+    return torch.cat(means, dim=-1).to(tables[0].dtype)
+
+
 def one_token_memory(
     hidden_states: torch.Tensor,
     tables: PackedTables,
@@ -67,35 +81,54 @@ def one_token_memory(
     The same additions with a third of the operations, for decoding.
     """
     largest, here = max(plan.ngram_sizes), plan.context
-    endings, taps = plan.window - largest + 1, 0 if layer.taps is None else layer.taps.shape[-1]
-    if plan.reach_ahead or here + 1 < plan.window or (plan.exists is not None and not plan.exists.all()):
+    if largest == 1 or not _is_one_full_window(plan, layer, history):
         return None
-    if plan.behind is not None and min(plan.behind[:, here].tolist()) < layer.reach_back:
-        return None
-    if layer.reach_back != max(taps - 1, 0) * layer.dilation or (taps > 1 and history is None) or largest == 1:
-        return None
-    if min(plan.runs[:, here].tolist()) < plan.window:
-        return None
+    endings = plan.window - largest + 1
     oldest = tables.rows.shape[1] - 5 ** (largest - 1)  # the first row of B
     found = (plan.grams if top is None else top)[:, here - endings : here + 1].tolist()
     for sequence, gram in zip(found, plan.grams[:, here - endings].tolist(), strict=True):
         sequence.append(oldest + gram % 5 ** (largest - 1))  # last, as in the sums of many tokens
     ids = torch.tensor([sequence[1:] for sequence in found], dtype=torch.int32)
     sums = [F.embedding_bag(ids, slab, mode="sum") for slab in tables.rows]
-    work = at_least_float32(tables.rows.dtype)
-    both = (sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)).to(work)
+    both = (sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)).to(at_least_float32(tables.rows.dtype))
     key, value = both.unsqueeze(1).chunk(2, dim=-1)
+    return gated_token(hidden_states, key, value, layer, history, tables.scale)
+
+
+def _is_one_full_window(plan: NgramPlan, layer: MemoryLayer, history: torch.Tensor | None) -> bool:
+    """Whether each sequence has one token, whose window is full of letters and whose convolution has its history."""
+    here = plan.context
+    if plan.length != 1 or plan.reach_ahead or here + 1 < plan.window:
+        return False
+    if layer.reach_back != layer.reach or (layer.reach and history is None):
+        return False
+    if min(plan.runs[:, here].tolist(), default=0) < plan.window:  # of letters, so it is no padding either
+        return False
+    return plan.behind is None or min(plan.behind[:, here].tolist()) >= layer.reach_back
+
+
+def gated_token(
+    hidden_states: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: MemoryLayer,
+    history: torch.Tensor | None,
+    scale: float = 1.0,
+) -> MemoryOutput:
+    """`gated_memory` of one causal token per sequence, no padding, from key and value times `scale`."""
+    work = at_least_float32(key.dtype)
+    key, value = key.to(work), value.to(work)
     scaled_norm = layer.norm_weight.to(work) / math.sqrt(hidden_states.shape[-1])
-    gate = scaled_gate(hidden_states.to(work), key, scaled_norm, layer.norm_eps, tables.scale).contiguous()
-    gated = (gate / tables.scale).unsqueeze(-1) * value
+    gate = scaled_gate(hidden_states.to(work), key, scaled_norm, layer.norm_eps, scale).contiguous()
+    gated = (gate / scale).unsqueeze(-1) * value
     if layer.taps is None:
         return MemoryOutput(gated.to(hidden_states.dtype), gate, gated[:, 1:].clone())
+    taps, parts = layer.taps.to(work).unbind(1), [gated.squeeze(1)]
+    if history is not None and layer.reach:
+        parts = [*history[:, :: layer.dilation].to(work).unbind(1), *parts]  # only where a tap is
     total: torch.Tensor | None = None
-    for tap in range(taps):
-        start = tap * layer.dilation
-        part = gated if tap == taps - 1 else history[:, start : start + 1].to(work)  # type: ignore[index]
-        weight = layer.taps[:, tap].to(work)
+    for part, weight in zip(parts, taps, strict=True):
         total = part * weight if total is None else torch.addcmul(total, part, weight)
     assert total is not None
-    residual = gated + F.silu(total)
-    return MemoryOutput(residual.to(hidden_states.dtype), gate, gated if taps > 1 else gated[:, 1:].clone())
+    residual = gated + F.silu(total).unsqueeze(1)
+    return MemoryOutput(residual.to(hidden_states.dtype), gate, gated if layer.reach else gated[:, 1:].clone())

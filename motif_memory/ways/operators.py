@@ -399,10 +399,11 @@ def _call_now(name: str, native: bool, watched: Sequence[Tensor], *arguments: An
 
     An operator's way through PyTorch's dispatcher costs as much as a decoding step.
     """
-    return _ROWS[name].compute(native, *arguments) if _runs_now(*watched) else _call(name, native, *arguments)
+    return _ROWS[name].compute(native, *arguments) if runs_now(*watched) else _call(name, native, *arguments)
 
 
-def _runs_now(*tensors: Tensor) -> bool:
+def runs_now(*tensors: Tensor) -> bool:
+    """Whether nothing is differentiated or traced."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
@@ -418,7 +419,7 @@ def _are_few(tokens: Tensor) -> bool:
 
 def letter_codes(input_ids: Tensor, letters: Sequence[int]) -> Tensor:
     """`definition.letter_codes`; a few tokens are read in Python."""
-    if _are_few(input_ids) and _runs_now(input_ids):
+    if _are_few(input_ids) and runs_now(input_ids):
         return letter_codes_of_few(input_ids, letters)
     return defined_letter_codes(input_ids, letters)
 

@@ -27,6 +27,8 @@ def dataset(tmp_path_factory):
 def test_all_arms_begin_alike_and_are_not_run_twice(dataset, tmp_path, monkeypatch, capsys):
     words = ["--output", tmp_path, "--dataset", dataset, "--seeds", 1, "--device", "cpu"]
     words += ["--start-steps", 2, "--steps", 4, "--evaluate-every", 2, "--figure", tmp_path / "curves.svg"]
+    words += ["--report", tmp_path / "report" / "runs.json"]
+    (tmp_path / "report").mkdir()
     monkeypatch.setattr(sys, "argv", ["continue_pretraining.py", *map(str, words)])
     script = load_example(SCRIPT)
     script.main()
@@ -41,7 +43,11 @@ def test_all_arms_begin_alike_and_are_not_run_twice(dataset, tmp_path, monkeypat
     assert len({run["curve"][-1][1] for run in runs.values()}) == 3
     assert "</svg>" in (tmp_path / "curves.svg").read_text()
 
+    found = json.loads((tmp_path / "report" / "runs.json").read_text())
+    difference = runs["memory"]["curve"][-1][1] - runs["no memory"]["curve"][-1][1]
+    assert found["arms"]["memory"]["by_seed"] == [pytest.approx(difference)] and len(found["runs"]) == 3
+
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     script.main()
-    assert not capsys.readouterr().out
+    assert "seed 1" not in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == before

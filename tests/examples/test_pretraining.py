@@ -1,6 +1,7 @@
 """The pretraining scripts, run as a lab would run them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +128,31 @@ def test_the_comparison_does_what_is_missing_and_reports(dataset, tmp_path):
     assert abs(with_memory - wide) / with_memory < 0.05
     assert rows["dense", "memory"]["minus_memory"] == 0
     assert figure.stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_comparison_that_was_cut_off_continues_where_it_was(dataset, tmp_path):
+    training = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+    plan = {
+        "base": {**TINY, "num_local_experts": 0},
+        "architectures": {"dense": {}, "Llama": {"host": "Llama"}},
+        "arms": {"memory": {}, "no gate": {"memory_kind": "no gate"}},
+        "seeds": [1],
+        "training": {**training, "learning_rate": 1e-2},
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    words = ["compare.py", "--plan", str(tmp_path / "plan.json"), "--dataset", str(dataset), "--output"]
+    run(*words, str(tmp_path / "whole"))
+
+    work = tmp_path / "cut" / "work" / "dense--no_gate--1"
+    work.parent.mkdir(parents=True)
+    options = [word for name, value in plan["training"].items() for word in (f"--{name}", str(value))]
+    pretrain(dataset, work, *options, "--data_seed", "1", "--seed", "1", num_local_experts=0, memory_kind="no gate")
+    shutil.rmtree(work / "checkpoint-4")
+    (work / "checkpoint-3").mkdir()  # cut off while it was written
+    run(*words, str(tmp_path / "cut"))
+    assert not work.exists()
+    for name in ("dense--no_gate--1", "dense--memory--1", "Llama--no_gate--1"):
+        whole, cut = (json.loads((tmp_path / which / f"{name}.json").read_text()) for which in ("whole", "cut"))
+        assert whole["bits_per_base"] == cut["bits_per_base"]
+        assert whole["log"] == cut["log"] and [line["step"] for line in cut["log"]] == [1, 2, 3, 4]

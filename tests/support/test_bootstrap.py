@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tolerances import BOOTSTRAP_INTERVAL, FLOAT64_RELATIVE
 
-from gengram.support.bootstrap import bootstrap, estimate
+from gengram.support.bootstrap import bootstrap, estimate, interval_over_seeds
 
 
 def test_the_interval_of_a_mean_is_that_of_its_standard_error():
@@ -30,3 +30,12 @@ def test_samples_without_the_statistic_do_not_count():
     assert math.isnan(found.value) and (found.low, found.high) == (5, 5)
     none = estimate(lambda rows: 1.0, 5, samples=0)
     assert none.value == 1 and math.isnan(none.low) and math.isnan(none.high)
+
+
+def test_the_interval_over_seeds_is_that_of_the_t_test():
+    stats = pytest.importorskip("scipy.stats")
+    values = [1.9, 1.87, 1.95]
+    mean, half = interval_over_seeds(values)
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose([mean - half, mean + half], expected, rtol=FLOAT64_RELATIVE)
+    assert math.isnan(interval_over_seeds([1.0])[1])
