@@ -193,8 +193,8 @@ class BaseGenerator:
             for place in np.flatnonzero(margin < _MARGIN):
                 alone = self.reader.read(torch.tensor([texts[rows[place]]], device=self.reader.device)).logits
                 chosen[place] = self._choose(alone, draws[rows[place], step][None])[0][0]
-            for row, token in zip(rows, bases[chosen], strict=True):
-                texts[row].append(token)
+            for number, token in zip(rows, bases[chosen], strict=True):
+                texts[number].append(token)
             (kept,) = np.nonzero(new[rows] > step + 1)
             if len(kept) == 0:
                 break

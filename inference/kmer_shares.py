@@ -145,7 +145,7 @@ def memory_tables(memory: Any) -> list[torch.Tensor]:
     return [table.weight.detach() for table in tables]
 
 
-def _check_plain(modules: list[Any], kind: type) -> None:
+def _check_plain(modules: list[Any], kind: Any) -> None:
     for module in modules:
         if type(module) is not kind:
             raise ValueError(

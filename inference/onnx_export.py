@@ -132,7 +132,7 @@ def dense_experts(model: nn.Module) -> Iterator[None]:
     """A block in which stacked experts (Mixtral's layout) compute by products over all experts."""
     stacks = [module for module in model.modules() if _is_stack(module)]
     for module in stacks:
-        module.forward = _dense.__get__(module)  # type: ignore[method-assign]
+        module.forward = _dense.__get__(module)
     try:
         yield
     finally:

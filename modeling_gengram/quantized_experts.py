@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..motif_memory.ways import native
+from ..motif_memory.ways.native import status
 
 KINDS = ("int8", "int4")
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -142,7 +142,7 @@ def _multiplies_bfloat16() -> bool:
 
 def _has_native_product(x: Tensor, numbers: Tensor) -> bool:
     fits = x.shape[-1] % (16 if numbers.dtype == torch.int8 else GROUP) == 0
-    return fits and x.dtype != torch.float64 and native.status().available
+    return fits and x.dtype != torch.float64 and status().available
 
 
 def _product(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:

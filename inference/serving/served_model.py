@@ -1,7 +1,7 @@
 """One model, as what a server does with it: continue, embed and compare sequences."""
 
 import base64
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,9 +97,9 @@ class ServedModel:
             raise InputError(f"expected at most {self.context} bases, which the model can read, got {len(reference)}.")
         return Work(("score", strands), _change(reference.upper(), alternative.upper()), len(reference))
 
-    def compute(self, key: Hashable, payloads: list[Any]) -> Sequence[Any]:
+    def compute(self, key: Any, payloads: list[Any]) -> Sequence[Any]:
         """The results of works of one key: new bases, vectors, or effects."""
-        kind, *options = key  # type: ignore[misc]
+        kind, *options = key
         if kind == "continue":
             return self._continued(options[0], payloads)
         if kind == "embed":
@@ -133,3 +133,8 @@ def _change(reference: str, alternative: str) -> Change:
 def as_base64(vector: np.ndarray) -> str:
     """Little-endian float32, as clients of OpenAI ask for vectors."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+
+
+def as_list(vector: np.ndarray) -> list[float]:
+    """Numbers that JSON holds."""
+    return [float(number) for number in vector]

@@ -20,7 +20,7 @@ from ..effects import StrandEffects
 from .batching import Batcher, ClosedError, QueueFullError, Work
 from .metrics import Metrics
 from .requests import CompletionRequest, EmbeddingRequest, ScoreRequest, listed
-from .served_model import EmbeddingChoice, ServedModel, as_base64
+from .served_model import EmbeddingChoice, ServedModel, as_base64, as_list
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
@@ -139,7 +139,7 @@ class _Service:
             raise _RefusedError(500, "the model gave NaN or infinity; try --dtype float32.", "server_error")
         read = sum(map(len, sequences))
         self.metrics.bases.labels("/v1/embeddings").inc(read)
-        form = as_base64 if request.encoding_format == "base64" else np.ndarray.tolist
+        form: Callable[[Any], Any] = as_base64 if request.encoding_format == "base64" else as_list
         return {
             "object": "list",
             "model": self.name,
