@@ -1,4 +1,7 @@
-"""Experts that are quantised on the way: which tensors hold them in the folder, and what they are made of."""
+"""Experts that are quantised on the way: which tensors hold them in the folder, and what they are made of.
+
+The format is that of `modeling_gengram`, which is imported only where a folder is quantised.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -6,8 +9,6 @@ from typing import Any
 import torch
 
 from ...configuration.configuration_gengram import GengramConfig
-from ...modeling_gengram.quantization import METHOD
-from ...modeling_gengram.quantized_experts import check_kind, dequantize, numbers_dtype, quantize, quantized_shapes
 from ...support.errors import ConversionError, shortened
 from ..files.safetensors_writer import TensorSpec
 from .match import Output
@@ -24,6 +25,9 @@ def quantization_of(config: GengramConfig) -> str | None:
     found: Any = getattr(config, "quantization_config", None)
     if found is None:
         return None
+    from ...modeling_gengram.quantization import METHOD
+    from ...modeling_gengram.quantized_experts import check_kind
+
     fields = found if isinstance(found, Mapping) else found.to_dict()
     if fields.get("quant_method") != METHOD:
         raise ConversionError(
@@ -61,6 +65,8 @@ def stored_specs(outputs: Iterable[Output], experts: str | None, dtype: torch.dt
         if experts is None or not is_quantized(output.name):
             yield TensorSpec(output.name, output.shape, dtype)
             continue
+        from ...modeling_gengram.quantized_experts import numbers_dtype, quantized_shapes
+
         try:
             numbers, scale = quantized_shapes(output.shape, experts)
         except ValueError as error:
@@ -75,6 +81,8 @@ def quantized(name: str, weight: torch.Tensor, experts: str, dtype: torch.dtype)
     Raises:
         ConversionError: if weights are not finite.
     """
+    from ...modeling_gengram.quantized_experts import quantize
+
     try:
         if weight.dim() == 2:
             return quantize(weight.to(dtype), experts)
@@ -86,4 +94,6 @@ def quantized(name: str, weight: torch.Tensor, experts: str, dtype: torch.dtype)
 
 def as_floats(numbers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The weights that numbers and scales stand for, in float32."""
+    from ...modeling_gengram.quantized_experts import dequantize
+
     return dequantize(numbers, scale, torch.float32)

@@ -11,6 +11,7 @@ SAVED_SOURCES = {
     "modeling_gengram_quantized_experts.py",
     "motif_memory_as_trained.py",
     "motif_memory_definition.py",
+    "motif_memory_kmer_rows.py",
     "motif_memory_module.py",
     "motif_memory_plan.py",
     "motif_memory_state.py",
