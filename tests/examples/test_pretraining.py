@@ -57,6 +57,7 @@ def pretrain(dataset: Path, output: Path, *words: str, **changes) -> list[dict]:
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_and_the_router_is_logged(dataset, tmp_path):
     whole = pretrain(dataset, tmp_path / "whole", "--max_steps", "6", "--save_steps", "4")
     logged = [line for line in whole if "loss" in line]

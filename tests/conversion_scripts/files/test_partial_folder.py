@@ -306,7 +306,7 @@ print(json.dumps([finished, codes]))
 
 
 @posix
-@pytest.mark.parametrize("source", ["small_torch", "small_torch_dist"])
+@pytest.mark.parametrize("source", [pytest.param("small_torch", marks=pytest.mark.slow), "small_torch_dist"])
 def test_killed_again_and_again_and_continued(source, tmp_path, request):
     made = request.getfixturevalue(source)
     out = tmp_path / "out"

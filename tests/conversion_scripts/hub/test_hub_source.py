@@ -709,7 +709,7 @@ for left in [*kills, -1]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+@pytest.mark.parametrize("form", [pytest.param("torch", marks=pytest.mark.slow), "torch_dist"])
 def test_killed_again_and_again_while_fetching_and_continued(form, hub, tmp_path, megatron):
     made = saved(hub, form, megatron)
     out = tmp_path / "out"
