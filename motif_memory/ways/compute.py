@@ -82,6 +82,8 @@ def _token_major(work: _Pass, way: Way) -> MemoryOutput:
     table = weights.tables[0]
     fits = table.shape[1] % 16 == 0  # the width that native kernels need
     native = fits and choose_kernels(table.device, (table.dtype,), table.shape[1])[0] == "native"
+    if not native and (found := _one_token(work)) is not None:
+        return found
     features = window_features(weights.tables, plan, native=native)
     key, value = memory.key_proj(features), memory.value_proj(features)
     if key.dtype != value.dtype:

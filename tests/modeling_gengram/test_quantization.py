@@ -207,7 +207,8 @@ torch.save(model(torch.load({str(tmp_path / "ids.pt")!r})).logits.detach(), {str
 """
     home = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run([sys.executable, "-c", script], check=True, env=home, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
+    found = torch.load(tmp_path / "logits.pt")  # without native kernels
+    torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=SAME_FP32)
 
 
 def test_another_head_takes_a_quantised_folder(quantized):
