@@ -47,7 +47,7 @@ def export_onnx(loaded: LoadedModel, output: str | Path) -> float:
     """
     output = Path(output)
     if output.suffix != ".onnx":
-        raise InputError(f"--output: expected a name that ends in .onnx, got {output.name!r}.")
+        raise InputError(f"expected a name of the file that ends in .onnx, got {output.name!r}.")
     check_output_is_free(output)
     model = loaded.model
     if getattr(model, "hf_quantizer", None) is not None or model.dtype != torch.float32:

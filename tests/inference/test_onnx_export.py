@@ -39,7 +39,7 @@ def test_runs_without_cummax_are_the_runs(length):
 
 def test_what_cannot_be_exported_is_refused(tiny_folder, tmp_path, capsys):  # noqa: F811
     assert main(["export", str(tiny_folder), str(tmp_path / "out.pt")]) == 1
-    assert "expected a name that ends in .onnx" in capsys.readouterr().err
+    assert "expected a name of the file that ends in .onnx" in capsys.readouterr().err
     (tmp_path / "there.onnx").touch()
     assert main(["export", str(tiny_folder), str(tmp_path / "there.onnx")]) == 1
     assert "exists already" in capsys.readouterr().err
