@@ -15,6 +15,7 @@ import torch
 from ..motif_memory import MotifMemory
 from ..motif_memory.grafts.attach import attached_memories, base_model_of
 from ..motif_memory.grafts.layer import GRAFT
+from ..motif_memory.kmer_rows import LETTERS
 from ..sequences.alphabet import BASES
 from ..support.errors import InputError, quoted
 from .kmer_shares import LN_RULE, KmerGrid, WorkedOut, shares_of_gate_logit, shares_of_output, work_out
@@ -22,7 +23,6 @@ from .logit_lens import base_contrasts, last_norm, through_norm
 from .memory_use import memories_of
 
 TARGETS = ("gate_logit", "residual_norm", "base:A", "base:C", "base:G", "base:T", "base:actual", "class:NAME")
-LETTERS = "ACGTN"  # by the memory's digits
 PATH_RULE = "integrated gradients from a silent memory (Sundararajan et al. 2017)"
 
 Layer = int | str

@@ -157,19 +157,16 @@ class BaseGenerator:
             check_letters(prompt, f"prompt {number}")
         wanted = np.full(len(prompts), draws.shape[1]) if new is None else np.array(new)
         lengths = np.array([len(prompt) for prompt in prompts])
-        side_by_side = [row for row, length in enumerate(lengths) if self._fits(length, wanted[row])]
+        is_padded = np.array([self._fits(*sizes) for sizes in zip(lengths, wanted, strict=True)], dtype=bool)
+        are_alike = len(set(lengths)) == 1 == len(set(wanted))
         found = dict.fromkeys(range(len(prompts)), "")
         with fast_memory(self.reader.model):
-            if len(set(lengths)) == 1 == len(set(wanted)) or not self.reader.padding:
-                side_by_side = []
-            if side_by_side:
-                texts = [prompts[row] for row in side_by_side]
-                own = self._padded(texts, draws[side_by_side], wanted[side_by_side])
-                found.update(zip(side_by_side, own, strict=True))
-            rest = [row for row in found if row not in set(side_by_side)]
-            if rest:
-                own = self._moving([prompts[row] for row in rest], draws[rest])
-                found.update((row, bases[: wanted[row]]) for row, bases in zip(rest, own, strict=True))
+            if are_alike or not self.reader.padding:
+                is_padded[:] = False
+            for rows, make in ((np.flatnonzero(is_padded), self._padded), (np.flatnonzero(~is_padded), self._moving)):
+                if len(rows):
+                    own = make([prompts[row] for row in rows.tolist()], draws[rows], wanted[rows])
+                    found.update(zip(rows.tolist(), own, strict=True))
         return list(found.values())
 
     def _fits(self, length: int, new: int) -> bool:
@@ -211,7 +208,7 @@ class BaseGenerator:
     def _read_masked(self, ids: np.ndarray, mask: torch.Tensor, cache: Any = None) -> Pass:
         return self.reader.read(torch.from_numpy(ids).to(self.reader.device), cache, keeps_cache=True, mask=mask)
 
-    def _moving(self, prompts: Sequence[str], draws: np.ndarray) -> list[str]:
+    def _moving(self, prompts: Sequence[str], draws: np.ndarray, wanted: np.ndarray) -> list[str]:
         """The new bases of texts of any length, read in windows that move; the places of all move on together."""
         lengths = np.array([len(prompt) for prompt in prompts])
         rows, new = draws.shape
@@ -225,7 +222,8 @@ class BaseGenerator:
             place = 1
         while place < total:
             place = self._fill_window(ids, place, lengths, draws)
-        return [self._text(ids[row, length : length + new]) for row, length in enumerate(lengths)]
+        ends = lengths + wanted
+        return [self._text(ids[row, lengths[row] : ends[row]]) for row in range(rows)]
 
     def _fill_window(self, ids: np.ndarray, place: int, lengths: np.ndarray, draws: np.ndarray) -> int:
         """Choose bases from `place` on until the window moves; returns where that is."""

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .explanation import LETTERS, Explanation
+from ..motif_memory.kmer_rows import LETTERS
+from .explanation import Explanation
 
 SCHEMA = pa.schema(
     [

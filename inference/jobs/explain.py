@@ -19,6 +19,7 @@ from ...support.errors import InputError
 from ...support.whole_output import write_whole
 from ..base_tokens import BaseTokens
 from ..class_effects import ClassEffects
+from ..embeddings import STRANDS
 from ..explanation import Explanation, explain_memory, memories_by_layer
 from ..kmer_totals import KmerTotals
 from ..knock_out import kmers_to_knock_out, knocked_out
@@ -38,7 +39,6 @@ LONGEST = 1_000  # bases of a region: a picture of its letters is still read
 LONGEST_MATRIX = 200  # of which dependencies are computed
 MOST_REGIONS = 50
 
-_STRANDS = {"both": "+-", "forward": "+", "reverse": "-"}
 _PLACE = [("chrom", pa.string()), ("strand", pa.string()), ("layer", pa.string())]
 SCHEMAS = {
     "bases": pa.schema(
@@ -256,7 +256,7 @@ class _Worker:
         for layer in memories_by_layer(self._loaded.model):
             for target in self._job.targets:
                 summed = KmerTotals()
-                for strand in _STRANDS[self._job.model.strands]:
+                for strand in STRANDS[self._job.model.strands]:
                     text = letters if strand == "+" else reverse_complement(letters)
                     found = explain_memory(self._loaded.model, self._ids(text), layer=layer, target=target)
                     place = _Place(region, first, last, strand, len(self._tokens.before))
@@ -302,7 +302,7 @@ class _Worker:
             first, last = self._job.window(region)
             letters = self._job.genome.fetch(region.record, first, last)
             effects = ClassEffects(self._loaded.model, self._loaded.tokenizer, self._job.changes.label or 0)
-            for strand in _STRANDS[self._job.model.strands]:
+            for strand in STRANDS[self._job.model.strands]:
                 text = letters if strand == "+" else reverse_complement(letters)
                 found["log-odds of the class", strand] = effects.scores([text])[0]
         return found

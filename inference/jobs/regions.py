@@ -13,8 +13,22 @@ from ...support.errors import InputError
 from .job import ModelOptions
 
 
+class GenomeJob:
+    """A job on a genome; through pickle goes the file's name, and not the open file."""
+
+    fasta: Path
+
+    @functools.cached_property
+    def genome(self) -> Genome:
+        """The genome, opened once in each process."""
+        return open_genome(self.fasta)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "genome"}
+
+
 @dataclass
-class RegionJob:
+class RegionJob(GenomeJob):
     """The regions of a genome that a job works on.
 
     Args:
@@ -33,14 +47,6 @@ class RegionJob:
     def inputs(self) -> Mapping[str, Path]:
         """The files that decide the result."""
         return {"fasta": self.fasta, **inputs_of_beds(self.beds)}
-
-    @functools.cached_property
-    def genome(self) -> Genome:
-        """The genome, opened once in each process."""
-        return open_genome(self.fasta)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "genome"}
 
     def wanted(self) -> list[Interval]:
         """The regions, sorted; those that overlap or touch are one.

@@ -1,7 +1,6 @@
 """The job of `gengram score`: variants in, the effect of each out."""
 
 import contextlib
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from ...sequences.genome import Genome, open_genome
 from ...sequences.variant_files import read_variants
 from ...sequences.variants import ReferenceCheck, Variant
 from ..effects import SCORES
@@ -19,7 +17,7 @@ from ..memory_use import fast_memory, memories_of
 from ..variant_effects import VariantEffect, effects_of_checked
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
-from .regions import RegionFilter, inputs_of_beds, regions_of
+from .regions import GenomeJob, RegionFilter, inputs_of_beds, regions_of
 from .score_outputs import OUTPUTS, check_fits_vcf, score_table, write_scores
 from .tables import check_table_output
 
@@ -31,7 +29,7 @@ _Checked = tuple[int, Variant, str]
 
 
 @dataclass
-class ScoreJob:
+class ScoreJob(GenomeJob):
     """Effects of all variants of a file.
 
     Args:
@@ -74,14 +72,6 @@ class ScoreJob:
         """The job's own options that decide the result."""
         scores = None if self.scores is None else list(self.scores)
         return {"context": self.context, "scores": scores, "regions": list(self.regions)}
-
-    @functools.cached_property
-    def genome(self) -> Genome:
-        """The genome, opened once in each process."""
-        return open_genome(self.fasta)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "genome"}
 
     def chunks(self) -> Iterator[JobChunk]:
         """Alleles with what is known of them before the model is asked; all those of a record are in one chunk.

@@ -1,6 +1,7 @@
 """One model, as what a server does with it: continue, embed and compare sequences."""
 
 import base64
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -58,6 +59,11 @@ class ServedModel:
         self._encoder = SequenceEncoder(body, batch_tokens=batch_tokens)
         self._effects: dict[str, WindowEffects] = {}
 
+    @functools.cached_property
+    def _generator(self) -> BaseGenerator:
+        """Kept, since it tries what the model can do when it is first used."""
+        return BaseGenerator(self.loaded.model, self.loaded.tokenizer, Sampling())
+
     def continuations(self, prompt: str, new: int, sampling: Sampling, seed: int, number: int) -> list[Work]:
         """The work of `number` sequences of `new` bases behind a prompt.
 
@@ -109,10 +115,10 @@ class ServedModel:
         return self._compared(options[0], payloads)
 
     def _continued(self, sampling: Sampling, wanted: Sequence[Continuation]) -> list[str]:
-        generator = BaseGenerator(self.loaded.model, self.loaded.tokenizer, sampling)
+        self._generator.sampling = sampling
         new = [each.new for each in wanted]
         draws = np.stack([random_draws(each.seed, each.prompt, each.sample, max(new)) for each in wanted])
-        return generator.continued([each.prompt for each in wanted], draws, new)
+        return self._generator.continued([each.prompt for each in wanted], draws, new)
 
     def _compared(self, strands: str, changes: Sequence[Change]) -> list[StrandEffects]:
         if strands not in self._effects:
