@@ -11,6 +11,7 @@ import numpy as np
 from ..inference.pooling import POOLINGS
 from ..support.errors import InputError, quoted, shortened
 from .classifiers import choose, class_probabilities, score_of_features
+from .differences import drawn_of
 from .evaluated_model import EvaluatedModel
 from .fine_tuning import fine_tune
 from .labelled_data import LabelledSequences, check_classes, overlap, read_labelled, source_name
@@ -171,11 +172,13 @@ def run_classification(
         details.append(chosen)
     if model is not None:
         model.forget()
-    found = evaluate(np.concatenate(labels), np.concatenate(probabilities))
+    rows = np.concatenate(labels)
+    found = evaluate(rows, np.concatenate(probabilities))
     classes = splits[0].train.classes
-    counts = np.bincount(np.concatenate(labels), minlength=len(classes))
+    counts = np.bincount(rows, minlength=len(classes))
     return {
-        "metrics": {name: asdict(estimate) for name, estimate in found.items()},
+        "metrics": {name: estimate.numbers() for name, estimate in found.items()},
+        **drawn_of(found, rows),
         "details": details[0] if len(details) == 1 else details,
         "train_rows": min(len(splits[0].train), task.most_train or len(splits[0].train)),
         "test_rows": sum(map(len, labels)),

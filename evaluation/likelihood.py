@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..support.bootstrap import Estimate, estimate
 from ..support.errors import InputError, quoted
 from ..support.input_file import shown_name
 from ..support.progress import progress_bar
+from .differences import drawn_of
 from .evaluated_model import EvaluatedModel
 from .markov import MarkovModel
 from .suite import LikelihoodTask
@@ -159,8 +159,10 @@ def run_likelihood(
 ) -> dict[str, Any]:
     """Bits per base of the test split by one protocol."""
     bits, bases, details = LIKELIHOOD[protocol](model, splits, progress=progress)
+    found = {"bits_per_base": bits_per_base(bits, bases)}
     return {
-        "metrics": {"bits_per_base": asdict(bits_per_base(bits, bases))},
+        "metrics": {name: estimate.numbers() for name, estimate in found.items()},
+        **drawn_of(found, bases),
         "details": details,
         "train_rows": len(splits["train"]),
         "test_rows": len(splits["test"]),

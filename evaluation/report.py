@@ -28,11 +28,16 @@ def metrics_table(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({name: float for name in ("value", "low", "high")})
 
 
-def _ways(results: Sequence[dict[str, Any]]) -> list[str]:
-    """What a column of the report is about, for each result; models of one name are told apart by their folders."""
+def _shown_models(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What the report calls each model; models of one name are told apart by their folders."""
     models = {result["model"] for result in results if result["model"] is not None}
     counts = Counter(Path(model).name for model in models)
-    shown = {model: Path(model).name if counts[Path(model).name] == 1 else model for model in models}
+    return {model: Path(model).name if counts[Path(model).name] == 1 else model for model in models}
+
+
+def _ways(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What a column of the report is about, for each result."""
+    shown = _shown_models(results)
     return [
         f"{shown[result['model']]}, {result['protocol']}"
         if result["model"] is not None
@@ -58,13 +63,14 @@ def _mean(estimates: Sequence[dict[str, float | None]], name: str) -> float | No
     return sum(defined) / len(defined) if len(defined) == len(values) else None
 
 
-def _estimate_text(estimates: Sequence[dict[str, float | None]], is_best: bool = False) -> str:
-    """`**0.671** (0.625 to 0.714)`."""
+def _estimate_text(estimates: Sequence[dict[str, float | None]], is_best: bool = False, signed: bool = False) -> str:
+    """`**0.671** (0.625 to 0.714)`; signed, `+0.012 (-0.004 to +0.028)`."""
     value, low, high = (_mean(estimates, name) for name in ("value", "low", "high"))
     if value is None:
         return "not defined"
-    text = f"**{value:.3f}**" if is_best else f"{value:.3f}"
-    return text if low is None or high is None else f"{text} ({low:.3f} to {high:.3f})"
+    form = "+.3f" if signed else ".3f"
+    text = f"**{value:{form}}**" if is_best else f"{value:{form}}"
+    return text if low is None or high is None else f"{text} ({low:{form}} to {high:{form}})"
 
 
 def _cell(text: str) -> str:
@@ -72,8 +78,8 @@ def _cell(text: str) -> str:
     return printable(text).replace("|", "\\|")
 
 
-def markdown(suite: Suite, results: Sequence[dict[str, Any]]) -> str:
-    """A table of the main metric with its interval, a row per task; then what is odd about the data."""
+def markdown(suite: Suite, results: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]] = ()) -> str:
+    """A table of the main metric with its interval, a row per task; what is odd about the data; differences."""
     tasks, ways, found = _main_values(results)
     metric = {result["task"]: result["metric"] for result in results}
     lines = [f"# {printable(suite.name)}", "", suite.description.strip(), ""]
@@ -89,7 +95,7 @@ def markdown(suite: Suite, results: Sequence[dict[str, Any]]) -> str:
         "",
         "Value and 95 % bootstrap interval of the test rows; with several seeds, the mean of each. Bold: best.",
     ]
-    lines += _notes(results) + _strata(results)
+    lines += _notes(results) + _differences(results, differences) + _strata(results)
     return "\n".join(lines) + "\n"
 
 
@@ -124,6 +130,19 @@ def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
             labels = ", ".join(f"{shortened(name)} ({count:,})" for name, count in list(others.items())[:10])
             lines.append(f"- {task}: compared with the labels {labels}.")
     return list(dict.fromkeys(lines))
+
+
+def _differences(results: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of how much models differ from the first one."""
+    if not differences:
+        return []
+    shown = _shown_models(results)
+    lines = ["", f"## Differences from {_cell(shown[differences[0]['reference']])}", ""]
+    lines += ["| task | protocol | model | metric | difference |", "|---|---|---|---|---|"]
+    for row in differences:
+        names = [row["task"], row["protocol"], shown[row["model"]], row["metric"]]
+        lines.append(f"| {' | '.join(map(_cell, names))} | {_estimate_text([row], signed=True)} |")
+    return [*lines, "", "95 % interval over bootstrap samples of the test rows, the same samples for both models."]
 
 
 def _strata(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -175,10 +194,13 @@ def plot(suite: Suite, results: Sequence[dict[str, Any]], path: Path) -> None:
     write_figure(path, figure)
 
 
-def write_report(suite: Suite, results: Sequence[dict[str, Any]], output: Path) -> None:
-    """Write `results.parquet`, `results.json`, `report.md` and `report.svg`."""
+def write_report(
+    suite: Suite, results: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]], output: Path
+) -> None:
+    """Write `results.parquet`, `results.json`, `differences.json`, `report.md` and `report.svg`."""
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "results.json", json_text(list(results)))
     write_whole(output / "results.parquet", metrics_table(results).to_parquet())
-    write_whole(output / "report.md", markdown(suite, results))
+    write_whole(output / "differences.json", json_text(list(differences)))
+    write_whole(output / "report.md", markdown(suite, results, differences))
     plot(suite, results, output / "report.svg")

@@ -17,7 +17,7 @@ from .classification import FINE_TUNING
 from .evaluated_model import EvaluatedModel
 from .suite import ClassificationTask, LikelihoodTask, Task, VariantTask
 
-_FORMAT = 2  # counts up when the same run gives another result; runs of before are then done again
+_FORMAT = 3  # counts up when the same run gives another result; runs of before are then done again
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".py")
 
 

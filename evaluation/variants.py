@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from ..sequences.fasta import read_fasta
 from ..sequences.genome import Genome, genome_of
 from ..sequences.text_lines import whole_number
 from ..sequences.variants import REASONS, ReferenceCheck, Variant
+from ..support.bootstrap import Estimate
 from ..support.errors import InputError, shortened
 from ..support.input_file import shown_name
 from ..support.progress import progress_bar
+from .differences import drawn_of
 from .evaluated_model import EvaluatedModel
 from .metrics import evaluate
 from .suite import AREAS, VariantTask
@@ -162,9 +164,11 @@ def run_variants(
     if not 0 < labels.sum() < len(labels):
         raise InputError(f"expected scores of positives and of others, got {labels.sum()} and {(1 - labels).sum()}.")
 
-    def areas(chosen: np.ndarray) -> dict[str, Any]:
-        found = evaluate(labels[chosen], np.stack([-scores[chosen], scores[chosen]], axis=1), AREAS)
-        return {name: asdict(estimate) for name, estimate in found.items()}
+    def areas(chosen: np.ndarray) -> dict[str, Estimate]:
+        return evaluate(labels[chosen], np.stack([-scores[chosen], scores[chosen]], axis=1), AREAS)
+
+    def numbers(found: dict[str, Estimate]) -> dict[str, dict[str, float]]:
+        return {name: estimate.numbers() for name, estimate in found.items()}
 
     details: dict[str, Any] = {
         "flank": task.flank,
@@ -178,9 +182,11 @@ def run_variants(
             chosen = np.flatnonzero(strata == kind)
             positives = int(labels[chosen].sum())
             stratum = {"rows": len(chosen), "positives": positives, "mean_score": float(scores[chosen].mean())}
-            details["strata"][str(kind)] = stratum | (areas(chosen) if 0 < positives < len(chosen) else {})
+            details["strata"][str(kind)] = stratum | (numbers(areas(chosen)) if 0 < positives < len(chosen) else {})
+    found = areas(np.arange(len(labels)))
     return {
-        "metrics": areas(np.arange(len(labels))),
+        "metrics": numbers(found),
+        **drawn_of(found, np.flatnonzero(is_scored), labels),
         "details": details,
         "train_rows": 0,
         "test_rows": len(labels),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,21 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and its 95 % percentile interval over bootstrap samples of the rows that it was computed from."""
+    """A number, and its 95 % percentile interval over bootstrap samples of the rows that it was computed from.
+
+    Args:
+        value, low, high: the number and the ends.
+        drawn: the number of each sample, (samples,): those of two estimates of the same rows are of the same samples.
+    """
 
     value: float
     low: float
     high: float
+    drawn: np.ndarray = field(repr=False, compare=False)
+
+    def numbers(self) -> dict[str, float]:
+        """The number and the ends, by name."""
+        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def bootstrap(statistic: Callable[[np.ndarray], Any], rows: int, samples: int = 1000) -> np.ndarray:
@@ -28,15 +38,23 @@ def bootstrap(statistic: Callable[[np.ndarray], Any], rows: int, samples: int = 
         samples: 0 gives no interval (nan). A sample for which the statistic is nan does not count.
     """
     value = np.asarray(statistic(np.arange(rows)))
-    generator = np.random.default_rng(0)
-    drawn = [statistic(generator.integers(rows, size=rows)) for _ in range(samples)]
-    ends = np.nanpercentile(drawn, [2.5, 97.5], axis=0) if samples else np.full((2, *value.shape), np.nan)
-    return np.stack([value, *ends])
+    return np.stack([value, *percentile_interval(_drawn(statistic, rows, samples), value.shape)])
 
 
 def estimate(statistic: Callable[[np.ndarray], float], rows: int, samples: int = 1000) -> Estimate:
     """`bootstrap` of a statistic that is one number."""
-    return Estimate(*bootstrap(statistic, rows, samples).tolist())
+    drawn = np.array(_drawn(statistic, rows, samples), dtype=float)
+    return Estimate(float(statistic(np.arange(rows))), *percentile_interval(drawn).tolist(), drawn)
+
+
+def percentile_interval(drawn: Any, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """The 2.5th and 97.5th percentile of what was drawn, without nan: (samples, *shape) to (2, *shape)."""
+    return np.nanpercentile(drawn, [2.5, 97.5], axis=0) if len(drawn) else np.full((2, *shape), np.nan)
+
+
+def _drawn(statistic: Callable[[np.ndarray], Any], rows: int, samples: int) -> list[Any]:
+    generator = np.random.default_rng(0)
+    return [statistic(generator.integers(rows, size=rows)) for _ in range(samples)]
 
 
 def interval_over_seeds(values: Sequence[float]) -> tuple[float, float]:

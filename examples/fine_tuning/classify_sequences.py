@@ -145,7 +145,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         longest = max(len(sequence) for table in tables.values() for sequence in table.sequences)
         report = {
-            "metrics": {name: asdict(value) for name, value in evaluate(test.labels, probabilities).items()},
+            "metrics": {name: value.numbers() for name, value in evaluate(test.labels, probabilities).items()},
             "rows": {name: len(table) for name, table in tables.items()},
             "rows_of_classes": {name: table.class_rows() for name, table in tables.items()},
             "classes": classes,

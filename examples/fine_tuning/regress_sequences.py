@@ -20,7 +20,7 @@ Left in the output folder: the model, `metrics.json` and `predictions.parquet` o
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -182,7 +182,7 @@ def main() -> None:
     predictions = logits[:, 0].astype(np.float64) * deviation + mean  # (rows,)
     if trainer.is_world_process_zero():
         report = {
-            "metrics": {name: asdict(value) for name, value in evaluate(targets, predictions).items()},
+            "metrics": {name: value.numbers() for name, value in evaluate(targets, predictions).items()},
             "rows": {name: len(table) for name, table in tables.items()},
             "longest_sequence": int(max(table["sequence"].str.len().max() for table in tables.values())),
             "context": context,

@@ -130,6 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise MissingExtraError(str(error)) from error
     print((arguments.output / "report.md").read_text(encoding="utf-8"))
     print(
-        f"wrote results.parquet, results.json, report.md and report.svg of {len(results)} runs to {arguments.output}"
+        f"wrote report.md, report.svg, results.parquet, results.json and differences.json of {len(results)} runs to "
+        f"{arguments.output}"
     )
     return 0
