@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..configuration_motif_memory import MotifMemoryConfig
 from ..module import MotifMemory
@@ -120,7 +121,7 @@ def attach_memory(
         if tokenizer is None:
             raise ValueError("expected a tokenizer, or token_letters: the string of bases that each token spells.")
         token_letters = token_letters_of(tokenizer)
-    embedding = host.get_input_embeddings()
+    embedding = model.get_input_embeddings()
     letters = check_token_letters(token_letters, getattr(embedding, "num_embeddings", None))
     names = _layer_names(host, layers)
     chosen = [host.get_submodule(name) for name in names]
@@ -138,7 +139,8 @@ def attach_memory(
             memory.to(device=like.device, dtype=like.dtype)
         memory.train(layer.training)
         put_in(layer, memory, graft)
-    tie(host, graft)
+    for caller in _callers(host, names):
+        tie(caller, graft)
     setattr(host.config, IN_CONFIG, graft.to_dict())
     return model
 
@@ -150,9 +152,10 @@ def detach_memory(model: Any) -> Any:
         ValueError: if it has none.
     """
     graft, host = graft_of(model), base_model_of(model)
+    for caller in _callers(host, graft.layers):
+        untie(caller)
     for name in graft.layers:
         take_out(host.get_submodule(name))
-    untie(host)
     if hasattr(host.config, IN_CONFIG):
         delattr(host.config, IN_CONFIG)
     return model
@@ -188,6 +191,15 @@ def base_model_of(model: Any) -> Any:
     if not hasattr(model, "config"):
         raise ValueError(f"expected a model of Transformers, got a {type(model).__name__}.")
     return model
+
+
+def _callers(host: Any, layers: Sequence[str]) -> list[Any]:
+    """The host, and models within it around all of the layers, such as the `OPTDecoder` that OPT's heads call."""
+    return [
+        module
+        for name, module in host.named_modules()
+        if isinstance(module, PreTrainedModel) and all(f".{layer}".startswith(f".{name}") for layer in layers)
+    ]
 
 
 def _initialise(memory: MotifMemory, std: float) -> None:

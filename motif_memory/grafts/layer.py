@@ -57,10 +57,15 @@ class _LayerWithMemory:
 
 
 class _ModelWithMemory:
-    """What the class of the base model gets on top: its memories are told what it reads."""
+    """What the class of the base model gets on top: its memories are told what it reads.
+
+    Models within it have the same on top, since some heads call those; of one call the outermost model tells.
+    """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         graft = getattr(self, GRAFT)
+        if graft.current_pass() is not None:
+            return super().__call__(*arguments, **options)  # type: ignore[misc]
         now = graft.begin(self, arguments, options)
         try:
             output = super().__call__(*arguments, **options)  # type: ignore[misc]

@@ -8,11 +8,13 @@ import torch
 _LETTERS = "ACGTN"  # in the order of the tables' digits
 _AMINO_ACIDS = "EFILPQ"  # letters of proteins that are no code of DNA
 _MOST_TOKENS_OF_PROTEIN = 128  # vocabularies of bytes have more, and every letter too
-_WORD_MARKS = "Ġ▁"  # in front of what follows a blank, in vocabularies of byte pairs
+_WORD_STARTS = "Ġ▁"  # in front of what follows a blank, in vocabularies of byte pairs
+_WITHIN_WORD = "##"  # in front of what does not, in those of WordPiece
+_WORD_END = "</w>"
 
 
 def token_letters_of(tokenizer: Any) -> list[str]:
-    """The bases that each token spells, upper case, `""` for a token that is no DNA.
+    """The bases that each token spells, upper case, `""` for a token that is no DNA; U is read as T.
 
     Raises:
         ValueError: if the vocabulary is of proteins, or no token spells DNA.
@@ -26,7 +28,8 @@ def token_letters_of(tokenizer: Any) -> list[str]:
     special = set(tokenizer.all_special_ids)
     letters = [""] * (max(vocabulary.values(), default=-1) + 1)
     for token, index in vocabulary.items():
-        spelled = token.lstrip(_WORD_MARKS).upper()
+        plain = token.lstrip(_WORD_STARTS).removeprefix(_WITHIN_WORD).removesuffix(_WORD_END)
+        spelled = _as_dna(plain)
         if index not in special and spelled and not set(spelled) - set(_LETTERS):
             letters[index] = spelled
     if not any(letters):
@@ -35,7 +38,7 @@ def token_letters_of(tokenizer: Any) -> list[str]:
 
 
 def check_token_letters(token_letters: Sequence[str], vocabulary: int | None) -> list[str]:
-    """The same strings in upper case.
+    """The same strings in upper case, with T for U.
 
     Args:
         token_letters: of every token.
@@ -44,7 +47,7 @@ def check_token_letters(token_letters: Sequence[str], vocabulary: int | None) ->
     Raises:
         ValueError: if a string holds anything but A, C, G, T and N, or the model has fewer tokens.
     """
-    letters = [str(spelled).upper() for spelled in token_letters]
+    letters = [_as_dna(str(spelled)) for spelled in token_letters]
     for index, spelled in enumerate(letters):
         if set(spelled) - set(_LETTERS):
             raise ValueError(f"token_letters[{index}]: expected A, C, G, T and N only, or '', got {spelled[:40]!r}.")
@@ -53,6 +56,10 @@ def check_token_letters(token_letters: Sequence[str], vocabulary: int | None) ->
     if vocabulary is not None and len(letters) > vocabulary and any(letters[vocabulary:]):
         raise ValueError(f"token_letters has {len(letters)} tokens, but the model only {vocabulary}.")
     return letters
+
+
+def _as_dna(text: str) -> str:
+    return text.upper().replace("U", "T")
 
 
 class Spelling(NamedTuple):

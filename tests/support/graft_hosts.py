@@ -67,6 +67,12 @@ ENCODERS = {
     ),
     "modernbert": Host("ModernBertForMaskedLM", "ModernBertConfig", _SIZES | {"max_position_embeddings": 512}),
 }
+_BART = {f"{part}_{name}": 4 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+_BART |= {"d_model": 32, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "max_position_embeddings": 512}
+OF_INNER_MODELS = {  # decoders whose heads call a model within their base model
+    "opt": Host("OPTForCausalLM", "OPTConfig", _SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "bart": Host("BartForCausalLM", "BartConfig", _BART),
+}
 ALL = DECODERS | OTHER_DECODERS | ENCODERS
 
 SINGLE = ["", "", "", "", "", "A", "C", "G", "T", "N"]
@@ -79,7 +85,7 @@ CONFIG = MotifMemoryConfig(ngram_sizes=(1, 2, 3), embedding_dim=8, window=9)
 
 def grafted(name: str, letters=SINGLE, config=CONFIG, trained: bool = True) -> Any:
     """A tiny host with memories; `trained` ones are not 0."""
-    host = ALL[name]
+    host = (ALL | OF_INNER_MODELS)[name]
     model = attach_memory(host.make(max(16, len(letters))), config, layers=list(host.layers), token_letters=letters)
     if trained:
         torch.manual_seed(1)

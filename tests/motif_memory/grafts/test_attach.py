@@ -151,14 +151,8 @@ def test_letters_are_learnt_from_tokenizers():
         def get_vocab(self):
             return {word: index for index, word in enumerate(self.words)}
 
-    assert token_letters_of(Words("A", "gattaca", "ĠTATA", "▁NN", "hello", "AXT")) == [
-        "",
-        "GATTACA",
-        "TATA",
-        "NN",
-        "",
-        "",
-    ]
+    spelled = {"gattaca": "GATTACA", "ĠTATA": "TATA", "▁NN": "NN", "##ACG": "ACG", "CCG</w>": "CCG", "GUA": "GTA"}
+    assert token_letters_of(Words("A", *spelled, "hello", "AXT", "##")) == ["", *spelled.values(), "", "", ""]
     with pytest.raises(ValueError, match="amino acids"):
         token_letters_of(Words("<pad>", *"ACDEFGHIKLMNPQRSTVWY"))
     with pytest.raises(ValueError, match="no token of Words spells DNA"):

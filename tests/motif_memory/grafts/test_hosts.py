@@ -6,7 +6,17 @@ import io
 
 import pytest
 import torch
-from graft_hosts import ALL, DECODERS, ENCODERS, OTHER_DECODERS, SINGLE, VOCABULARIES, grafted, random_ids
+from graft_hosts import (
+    ALL,
+    DECODERS,
+    ENCODERS,
+    OF_INNER_MODELS,
+    OTHER_DECODERS,
+    SINGLE,
+    VOCABULARIES,
+    grafted,
+    random_ids,
+)
 from tolerances import SAME_FP32, SAME_MODEL_FP32
 from transformers import DynamicCache
 
@@ -48,6 +58,25 @@ def test_pieces_through_a_cache_are_the_whole(name, vocabulary):
             pieces.append(output.logits)
             start += length
         close(torch.cat(pieces, dim=1), expected)
+
+
+@pytest.mark.parametrize("name", OF_INNER_MODELS)
+@torch.no_grad()
+def test_heads_that_call_a_model_within_the_base_model(name):
+    bare, ids = OF_INNER_MODELS[name].make(), random_ids()
+    expected = bare(ids).logits
+    assert torch.equal(grafted(name, trained=False)(ids).logits, expected)
+    model = grafted(name)
+    changed = model(ids).logits
+    assert (changed - expected).abs().max() > SAME_MODEL_FP32
+    cache = DynamicCache(config=model.config)
+    pieces = [model(ids[:, part], past_key_values=cache, use_cache=True).logits for part in (slice(30), slice(30, 40))]
+    close(torch.cat(pieces, dim=1), changed)
+    if name == "opt":  # the same memories, called from further out
+        close(model.lm_head(model.model(ids, use_cache=False).last_hidden_state), changed)
+    detach_memory(model)
+    assert torch.equal(model(ids).logits, expected)
+    assert [type(module) for module in model.modules()] == [type(module) for module in bare.modules()]
 
 
 @pytest.mark.parametrize("name", OTHER_DECODERS)
