@@ -14,7 +14,7 @@ from ..support.figures import pyplot
 from ..support.input_file import is_read_once, shown_name
 from ..support.machine import describe_machine
 from ..support.printable import printable
-from .differences import FIELDS, differences
+from .differences import FIELDS, paired_differences
 from .evaluated_model import EvaluatedModel
 from .protocols import KINDS, needs_model
 from .report import write_report
@@ -108,7 +108,7 @@ def bench(
         write_run(run.path, results[run.path])
     found = [{"suite": suite.name, "metric": run.task.metric, **results[run.path]} for run in plan]
     shown = [{name: value for name, value in result.items() if name not in FIELDS} for result in found]
-    write_report(suite, shown, differences(found), output)
+    write_report(suite, shown, paired_differences(found), output)
     return shown
 
 

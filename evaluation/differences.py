@@ -26,7 +26,7 @@ def drawn_of(found: Mapping[str, Estimate], *rows: np.ndarray) -> dict[str, Any]
     return {"rows_digest": digest.hexdigest()[:12], "drawn": drawn}
 
 
-def differences(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def paired_differences(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """How much every further model differs from the first one, by task and protocol, in the task's metric.
 
     The interval is a paired one: the 95 % percentile interval of the difference over bootstrap samples of the rows,

@@ -8,7 +8,7 @@ import pytest
 from small_benches import labelled, quick_results, run_suite, write_table  # noqa: F401
 from tolerances import FLOAT32_RELATIVE, FLOAT64_RELATIVE
 
-from gengram.evaluation.differences import differences, drawn_of
+from gengram.evaluation.differences import drawn_of, paired_differences
 from gengram.evaluation.metrics import accuracy, evaluate
 
 LABELS = np.arange(60) % 2
@@ -27,7 +27,7 @@ def run(model: str, seed: int = 0, labels: np.ndarray = LABELS, **changes) -> tu
 
 def test_a_difference_is_that_of_the_means_over_seeds_with_a_paired_interval():
     runs = {(model, seed): run(model, seed) for model in ("one", "two") for seed in (0, 1)}
-    (found,) = differences([result for result, _ in runs.values()])
+    (found,) = paired_differences([result for result, _ in runs.values()])
 
     def of(rows: np.ndarray) -> float:
         one, two = (
@@ -49,7 +49,7 @@ def test_a_paired_interval_is_narrow_where_models_err_on_the_same_rows():
     almost[0] = probabilities[0, ::-1]
     found = evaluate(LABELS, almost, ("accuracy",), samples=200)
     two = {**one, "model": "two", "metrics": {name: value.numbers() for name, value in found.items()}}
-    (row,) = differences([one, two | drawn_of(found, LABELS)])
+    (row,) = paired_differences([one, two | drawn_of(found, LABELS)])
     own = one["metrics"]["accuracy"]
     assert abs(row["value"]) == pytest.approx(1 / 60, abs=FLOAT64_RELATIVE)
     assert row["high"] - row["low"] < 0.5 * (own["high"] - own["low"])
@@ -67,13 +67,13 @@ def test_a_paired_interval_is_narrow_where_models_err_on_the_same_rows():
     ids=["other rows", "fewer rows", "another seed", "another protocol", "another task"],
 )
 def test_what_was_not_done_on_the_same_rows_is_not_compared(other):
-    assert differences([run("one")[0], other]) == []
+    assert paired_differences([run("one")[0], other]) == []
 
 
 def test_a_metric_that_is_not_defined_has_no_difference():
     undefined = {"value": None, "low": None, "high": None}
     runs = [run(model, metrics={"accuracy": undefined}, drawn={"accuracy": [None] * 5})[0] for model in ("one", "two")]
-    assert [(row["value"], row["low"], row["high"]) for row in differences(runs)] == [(None, None, None)]
+    assert [(row["value"], row["low"], row["high"]) for row in paired_differences(runs)] == [(None, None, None)]
 
 
 def test_two_models_of_a_suite_are_compared(tiny_folder, tmp_path, capsys, quick_results):  # noqa: F811
