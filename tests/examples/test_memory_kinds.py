@@ -129,6 +129,18 @@ def test_the_convolution_twin_has_as_many_parameters_as_a_token_uses_of_the_memo
     assert abs(twin - memory) < 0.01 * (memory - none)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((EXAMPLES / "pretraining/comparisons").glob("*.json")), ids=lambda path: path.stem
+)
+def test_the_arms_of_a_plan_are_different_models_that_can_be_made(path, compare):
+    plan = json.loads(path.read_text())
+    runs = [run for run in compare.planned_runs(plan) if run["seed"] == plan["seeds"][0]]
+    models = {json.dumps(run["fields"], sort_keys=True): compare.parameters(run["fields"]) for run in runs}
+    assert len(models) == len(runs) == len(plan["architectures"]) * len(plan["arms"])
+    assert "memory" in plan["arms"]  # what differences are taken from
+    assert plan["tuning_seed"] not in plan["seeds"] and plan["tuning_split"] != plan["training"]["validation_split"]
+
+
 TINY = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
 TINY |= dict(num_key_value_heads=1, max_position_embeddings=64, memory_layers=[1], memory_embedding_dim=4)
 MLA = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, num_key_value_heads=2)
