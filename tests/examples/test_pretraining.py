@@ -157,3 +157,33 @@ def test_a_comparison_that_was_cut_off_continues_where_it_was(dataset, tmp_path)
         whole, cut = (json.loads((tmp_path / which / f"{name}.json").read_text()) for which in ("whole", "cut"))
         assert whole["bits_per_base"] == cut["bits_per_base"]
         assert whole["log"] == cut["log"] and [line["step"] for line in cut["log"]] == [1, 2, 3, 4]
+
+
+def test_windows_of_exons_have_partners_of_the_same_letters_share_in_introns(tmp_path):
+    generator = np.random.default_rng(0)
+    folder = tmp_path
+    texts = {name: list(generator.choice(list("ACGT"), 4000)) for name in ("one", "two")}
+    exons = [(800, 900), (2000, 2100), (3960, 4000)]
+    for text in texts.values():
+        for start, end in exons:
+            text[start:end] = generator.choice(list("GGGC"), end - start)
+    texts["two"][2050] = "N"
+    (folder / "genome.fa").write_text("".join(f">{name}\n{''.join(text)}\n" for name, text in texts.items()))
+    parts = [(start, end, "exon") for start, end in exons] + [(900, 2000, "intron"), (2100, 3960, "intron")]
+    lines = [f"{name}\t{start}\t{end}\t{kind}" for name in texts for start, end, kind in parts]
+    (folder / "parts.bed").write_text("\n".join(lines) + "\n")
+    files = ["--fasta", str(folder / "genome.fa"), "--bed", str(folder / "parts.bed"), "--output", str(folder / "out")]
+    run("exon_windows.py", *files, "--test", "two", "--length", "60")
+    tables = {split: (folder / "out" / f"{split}.csv").read_text().split()[1:] for split in ("train", "test")}
+    windows = {split: [row.split(",") for row in rows] for split, rows in tables.items()}
+    # Each exon once, but for one that leaves the record on either record, and one that holds N.
+    assert [label for _, label in windows["train"]] == ["1", "0"] * 2
+    assert [label for _, label in windows["test"]] == ["1", "0"]
+    whole = {name: "".join(text) for name, text in texts.items()}
+    for split, name in (("train", "one"), ("test", "two")):
+        for text, label in windows[split]:
+            place = whole[name].index(text) + 30
+            distance = min(abs(place - edge) for pair in exons for edge in pair)
+            inside = any(start <= place < end for start, end in exons)
+            assert inside == (label == "1")
+            assert inside or distance >= 60
