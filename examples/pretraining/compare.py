@@ -3,9 +3,9 @@
     python compare.py --dataset DATASET --output OUTPUT              # runs what is missing, then reports
     python compare.py --output OUTPUT --report benchmarks/results/memory_comparison.json --figure docs/figures/...svg
 
-A plan, such as `comparison.json`, holds the architectures, arms, ablations, seeds and training options. "widened
-baseline" has no memory, but a feed-forward so wide that it has as many parameters as the arm with memory: more
-computing per token. `memory_kinds.py` has the arms of `comparison_arms.json` that the package has no model for.
+A plan, such as `comparisons/architectures.json`, holds the architectures, arms, ablations, seeds and training options.
+"widened baseline" has no memory, but a feed-forward so wide that it has as many parameters as the arm with memory: more
+computing per token. `memory_kinds.py` has the arms that the package has no model for.
 
 With `learning_rates` in the plan, every arm of every architecture is first trained with each of them and the
 `tuning_seed`; the one with the lowest loss on the split `tuning_split` is used for all seeds of that arm.
@@ -309,7 +309,7 @@ def train_missing(runs: list[dict[str, Any]], plan: dict[str, Any], arguments: a
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, default=HERE / "comparison.json", help="what to compare")
+    parser.add_argument("--plan", type=Path, default=HERE / "comparisons/architectures.json", help="what to compare")
     parser.add_argument("--dataset", help="data set of `gengram prepare`; without it nothing is trained")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs' results")
     parser.add_argument("--processes", type=int, default=1, help="runs at once; set OMP_NUM_THREADS accordingly")

@@ -136,9 +136,11 @@ def test_the_arms_of_a_plan_are_different_models_that_can_be_made(path, compare)
     plan = json.loads(path.read_text())
     runs = [run for run in compare.planned_runs(plan) if run["seed"] == plan["seeds"][0]]
     models = {json.dumps(run["fields"], sort_keys=True): compare.parameters(run["fields"]) for run in runs}
-    assert len(models) == len(runs) == len(plan["architectures"]) * len(plan["arms"])
+    variants = plan.get("ablations", {"variants": []})["variants"]
+    assert len(models) == len(runs) == len(plan["architectures"]) * len(plan["arms"]) + len(variants)
     assert "memory" in plan["arms"]  # what differences are taken from
-    assert plan["tuning_seed"] not in plan["seeds"] and plan["tuning_split"] != plan["training"]["validation_split"]
+    assert plan.get("tuning_seed") not in plan["seeds"]
+    assert plan.get("tuning_split") != plan["training"]["validation_split"]
 
 
 TINY = dict(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)

@@ -173,7 +173,7 @@ def test_windows_of_exons_have_partners_of_the_same_letters_share_in_introns(tmp
     lines = [f"{name}\t{start}\t{end}\t{kind}" for name in texts for start, end, kind in parts]
     (folder / "parts.bed").write_text("\n".join(lines) + "\n")
     files = ["--fasta", str(folder / "genome.fa"), "--bed", str(folder / "parts.bed"), "--output", str(folder / "out")]
-    run("exon_windows.py", *files, "--test", "two", "--length", "60")
+    run("twins/exon_windows.py", *files, "--test", "two", "--length", "60")
     tables = {split: (folder / "out" / f"{split}.csv").read_text().split()[1:] for split in ("train", "test")}
     windows = {split: [row.split(",") for row in rows] for split, rows in tables.items()}
     # Each exon once, but for one that leaves the record on either record, and one that holds N.
