@@ -4,8 +4,8 @@
     python compare.py --output OUTPUT --report benchmarks/results/memory_comparison.json --figure docs/figures/...svg
 
 A plan, such as `comparisons/architectures.json`, holds the architectures, arms, ablations, seeds and training options.
-"widened baseline" has no memory, but a feed-forward so wide that it has as many parameters as the arm with memory: more
-computing per token. `memory_kinds.py` has the arms that the package has no model for.
+"widened baseline" has no memory, but a feed-forward so wide that it has as many parameters as the arm with memory:
+more computing per token. `memory_kinds.py` has the arms that the package has no model for.
 
 With `learning_rates` in the plan, every arm of every architecture is first trained with each of them and the
 `tuning_seed`; the one with the lowest loss on the split `tuning_split` is used for all seeds of that arm.
