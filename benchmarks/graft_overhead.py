@@ -1,11 +1,13 @@
-"""What a grafted memory costs: a training step, a prefill and a decoding step, beside the same model without it.
+"""What a memory costs: a training step, a prefill and a decoding step, beside the same model without it.
 
     python benchmarks/graft_overhead.py [--device cuda] [--threads N] [--hidden 512 1024] [--length 2048] [--rounds 9]
+        [--hosts llama gengram]
 
-The host is a Llama with grouped-query attention and twelve layers; the memories stand in front of three of them, as in
-the released model. Without gradients a third model takes part, whose memories were folded by `fold_memory`. The models
-take turns, and each figure is the median of the ratios of neighbouring turns, so that a load that comes and goes
-touches all. On a CPU processor time is counted. Writes `benchmarks/results/graft_overhead.json`.
+The hosts are a Llama with grouped-query attention and twelve layers, on which memories are grafted, and a dense
+Gengram model of six layers that has its own. The memories stand in front of three layers, as in the released model.
+Without gradients a third model takes part, whose memories were folded by `fold_memory`. The models take turns, and
+each figure is the median of the ratios of neighbouring turns, so that a load that comes and goes touches all. On a CPU
+processor time is counted. Writes `benchmarks/results/graft_overhead.json`.
 """
 
 import argparse
@@ -18,26 +20,38 @@ import torch
 from memory_setup import LETTERS, add_machine_arguments, machine, random_bases, seconds_of, use_machine, write_results
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from gengram import GengramTokenizer, MotifMemoryConfig, attach_memory
+from gengram import GengramConfig, GengramForCausalLM, GengramTokenizer, MotifMemoryConfig, attach_memory
 from gengram.motif_memory import fold_memory
 
-LAYERS = 12
-MEMORY_LAYERS = (2, 5, 9)
+LAYERS = {"llama": 12, "gengram": 6}
+MEMORY_LAYERS = {"llama": (2, 5, 9), "gengram": (1, 2, 4)}
 DECODED = 16  # tokens of one measurement
 
 
-def host(hidden: int, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(GengramTokenizer()),
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
-        max_position_embeddings=8192,
-    )
+def build(kind: str, hidden: int, has_memory: bool) -> Any:
+    """A host of a kind, with memories that add something, as after training, or without."""
+    sizes = {
+        "vocab_size": len(GengramTokenizer()),
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": LAYERS[kind],
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 128,
+        "max_position_embeddings": 8192,
+    }
+    layers, width = MEMORY_LAYERS[kind], hidden // 4
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device, dtype)
+    if kind == "gengram":
+        own = {"num_local_experts": 0, "memory_embedding_dim": width, "memory_layers": layers if has_memory else []}
+        return GengramForCausalLM(GengramConfig(**sizes, **own))
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    if has_memory:
+        attach_memory(model, MotifMemoryConfig(embedding_dim=width), layers=layers, tokenizer=GengramTokenizer())
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "motif_memory" in name and weight.dim() > 1:
+                    weight.normal_(std=weight.shape[-1] ** -0.5)
+    return model
 
 
 def training_step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
@@ -71,7 +85,6 @@ def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     def steps() -> None:
         for _ in range(DECODED):
             model(input_ids=token, past_key_values=cache)
-        cache.crop(-DECODED)
 
     return steps
 
@@ -79,30 +92,17 @@ def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
 WORK = {"training step": training_step, "prefill": prefill, "decoding": decoding}
 
 
-def with_memories(model: Any) -> Any:
-    """The model with memories that add something, as after training."""
-    attach_memory(
-        model,
-        MotifMemoryConfig(embedding_dim=model.config.hidden_size // 4),
-        layers=MEMORY_LAYERS,
-        tokenizer=GengramTokenizer(),
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "motif_memory" in name and weight.dim() > 1:
-                weight.normal_(std=weight.shape[-1] ** -0.5)
-    return model
-
-
-def measure(hidden: int, length: int, dtype: str, device: torch.device, rounds: int) -> dict[str, Any]:
+def measure(kind: str, hidden: int, length: int, dtype: str, device: torch.device, rounds: int) -> dict[str, Any]:
     """Medians of seconds of the bare host, and of the others' ratios to it, for each kind of work."""
     ids = random_bases(length)
-    models = {"bare": host(hidden, getattr(torch, dtype), device)}
-    for name in ("grafted", "folded"):
-        models[name] = with_memories(host(hidden, getattr(torch, dtype), device))
+    models = {
+        name: build(kind, hidden, has_memory=name != "bare").to(device, getattr(torch, dtype))
+        for name in ("bare", "memory", "folded")
+    }
     fold_memory(models["folded"].eval())
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    case: dict[str, Any] = {"hidden": hidden, "length": length, "dtype": dtype, "clock": clock.__name__}
+    case: dict[str, Any] = {"host": kind, "layers": LAYERS[kind], "memories": MEMORY_LAYERS[kind]}
+    case |= {"hidden": hidden, "length": length, "dtype": dtype, "clock": clock.__name__}
     case["parameters"] = {name: model.num_parameters() for name, model in models.items()}
     for work, of in WORK.items():
         taking_part = [name for name in models if of is not training_step or name != "folded"]
@@ -115,7 +115,8 @@ def measure(hidden: int, length: int, dtype: str, device: torch.device, rounds: 
             ratios = [turn[name] / turn["bare"] for turn in seconds]
             case[work][name] = {"ratio": statistics.median(ratios), "ratios": [round(ratio, 4) for ratio in ratios]}
             print(
-                f"hidden {hidden}, {length} bases, {dtype}: {work:14} {name:8} {statistics.median(ratios):.3f}x",
+                f"{kind}, hidden {hidden}, {length} bases, {dtype}: {work:14} {name:8} "
+                f"{statistics.median(ratios):.3f}x",
                 flush=True,
             )
     return case
@@ -124,6 +125,7 @@ def measure(hidden: int, length: int, dtype: str, device: torch.device, rounds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_machine_arguments(parser)
+    parser.add_argument("--hosts", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -131,11 +133,11 @@ def main() -> None:
     arguments = parser.parse_args()
     device = use_machine(arguments)
     cases = [
-        measure(hidden, arguments.length, arguments.dtype, device, arguments.rounds) for hidden in arguments.hidden
+        measure(kind, hidden, arguments.length, arguments.dtype, device, arguments.rounds)
+        for kind in arguments.hosts
+        for hidden in arguments.hidden
     ]
-    write_results(
-        "graft_overhead", {"machine": machine(), "layers": LAYERS, "memories": MEMORY_LAYERS, "cases": cases}
-    )
+    write_results("graft_overhead", {"machine": machine(), "cases": cases})
 
 
 if __name__ == "__main__":
