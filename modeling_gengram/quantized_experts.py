@@ -1,6 +1,7 @@
-"""Experts whose weights are kept in 8 or 4 bits; products are taken in the dtype of the hidden states.
+"""Experts and linear layers whose weights are kept in 8 or 4 bits; products are in the dtype of the hidden states.
 
-A stack of matrices (experts, rows, columns) becomes whole numbers and scales, both ordinary tensors:
+A stack of matrices (experts, rows, columns) or a matrix (rows, columns) becomes whole numbers and scales, both
+ordinary tensors:
 
 - `"int8"`: int8 (experts, rows, columns), and one scale per row, (experts, rows). weight = number * scale.
 - `"int4"`: numbers -8..7, and one scale per 32 columns, (experts, rows, columns / 32). Two numbers share a byte: byte
@@ -38,14 +39,14 @@ if not __name__.startswith("gengram."):
     _NAMESPACE += "_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
 
 
-def check_kind(kind: Any) -> str:
-    """The kind of a quantisation.
+def check_kind(kind: Any, of: str = "experts") -> str:
+    """The kind of a quantisation, of the option `of`.
 
     Raises:
         ValueError: if there is none of that name.
     """
     if kind not in KINDS:
-        raise ValueError(f"experts must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
+        raise ValueError(f"{of} must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
     return str(kind)
 
 
@@ -60,8 +61,8 @@ def quantized_shapes(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...]
         return shape, tuple(rows)
     if columns % GROUP:
         raise ValueError(
-            f'"int4" needs expert matrices whose columns are a multiple of {GROUP} (hidden_size and '
-            f'intermediate_size), got {columns}; use "int8".'
+            f'"int4" needs matrices whose columns are a multiple of {GROUP} (of experts: hidden_size and '
+            f'intermediate_size; of attention: hidden_size, and heads times head_dim), got {columns}; use "int8".'
         )
     return (*rows, columns // 2), (*rows, columns // GROUP)
 
@@ -89,7 +90,7 @@ def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     work = weight.to(torch.promote_types(weight.dtype, torch.float32))
     largest = work.abs().amax(-1, keepdim=True) if kind == "int8" else _signed_largest(_groups(work))
     if not bool(torch.isfinite(largest).all()):
-        raise ValueError("the weights of the experts hold numbers that are not finite, which cannot be quantised.")
+        raise ValueError("weights hold numbers that are not finite, which cannot be quantised.")
     if kind == "int8":
         scale = (largest / 127).to(weight.dtype)
         return _rounded(work, scale, -127, 127).to(torch.int8), scale.squeeze(-1)
@@ -207,7 +208,55 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _linear.register_autograd(_differentiate, setup_context=_keep)
 
 
-# ---- the experts' module
+# ---- the modules
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer without bias, in 8 or 4 bits: `weight` are the numbers, `weight_scale` their scales.
+
+    Args:
+        linear: the layer, without values (on the meta device); this one has none either.
+        kind: of the quantisation.
+        has_numbers: whether quantised numbers will be loaded; otherwise floats are, and are quantised then.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str, has_numbers: bool):
+        weight = linear.weight
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta", dtype=weight.dtype)
+        _make_room(self, ("weight",), kind, has_numbers)
+        self.quantization = kind
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        x = input.reshape(-1, self.in_features)
+        all_of_one = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        numbers, scale = self.weight.unsqueeze(0), self.weight_scale.unsqueeze(0)
+        return _linear(x, numbers, scale, all_of_one).view(*input.shape[:-1], self.out_features)
+
+    # By the name `W_q` PEFT knows that numbers are kept here, and calls `dequantize` where it needs weights. That is
+    # DoRA, which would round what it merges to whole numbers, without a word.
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The numbers."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"these weights are kept in {self.quantization}, and this adapter needs them as floats, as DoRA does. Use "
+            "LoRA without DoRA, or adapt model.dequantize()."
+        )
+
+    def as_floats(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary layer with the weights that the numbers stand for."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(dequantize(self.weight, self.weight_scale, dtype))
+        return linear
 
 
 def quantized_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -248,13 +297,17 @@ def make_room(experts: Any, kind: str, has_numbers: bool) -> None:
         kind: of the quantisation.
         has_numbers: whether quantised numbers will be loaded; otherwise floats are, and are quantised then.
     """
-    for name in WEIGHTS:
-        weight = getattr(experts, name)
+    _make_room(experts, WEIGHTS, kind, has_numbers)
+    experts.quantization = kind
+
+
+def _make_room(module: nn.Module, names: tuple[str, ...], kind: str, has_numbers: bool) -> None:
+    for name in names:
+        weight = getattr(module, name)
         numbers, scale = quantized_shapes(tuple(weight.shape), kind)
         if has_numbers:
-            _set(experts, name, torch.empty(numbers, dtype=numbers_dtype(kind), device=weight.device))
-        _set(experts, f"{name}_scale", torch.empty(scale, dtype=weight.dtype, device=weight.device))
-    experts.quantization = kind
+            _set(module, name, torch.empty(numbers, dtype=numbers_dtype(kind), device=weight.device))
+        _set(module, f"{name}_scale", torch.empty(scale, dtype=weight.dtype, device=weight.device))
 
 
 def undo(experts: Any, dtype: torch.dtype) -> None:
