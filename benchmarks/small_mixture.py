@@ -21,6 +21,7 @@ from gengram import DEFAULT_MODEL, GengramConfig, GengramForCausalLM, GengramTok
 
 EXPERTS, USED, ANEW = 8, 2, 0.5
 RATE, WARM_UP = 1e-3, 20
+STATE = "training.pt"
 
 
 def mixture_of_default() -> GengramForCausalLM:
@@ -56,25 +57,28 @@ def bases(ids: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isin(ids, torch.tensor([5, 6, 7, 8])), ids, -100)
 
 
-def train(model: GengramForCausalLM, rows: Any, steps: int, batch: int) -> None:
-    """AdamW; the rate rises for 20 steps and falls along a cosine."""
+def train(folder: Path, rows: Any, steps: int, batch: int) -> None:
+    """AdamW. Every 20 steps the model is written into the folder, from where the next call goes on."""
+    state = torch.load(folder / STATE, weights_only=True) if (folder / STATE).is_file() else {"step": 0}
+    model = mixture_of_default() if state["step"] == 0 else GengramForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    generator = torch.Generator().manual_seed(1)
+    if state["step"]:
+        optimizer.load_state_dict(state["optimizer"])
     model.train()
-    for step in range(steps):
+    for step in range(state["step"], steps):
+        generator = torch.Generator().manual_seed(step)
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min((step + 1) / WARM_UP, 1)
         ids = torch.tensor(rows[torch.randint(len(rows), (batch,), generator=generator).tolist()]["input_ids"])
         loss = model(ids, labels=bases(ids), output_router_logits=True, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
-            print(f"step {step}: {loss.item() / math.log(2):.4f} bits, {time.process_time():.0f} s", flush=True)
-    model.eval()
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            print(f"step {step + 1}: {loss.item() / math.log(2):.4f} bits, {time.process_time():.0f} s", flush=True)
+            model.save_pretrained(folder)
+            torch.save({"step": step + 1, "optimizer": optimizer.state_dict()}, folder / STATE)
 
 
 def alikeness(model: GengramForCausalLM) -> float:
@@ -96,11 +100,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = mixture_of_default()
-    print(f"experts are alike: {alikeness(model):.2f}")
-    train(model, load_dataset(str(options.dataset))["train"], options.steps, options.batch)
-    print(f"experts are alike: {alikeness(model):.2f}")
-    model.save_pretrained(options.folder)
+    train(options.folder, load_dataset(str(options.dataset))["train"], options.steps, options.batch)
     GengramTokenizer().save_pretrained(options.folder)
 
 

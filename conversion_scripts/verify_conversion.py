@@ -252,9 +252,10 @@ def _loaded_digests(output: Path, record: ConversionRecord, run: bool) -> dict[s
         if notes.get(kind):
             raise ConversionError(f"{output}: loading reports {kind}: {quoted(sorted(map(str, notes[kind])))}")
     weights = record.weights
+    loaded_weights = {name.replace(".qweight", ".weight"): tensor for name, tensor in model.state_dict().items()}
     digests = {
         name: weight_digest(tuple(tensor.shape), weights[name].dtype, [tensor])
-        for name, tensor in model.state_dict().items()
+        for name, tensor in loaded_weights.items()
         if name in weights
     }
     if run:

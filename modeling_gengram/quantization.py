@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantized_experts import GROUP, WEIGHTS, QuantizedLinear, check_kind, make_room, quantize, undo
+from .quantized_experts import GROUP, WEIGHTS, QuantizedLinear, check_kind, make_room, quantize, scale_name, undo
 
 logger = logging.get_logger(__name__)
 
@@ -68,7 +68,14 @@ class GengramQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is a weight of experts, or of attention if that is quantised."""
         path, _, name = param_name.rpartition(".")
-        return name in (*WEIGHTS, "weight") and getattr(model.get_submodule(path), "quantization", None) is not None
+        return name in (*WEIGHTS, "qweight") and getattr(model.get_submodule(path), "quantization", None) is not None
+
+    def get_weight_conversions(self) -> list[WeightRenaming]:
+        """Names in files and in the model; see `QuantizedLinear`. They are undone when the model is saved."""
+        if self.quantization_config.attention is None:
+            return []
+        starts = [f"self_attn.{name}." for name in PROJECTIONS]
+        return [WeightRenaming(f"{start}weight", f"{start}qweight") for start in starts]
 
     def get_quantize_ops(self) -> ConversionOps:
         """What makes numbers and scales of a weight that was read."""
@@ -141,7 +148,7 @@ class _Quantize(ConversionOps):
         else:
             parts = zip(*(quantize(expert, self.quantization.experts) for expert in weight), strict=True)
             numbers, scales = (torch.stack(part) for part in parts)
-        return {full_layer_name: numbers, f"{full_layer_name}_scale": scales}
+        return {full_layer_name: numbers, scale_name(full_layer_name): scales}
 
 
 def warn_of_untouched(model: Any) -> None:

@@ -67,6 +67,11 @@ def quantized_shapes(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...]
     return (*rows, columns // 2), (*rows, columns // GROUP)
 
 
+def scale_name(name: str) -> str:
+    """Of a module's parameter of numbers, the one of its scales."""
+    return name.replace("qweight", "weight") + "_scale"
+
+
 def numbers_dtype(kind: str) -> torch.dtype:
     """The dtype of the stored numbers."""
     return torch.int8 if kind == "int8" else torch.uint8
@@ -211,8 +216,27 @@ _linear.register_autograd(_differentiate, setup_context=_keep)
 # ---- the modules
 
 
+class _ReadOnly(Tensor):
+    """The floats that numbers stand for, made anew for each reader; what is written into them would be lost."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        if name == "__set__" or (name.endswith("_") and not name.startswith("_")):
+            raise ValueError(
+                "quantised weights cannot be changed, as a merged adapter would. Put the adapter on "
+                "model.dequantize(), and merge it there."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            return result.as_subclass(Tensor) if isinstance(result, cls) and name != "requires_grad_" else result
+
+
 class QuantizedLinear(nn.Linear):
-    """A linear layer without bias, in 8 or 4 bits: `weight` are the numbers, `weight_scale` their scales.
+    """A linear layer without bias in 8 or 4 bits: `qweight` are the numbers, `weight_scale` their scales.
+
+    In files the numbers' name is `weight`, which here are floats to be read: adapters want to know their shape and
+    dtype, and would round what they merge to whole numbers, without a word.
 
     Args:
         linear: the layer, without values (on the meta device); this one has none either.
@@ -221,41 +245,29 @@ class QuantizedLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, kind: str, has_numbers: bool):
-        weight = linear.weight
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta", dtype=weight.dtype)
-        _make_room(self, ("weight",), kind, has_numbers)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_parameter("bias", None)
+        _set(self, "qweight", linear.weight)
+        _make_room(self, ("qweight",), kind, has_numbers)
         self.quantization = kind
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weights that the numbers stand for, (out_features, in_features), in the dtype of the scales."""
+        return dequantize(self.qweight, self.weight_scale, self.weight_scale.dtype).as_subclass(_ReadOnly)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         x = input.reshape(-1, self.in_features)
         all_of_one = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        numbers, scale = self.weight.unsqueeze(0), self.weight_scale.unsqueeze(0)
+        numbers, scale = self.qweight.unsqueeze(0), self.weight_scale.unsqueeze(0)
         return _linear(x, numbers, scale, all_of_one).view(*input.shape[:-1], self.out_features)
-
-    # By the name `W_q` PEFT knows that numbers are kept here, and calls `dequantize` where it needs weights. That is
-    # DoRA, which would round what it merges to whole numbers, without a word.
-
-    @property
-    def W_q(self) -> Tensor:  # noqa: N802
-        """The numbers."""
-        return self.weight
-
-    def dequantize(self) -> Tensor:
-        """Refused.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            f"these weights are kept in {self.quantization}, and this adapter needs them as floats, as DoRA does. Use "
-            "LoRA without DoRA, or adapt model.dequantize()."
-        )
 
     def as_floats(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary layer with the weights that the numbers stand for."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(dequantize(self.weight, self.weight_scale, dtype))
+        linear.weight = nn.Parameter(dequantize(self.qweight, self.weight_scale, dtype))
         return linear
 
 
@@ -307,7 +319,7 @@ def _make_room(module: nn.Module, names: tuple[str, ...], kind: str, has_numbers
         numbers, scale = quantized_shapes(tuple(weight.shape), kind)
         if has_numbers:
             _set(module, name, torch.empty(numbers, dtype=numbers_dtype(kind), device=weight.device))
-        _set(module, f"{name}_scale", torch.empty(scale, dtype=weight.dtype, device=weight.device))
+        _set(module, scale_name(name), torch.empty(scale, dtype=weight.dtype, device=weight.device))
 
 
 def undo(experts: Any, dtype: torch.dtype) -> None:

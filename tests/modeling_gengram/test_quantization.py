@@ -297,13 +297,13 @@ def test_quantised_attention_computes_what_its_weights_say(quantized_attention, 
         kept = model.model.layers[1].self_attn.get_submodule(name)
         linear = plain.model.layers[1].self_attn.get_submodule(name)
         assert type(linear) is torch.nn.Linear and linear.weight.dtype == torch.float32
-        expected = by_hand(kept.weight, kept.weight_scale, kind)
+        expected = by_hand(kept.qweight, kept.weight_scale, kind)
         assert torch.equal(linear.weight.double(), expected.float().double())
         assert torch.equal(
             linear.weight,
             dequantize(*quantize(whole.get_submodule(f"model.layers.1.self_attn.{name}").weight, kind), torch.float32),
         )
-        assert not kept.weight.requires_grad
+        assert not kept.qweight.requires_grad
     expected, found = plain(ids).logits, model(ids).logits
     assert (found - expected).norm() <= QUANTIZED_PRODUCT * expected.norm()
     longer = model.generate(ids[:1], max_new_tokens=8, do_sample=False)
@@ -313,13 +313,14 @@ def test_quantised_attention_computes_what_its_weights_say(quantized_attention, 
     assert torch.equal(attention(x), model.model.layers[0].self_attn.q_proj(x))
 
 
-def test_lora_on_quantised_attention_trains_saves_and_loads(quantized_attention, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_adapters_on_quantised_attention_train_save_and_load(quantized_attention, options, tmp_path):
     _, _, saved = quantized_attention
     ids, found = random_ids(2, 30), []
     for dequantized in (False, True):
         model = AutoModelForCausalLM.from_pretrained(saved)
         torch.manual_seed(0)
-        settings = LoraConfig(target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+        settings = LoraConfig(target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM", **options)
         adapted = get_peft_model(model.dequantize() if dequantized else model, settings)
         with torch.no_grad():
             for name, weight in adapted.named_parameters():
@@ -334,18 +335,29 @@ def test_lora_on_quantised_attention_trains_saves_and_loads(quantized_attention,
     assert (found[0] - found[1]).norm() <= 10 * QUANTIZED_PRODUCT * found[1].norm()
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved), tmp_path).eval()
     assert torch.equal(again(ids).logits, logits)
+    for is_safe in (False, True):
+        with pytest.raises(ValueError, match="quantised weights cannot be changed"):
+            again.merge_and_unload(safe_merge=is_safe)
+    again.base_model.model.dequantize()
+    merged = again.merge_and_unload()
+    assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert (merged(ids).logits - logits).norm() <= 10 * QUANTIZED_PRODUCT * logits.norm()
 
 
-@pytest.mark.parametrize("is_safe", [False, True])
-def test_adapters_that_need_weights_of_quantised_attention_are_refused(quantized_attention, is_safe):
-    kind, _, saved = quantized_attention
-    settings = LoraConfig(target_modules=["q_proj"])
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(saved), settings)
-    with pytest.raises((RuntimeError, ValueError)):  # PyTorch's or PEFT's: numbers cannot take up an adapter
-        adapted.merge_and_unload(safe_merge=is_safe)
-    with pytest.raises(ValueError, match=f"kept in {kind}, .* Use LoRA without DoRA"):
-        settings = LoraConfig(target_modules=["q_proj"], use_dora=True)
-        get_peft_model(AutoModelForCausalLM.from_pretrained(saved), settings)
+def test_quantised_weights_can_be_read_and_not_be_written(quantized_attention):
+    kind, model, _ = quantized_attention
+    layer = model.model.layers[0].self_attn.q_proj
+    numbers = layer.qweight.clone()
+    assert torch.equal(layer.weight.double(), by_hand(layer.qweight, layer.weight_scale, kind).float().double())
+    assert type(layer.weight + 1) is torch.Tensor and type(layer.weight[0]) is torch.Tensor
+    for change in (
+        lambda: layer.weight.add_(1),
+        lambda: layer.weight.copy_(torch.zeros_like(layer.weight)),
+        lambda: setattr(layer.weight, "data", torch.zeros(2)),
+    ):
+        with pytest.raises(ValueError, match="cannot be changed"):
+            change()
+    assert torch.equal(layer.qweight, numbers)
 
 
 def test_unfit_models_and_options_are_refused_in_plain_words(folder, tmp_path):
