@@ -1,16 +1,16 @@
 """Ways to keep the weights in fewer bits, side by side: what each needs, what it can do, and what it costs.
 
-    python benchmarks/quantised_methods.py DATASET --mixture FOLDER [--methods int8,int4] [--variants 300]
+    python benchmarks/quantised_methods.py DATASET --mixture FOLDER [--methods 'float32;int8'] [--variants 300]
 
 DATASET is a folder of `gengram prepare`, FOLDER a model of `benchmarks/small_mixture.py`. Libraries are used where
 they are installed. Every method runs in a process of its own, on two models:
 
 - One of random weights in bfloat16, hidden size 1024, 3 layers, 8 experts, a memory: bytes of the saved weight files;
-  growth of the process's memory by loading, and its peak, after a prompt that uses all experts; whether it is saved
-  and loaded again with the same outputs, generates, and trains LoRA on its attention.
+  growth of a process's memory by loading these and a prompt, and its peak; whether outputs are the same then, and it
+  generates and trains LoRA on its attention.
 - The mixture in float32 (in the row "bfloat16", in this): bits per base of the validation split, over A, C, G, T; and
   of variants of BRCA1 (`../shared`) the log-likelihood ratio of 257 bases around each, mean of both strands, and its
-  Pearson correlation with that of the first method, float32.
+  Pearson correlation with that of float32.
 
 Prints a table, and writes it to `benchmarks/results/quantised_methods.json`.
 """
@@ -22,11 +22,11 @@ import json
 import logging
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,12 @@ def resident() -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def most_resident() -> int:
+    """The most bytes that it ever held; `ru_maxrss` would include the process that started this one."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def outcome(run: Callable[[], str]) -> str:
     """What came of a try: its own word, or the error's first line."""
     try:
@@ -113,36 +119,65 @@ def outcome(run: Callable[[], str]) -> str:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def measure_needs(folder: Path, method: str) -> dict[str, Any]:
-    """Memory, disk and abilities, on the model of random weights."""
+def some_bases(count: int) -> torch.Tensor:
+    """Random A, C, G, T, (1, count)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.tensor([5, 6, 7, 8])[torch.randint(4, (1, count), generator=generator)]
+
+
+@torch.no_grad()
+def measure_saving(method: str, wide: Path, saved: Path) -> dict[str, Any]:
+    """What is said while loading the model of random weights, and the bytes that it is saved in."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("transformers").addHandler(handler)
+    for name in ("", "transformers"):
+        logging.getLogger(name).addHandler(handler)
+    model = load(wide, method, torch.bfloat16)
+    found: dict[str, Any] = {"warning": next((message for message in said if "as they are" in message), None)}
+    torch.save(model(some_bases(256), use_cache=False).logits, saved / "logits.pt")
+
+    def save() -> str:
+        model.save_pretrained(saved)
+        found["disk_bytes"] = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+        return "yes"
+
+    return found | {"saves": outcome(save)}
+
+
+def touch(tensor: Any) -> None:
+    """Read something of every page of memory that a tensor lies in."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            touch(getattr(tensor, name))
+    else:
+        tensor.detach().reshape(-1)[::1024].float().sum()
+
+
+def measure_abilities(method: str, wide: Path, saved: Path) -> dict[str, Any]:
+    """Memory of the saved model, loaded without options (of one that cannot be saved, as it is made), and its work."""
+    can_be_saved = (saved / "config.json").is_file()
     METHODS[method]()  # imports
-    found: dict[str, Any] = {"warning": None}
     before = resident()
-    model = load(folder, method, torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.tensor([5, 6, 7, 8])[torch.randint(4, (1, 256), generator=generator)]
+    model = (
+        GengramForCausalLM.from_pretrained(saved, dtype="auto").eval()
+        if can_be_saved
+        else load(wide, method, torch.bfloat16)
+    )
+    ids = some_bases(256)
     with torch.no_grad():
+        for parameter in model.parameters():
+            touch(parameter)
         logits = model(ids, use_cache=False).logits
-    found["resident_bytes"] = resident() - before
-    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    found["warning"] = next((message for message in said if "as they are" in message), None)
+    found: dict[str, Any] = {"resident_bytes": resident() - before}
+    found["peak_bytes"] = most_resident() - before
+    found["loads_again"] = "no"
+    if can_be_saved:
+        found["loads_again"] = "yes" if torch.equal(logits, torch.load(saved / "logits.pt")) else "yes, other outputs"
 
     def generate() -> str:
         longer = model.generate(ids[:, :32], max_new_tokens=4, min_new_tokens=4, do_sample=False)
         return "yes" if longer.shape == (1, 36) else f"length {longer.shape[1]}"
-
-    def save() -> str:
-        with tempfile.TemporaryDirectory() as saved:
-            model.save_pretrained(saved)
-            found["disk_bytes"] = sum(file.stat().st_size for file in Path(saved).glob("*.safetensors"))
-            again = GengramForCausalLM.from_pretrained(saved, dtype="auto").eval()
-            with torch.no_grad():
-                same = torch.equal(again(ids, use_cache=False).logits, logits)
-        return "yes" if same else "yes, with other outputs"
 
     def adapt() -> str:
         from peft import LoraConfig, get_peft_model
@@ -153,7 +188,7 @@ def measure_needs(folder: Path, method: str) -> dict[str, Any]:
         assert gradients and all(g is not None and bool(g.abs().sum() > 0) for g in gradients), "no gradients"
         return "yes"
 
-    return found | {"generates": outcome(generate), "saved_and_loaded": outcome(save), "lora": outcome(adapt)}
+    return found | {"generates": outcome(generate), "lora": outcome(adapt)}
 
 
 def surprises(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -227,25 +262,31 @@ def write_wide_model(folder: Path) -> None:
     GengramForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def measured(options: argparse.Namespace, method: str, wide: Path) -> dict[str, Any]:
-    """What a process of its own finds out about a method."""
+def measured(method: str, wide: Path) -> dict[str, Any]:
+    """What processes of their own find out about a method."""
     found: dict[str, Any] = {}
-    for task in ("needs", "loss"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", task, method, str(wide)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        try:
-            found |= json.loads(done.stdout.splitlines()[-1])
-        except (IndexError, ValueError):
-            found |= {"error": f"exit code {done.returncode}: {' '.join(done.stderr.split())[-300:]}"}
-        if "error" in found:
-            break
+    with tempfile.TemporaryDirectory() as saved:
+        for task in ("saving", "abilities", "loss"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--one", task, method, str(wide), saved]
+            done = subprocess.run(command, capture_output=True, text=True)
+            try:
+                found |= json.loads(done.stdout.splitlines()[-1])
+            except (IndexError, ValueError):
+                found |= {"error": f"exit code {done.returncode}: {' '.join(done.stderr.split())[-300:]}"}
+            if "error" in found:
+                break
+    print(method, json.dumps({name: value for name, value in found.items() if name != "llr"}), flush=True)
     return found
 
 
 def one(options: argparse.Namespace) -> None:
-    task, method, wide = options.one
+    task, method, *folders = options.one
+    wide, saved = map(Path, folders)
     try:
-        found = measure_needs(Path(wide), method) if task == "needs" else measure_loss(options, method)
+        if task == "loss":
+            found = measure_loss(options, method)
+        else:
+            found = (measure_saving if task == "saving" else measure_abilities)(method, wide, saved)
     except ImportError as error:
         found = {"error": f"not installed: {' '.join(str(error).split())[:300]}"}
     except Exception as error:
@@ -284,26 +325,25 @@ def main() -> None:
     parser.add_argument("--methods", default=";".join(METHODS), help="names, with semicolons between them")
     parser.add_argument("--rows", type=int, default=64, help="of the validation split")
     parser.add_argument("--variants", type=int, default=300)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=1, help="methods that are measured at once")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.one:
         one(options)
         return
-    results: dict[str, dict[str, Any]] = {}
-    reference: np.ndarray | None = None
-    with tempfile.TemporaryDirectory() as folder:
+    methods = options.methods.split(";")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         wide = Path(folder)
         write_wide_model(wide)
-        for method in options.methods.split(";"):
-            found = results[method] = measured(options, method, wide)
-            if "llr" in found:
-                llr = np.array(found.pop("llr"))
-                reference = llr if reference is None else reference
-                found["llr_correlation"] = float(np.corrcoef(reference, llr)[0, 1])
-            print(method, json.dumps(found), flush=True)
+        results = dict(zip(methods, pool.map(lambda method: measured(method, wide), methods), strict=True))
+    reference = np.array(results["float32"]["llr"])
+    for found in results.values():
+        if "llr" in found:
+            found["llr_correlation"] = float(np.corrcoef(reference, found.pop("llr"))[0, 1])
     print(table(results))
     facts = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
+    del facts["one"]
     facts["mixture_steps"] = torch.load(options.mixture / "training.pt", weights_only=True)["step"]
     record = {"machine": describe_machine(), "options": facts, "results": results}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
