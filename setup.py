@@ -71,7 +71,11 @@ def native_kernels() -> dict:
         extra_link_args=["-fopenmp"],
         py_limited_api=True,
     )
-    return dict(ext_modules=[extension], cmdclass=dict(build_ext=Build.with_options(use_ninja=False)))
+    return dict(
+        ext_modules=[extension],
+        cmdclass=dict(build_ext=Build.with_options(use_ninja=False)),
+        options=dict(bdist_wheel=dict(py_limited_api="cp310")),  # one wheel for all versions of Python
+    )
 
 
 setup(**native_kernels() if os.environ.get("GENGRAM_NATIVE") == "1" else {})
