@@ -1,6 +1,6 @@
 """Ways to keep the weights in fewer bits, side by side: what each needs, what it can do, and what it costs.
 
-    python benchmarks/quantised_methods.py DATASET --mixture FOLDER --keep FOLDER [--methods 'float32;int8'] [--variants 300]
+    python benchmarks/quantised_methods.py DATASET --mixture FOLDER --keep FOLDER [--methods 'float32;int8']
 
 DATASET is a folder of `gengram prepare`, FOLDER a model of `benchmarks/small_mixture.py`. Libraries are used where
 they are installed. Every method runs in a process of its own, on two models:
