@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -61,17 +62,23 @@ def native_kernels() -> dict:
                 extension.extra_objects.append(str(output))
             super().build_extension(extension)
 
+    # Apple's compiler has no OpenMP; without it PyTorch's parallel_for, which is written with it, takes one thread.
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     sources = ["csrc/cpu/operators.cpp", *(["csrc/cuda/operators.cpp"] if has_cuda else [])]
     kind = cpp_extension.CUDAExtension if has_cuda else cpp_extension.CppExtension
     extension = kind(
         "gengram.motif_memory.ways._native",
         sources,
         define_macros=[("GENGRAM_TORCH_VERSION", f'"{torch.__version__}"')],
-        extra_compile_args=["-O2", "-fopenmp"],  # PyTorch's parallel_for is written with OpenMP
-        extra_link_args=["-fopenmp"],
+        extra_compile_args=["-O2", *openmp],
+        extra_link_args=openmp,
         py_limited_api=True,
     )
-    return dict(ext_modules=[extension], cmdclass=dict(build_ext=Build.with_options(use_ninja=False)))
+    return dict(
+        ext_modules=[extension],
+        cmdclass=dict(build_ext=Build.with_options(use_ninja=False)),
+        options=dict(bdist_wheel=dict(py_limited_api="cp310")),  # one wheel for all versions of Python
+    )
 
 
 setup(**native_kernels() if os.environ.get("GENGRAM_NATIVE") == "1" else {})

@@ -22,6 +22,7 @@ from .files.partial_folder import PartialFolder
 from .files.safetensors_writer import shard_size
 from .files.tensor_memory import reused_memory
 from .mapping.match import parameters
+from .mapping.quantized import Kinds
 from .to_hf.dry_run import ConversionPlan, planned
 from .to_hf.job import prepare_job
 from .to_hf.report import ConversionReport
@@ -40,6 +41,7 @@ def convert_to_hf(
     revision: str | None = None,
     fetch: str = "auto",
     experts: str | None = None,
+    attention: str | None = None,
 ) -> ConversionReport:
     """Converts the Megatron checkpoint `source` into the new folder `output` for Transformers.
 
@@ -58,6 +60,7 @@ def convert_to_hf(
         fetch: How files on the Hub are fetched: `"ranges"`, only the bytes that hold weights; `"files"`, whole, into
             the Hub's cache; `"auto"`, whole if nearly all of a file is wanted.
         experts: `"int8"` or `"int4"` quantises the experts on the way; `None` keeps them.
+        attention: The same for attention, together with the experts.
 
     Raises:
         ConversionError: if the checkpoint cannot be used; nothing is left behind.
@@ -69,7 +72,7 @@ def convert_to_hf(
     output = Path(os.path.abspath(output))
     if not os.path.lexists(work_path(output)):
         check_output_is_free(output)
-    job = prepare_job(source, dtype, revision, fetch, experts)
+    job = prepare_job(source, dtype, revision, fetch, Kinds(experts, attention))
     with PartialFolder(output, identity_of(job, limit), restart, keep_parts=job.repository is not None) as place:
         if not place.published:
             try:
@@ -102,6 +105,7 @@ def plan_conversion(
     revision: str | None = None,
     fetch: str = "auto",
     experts: str | None = None,
+    attention: str | None = None,
 ) -> ConversionPlan:
     """What `convert_to_hf` with these arguments would do; weights are not read and nothing is written.
 
@@ -113,7 +117,7 @@ def plan_conversion(
     limit = shard_size(max_shard_size)
     output = Path(os.path.abspath(output))
     check_output_is_free(output)
-    job = prepare_job(source, dtype, revision, fetch, experts, metadata_only=True)
+    job = prepare_job(source, dtype, revision, fetch, Kinds(experts, attention), metadata_only=True)
     return planned(job, output, limit, fetch)
 
 

@@ -25,7 +25,7 @@ from .files.tensor_memory import reused_memory
 from .files.weight_hash import tensor_bytes
 from .mapping.arguments import config_from_args, differing_fields
 from .mapping.match import Move, Output, match
-from .mapping.quantized import as_floats, numbers_name, quantization_of, scale_name
+from .mapping.quantized import Kinds, as_floats, numbers_name, quantization_of, scale_name
 from .megatron.checkpoint import MegatronCheckpoint
 from .megatron.open_checkpoint import NotACheckpointError, open_checkpoint
 
@@ -116,8 +116,10 @@ def diff_checkpoints(first: str | Path, second: str | Path, progress: bool = Tru
     for name in differing_fields(config_a, config_b, all_fields=all(hf)):
         report.config[name] = (getattr(config_a, name), getattr(config_b, name))
     kinds = [quantization_of(config) for config in (config_a, config_b)]
-    if kinds[0] != kinds[1]:
-        report.config["quantization_config.experts"] = (kinds[0], kinds[1])
+    for name in Kinds._fields:
+        before, after = (getattr(kind, name) for kind in kinds)
+        if before != after:
+            report.config[f"quantization_config.{name}"] = (before, after)
     report.only_in_first = [name for name in weights_a if name not in weights_b]
     report.only_in_second = [name for name in weights_b if name not in weights_a]
     # In the order of a Megatron checkpoint, so that what several tensors are made from is read once.
@@ -174,20 +176,24 @@ def _is_hf(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def _stored_weights(stored: dict[str, StoredTensor], experts: str | None) -> dict[str, Weight]:
-    """Weights by name; quantised experts are the floats that they stand for."""
+def _stored_weights(stored: dict[str, StoredTensor], kinds: Kinds) -> dict[str, Weight]:
+    """Weights by name; quantised ones are the floats that they stand for."""
     weights = {}
     for name, tensor in stored.items():
         scale = stored.get(scale_name(name))
-        if experts is None or (scale is None and numbers_name(name) is None):
+        kind = kinds.of(numbers_name(name) or name)
+        if kind is None or (scale is None and numbers_name(name) is None):
             weights[name] = _stored_weight(tensor)
         elif scale is not None:
-            shape = (*tensor.shape[:-1], tensor.shape[-1] * (1 if experts == "int8" else 2))
-            weights[name] = Weight(shape, (experts,), partial(_quantized_pieces, tensor, scale))
+            shape = (*tensor.shape[:-1], tensor.shape[-1] * (1 if kind == "int8" else 2))
+            weights[name] = Weight(shape, (kind,), partial(_quantized_pieces, tensor, scale))
     return weights
 
 
 def _quantized_pieces(numbers: StoredTensor, scale: StoredTensor) -> Iterator[torch.Tensor]:
+    if len(numbers.shape) == 2:
+        yield as_floats(numbers.read(), scale.read())
+        return
     for index in range(numbers.shape[0]):
         yield as_floats(numbers.read(index), scale.read(index))
 

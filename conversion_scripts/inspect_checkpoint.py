@@ -170,8 +170,8 @@ def _facts(config: GengramConfig) -> dict[str, Any]:
         else f"dense, width {config.intermediate_size}"
     )
     kept = quantization_of(config)
-    if kept is not None:
-        experts += f", kept in {kept}"
+    if kept.experts is not None:
+        experts += f", kept in {kept.experts}"
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     memory = "none"
     if config.memory_layers:
@@ -186,6 +186,7 @@ def _facts(config: GengramConfig) -> dict[str, Any]:
         "hidden size": config.hidden_size,
         "attention": (
             f"{config.num_attention_heads} heads, {config.num_key_value_heads} groups, head width {config.head_dim}"
+            + (f", kept in {kept.attention}" if kept.attention else "")
         ),
         "feed-forward": experts,
         "vocabulary": f"{config.vocab_size}{', tied head' if config.tie_word_embeddings else ''}",

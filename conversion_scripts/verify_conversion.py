@@ -24,7 +24,7 @@ from .files.hf_folder import RECORD, StoredTensor, read_config, stored_tensors
 from .files.tensor_memory import reused_memory
 from .files.weight_hash import WeightHash, tensor_bytes, tensor_digest, weight_digest
 from .mapping.match import Move, WeightPlan, match
-from .mapping.quantized import is_quantized, quantization_of, quantized, scale_name, stored_specs
+from .mapping.quantized import Kinds, quantization_of, quantized, scale_name, stored_specs
 from .mapping.weight_table import TABLE_VERSION
 from .megatron.checkpoint import MegatronCheckpoint
 from .megatron.open_checkpoint import open_checkpoint
@@ -124,9 +124,9 @@ def _check_round_trip(
 ) -> None:
     sources = record.sources
     config = read_config(output)
-    experts = quantization_of(config)
+    kinds = quantization_of(config)
     plan = match({name: entry.shape for name, entry in sources.items()}, config)
-    names = {spec.name for spec in stored_specs(plan.outputs, experts, torch.float32)}
+    names = {spec.name for spec in stored_specs(plan.outputs, kinds, torch.float32)}
     if names != set(tensors):
         raise ConversionError(
             f"{output}: config.json describes other weights than the folder has: "
@@ -134,7 +134,7 @@ def _check_round_trip(
         )
     wrong, narrowed, rounded = [], 0, 0
     for move in plan.moves:
-        if experts is not None and is_quantized(move.entry.targets[0].name):
+        if kinds.of(move.entry.targets[0].name) is not None:
             rounded += 1
             continue
         dtype = sources[move.source].dtype
@@ -151,7 +151,7 @@ def _check_round_trip(
     if narrowed:
         report.skipped.append(f"the way back of {narrowed} tensors, which were rounded to a smaller dtype")
     if rounded:
-        report.skipped.append(f"the way back of {rounded} tensors of experts, which were quantised to {experts}")
+        report.skipped.append(f"the way back of {rounded} tensors, which were quantised ({kinds.in_words()})")
     if narrowed + rounded < len(plan.moves):
         report.checks.append(
             f"{len(plan.moves) - narrowed - rounded} tensors taken back through the table have the source's hashes"
@@ -186,9 +186,9 @@ def _check_source(
         name for name, entry in expected.items() if tensor_digest([checkpoint.tensors[name].read()]) != entry.sha256
     ]
     config = read_config(output)
-    experts = quantization_of(config)
+    kinds = quantization_of(config)
     plan = match({name: entry.shape for name, entry in expected.items()}, config)
-    stale = [] if wrong or experts is None else _wrongly_quantized(checkpoint, plan, record, experts)
+    stale = [] if wrong else _wrongly_quantized(checkpoint, plan, record, kinds)
     checkpoint.check_unchanged()
     if wrong:
         raise ConversionError(
@@ -198,27 +198,27 @@ def _check_source(
     report.checks.append(f"{len(expected)} tensors of {source} have the recorded hashes")
     if stale:
         raise ConversionError(
-            f"{output}: {len(stale)} tensors are not what quantising the source to {experts} gives: {quoted(stale)}; "
-            "convert again"
+            f"{output}: {len(stale)} tensors are not what quantising the source gives: {quoted(stale)}; convert again"
         )
-    if experts is not None:
-        report.checks.append(f"quantising its experts to {experts} gives the tensors on disk")
+    if any(kinds):
+        report.checks.append(f"quantising it again ({kinds.in_words()}) gives the tensors on disk")
 
 
 def _wrongly_quantized(
-    checkpoint: MegatronCheckpoint, plan: WeightPlan, record: ConversionRecord, experts: str
+    checkpoint: MegatronCheckpoint, plan: WeightPlan, record: ConversionRecord, kinds: Kinds
 ) -> list[str]:
-    """Tensors that are not what quantising the experts of the source gives."""
+    """Tensors that are not what quantising the source gives."""
     wrong = []
     for output in plan.outputs:
-        if not is_quantized(output.name):
+        kind = kinds.of(output.name)
+        if kind is None:
             continue
         names = (output.name, scale_name(output.name))
         recorded = [record.weights[name] for name in names]
         digests = [WeightHash(entry.shape, entry.dtype) for entry in recorded]
         for move, which in output.parts:
             weight = move.entry.layout.to_hf(checkpoint.tensors[move.source].read())[which]
-            for part, digest in zip(quantized(output.name, weight, experts, recorded[1].dtype), digests, strict=True):
+            for part, digest in zip(quantized(output.name, weight, kind, recorded[1].dtype), digests, strict=True):
                 digest.update(tensor_bytes(part))
         wrong += [
             name for name, d, entry in zip(names, digests, recorded, strict=True) if d.hexdigest() != entry.sha256
@@ -252,9 +252,10 @@ def _loaded_digests(output: Path, record: ConversionRecord, run: bool) -> dict[s
         if notes.get(kind):
             raise ConversionError(f"{output}: loading reports {kind}: {quoted(sorted(map(str, notes[kind])))}")
     weights = record.weights
+    loaded_weights = {name.replace(".qweight", ".weight"): tensor for name, tensor in model.state_dict().items()}
     digests = {
         name: weight_digest(tuple(tensor.shape), weights[name].dtype, [tensor])
-        for name, tensor in model.state_dict().items()
+        for name, tensor in loaded_weights.items()
         if name in weights
     }
     if run:

@@ -8,6 +8,15 @@
 #include <string>
 #include <vector>
 
+// The name under which the operators are registered; the builder of Hugging Face's kernels (build.toml) gives one.
+#if defined(GENGRAM_BUILDER)
+#define GENGRAM_LIBRARY TORCH_EXTENSION_NAME
+#else
+#define GENGRAM_LIBRARY gengram_native
+#endif
+#define GENGRAM_REGISTER(library, m) TORCH_LIBRARY(library, m)
+#define GENGRAM_IMPLEMENT(library, device, m) TORCH_LIBRARY_IMPL(library, device, m)
+
 namespace gengram {
 
 using at::Tensor;

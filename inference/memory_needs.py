@@ -18,6 +18,7 @@ class MemoryNeeds:
         parameters: Numbers in the model.
         weights: All weights in `dtype`.
         weights_by_experts: The same with the experts kept in 8 or 4 bits; empty for a model without experts.
+        weights_by_both: The same with the attention in 8 bits beside such experts.
         cache: Attention's keys and values, and the memory's state, when `length` tokens were read.
         activations: The largest that a prompt of `length` tokens holds at once, read in one pass (an estimate: what
             the mixture of experts keeps between its two products, where most is).
@@ -31,6 +32,7 @@ class MemoryNeeds:
     parameters: int
     weights: int
     weights_by_experts: dict[str, int]
+    weights_by_both: dict[str, int]
     cache: int
     activations: int
     step_activations: int
@@ -47,6 +49,7 @@ class MemoryNeeds:
         ]
         rows = [("weights", self.weights)]
         rows += [(f"  with experts in {kind}", size) for kind, size in self.weights_by_experts.items()]
+        rows += [(f"  and attention in int8, experts {kind}", size) for kind, size in self.weights_by_both.items()]
         rows += [
             ("cache", self.cache),
             ("activations, prompt in one pass", self.activations),
@@ -56,7 +59,7 @@ class MemoryNeeds:
         ]
         for kind, size in self.weights_by_experts.items():
             rows.append((f"  with experts in {kind}", size + self.cache + self.activations))
-        return "\n".join([*lines, *(f"  {name:<34} {size / 1e9:8.2f} GB" for name, size in rows)])
+        return "\n".join([*lines, *(f"  {name:<39} {size / 1e9:8.2f} GB" for name, size in rows)])
 
 
 def memory_needs(config: Any, dtype: torch.dtype, batch: int, length: int) -> MemoryNeeds:
@@ -71,12 +74,10 @@ def memory_needs(config: Any, dtype: torch.dtype, batch: int, length: int) -> Me
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     experts = [weight for name, weight in model.named_parameters() if ".experts." in name]
-    parameters, in_experts = model.num_parameters(), sum(weight.numel() for weight in experts)
-    size = dtype.itemsize
-    kept = {}
-    for kind, (per_weight, group) in EXPERTS.items() if experts else ():
-        scales = sum(weight.numel() // (weight.shape[-1] if kind == "int8" else group) for weight in experts)
-        kept[kind] = (parameters - in_experts + scales) * size + int(in_experts * per_weight)
+    attention = [weight for name, weight in model.named_parameters() if ".self_attn." in name]
+    parameters, size = model.num_parameters(), dtype.itemsize
+    kinds = EXPERTS if experts else ()
+    kept = {kind: parameters * size - _saved(experts, kind, size) for kind in kinds}
     return MemoryNeeds(
         dtype=str(dtype).removeprefix("torch."),
         batch=batch,
@@ -84,11 +85,20 @@ def memory_needs(config: Any, dtype: torch.dtype, batch: int, length: int) -> Me
         parameters=parameters,
         weights=parameters * size,
         weights_by_experts=kept,
+        weights_by_both={kind: kept[kind] - _saved(attention, "int8", size) for kind in kinds},
         cache=batch * _cache_bytes(config, size, length),
         activations=_activation_bytes(config, size, batch * length),
         step_activations=_activation_bytes(config, size, batch),
         folds=len(_memory_layers(config)) * _fold_bytes(config),
     )
+
+
+def _saved(weights: list[torch.Tensor], kind: str, size: int) -> int:
+    """Bytes by which quantised weights need less than weights of `size` bytes."""
+    per_weight, group = EXPERTS[kind]
+    count = sum(weight.numel() for weight in weights)
+    scales = sum(weight.numel() // (weight.shape[-1] if kind == "int8" else group) for weight in weights)
+    return (count - scales) * size - int(count * per_weight)
 
 
 def _memory_layers(config: Any) -> list[int]:

@@ -364,9 +364,11 @@ class GengramPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if getattr(module, "quantization", None) is not None:
+            return  # numbers, which are always loaded
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, MixtralExperts) and getattr(module, "quantization", None) is None:
+        if isinstance(module, MixtralExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, (GengramRouter, DepthwiseConv)):

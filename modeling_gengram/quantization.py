@@ -1,4 +1,4 @@
-"""Quantised experts by Transformers' ordinary `quantization_config`: made while loading, or read from a folder.
+"""Quantised experts and attention by Transformers' ordinary `quantization_config`: made while loading, or read.
 
 The quantisers of the libraries look at `nn.Linear`. A Gengram model's experts are stacked parameters, 92 % of the
 released model, which they leave alone without a word; `warn_of_untouched` says so.
@@ -8,41 +8,48 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantized_experts import GROUP, WEIGHTS, check_kind, make_room, quantize, undo
+from .quantized_experts import GROUP, WEIGHTS, QuantizedLinear, check_kind, make_room, quantize, scale_name, undo
 
 logger = logging.get_logger(__name__)
 
 METHOD = "gengram_experts"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")  # of attention
 _MOST_UNTOUCHED = 0.1  # share of the parameters that a quantisation may leave alone without being told of
 
 
 class GengramQuantizationConfig(QuantizationConfigMixin):
-    """Keeps the stacked experts in 8 or 4 bits; router, attention, norms, embeddings and memory stay as they are.
+    """Keeps the stacked experts in 8 or 4 bits, and attention on request.
+
+    Router, norms, embeddings and memory stay as they are.
 
     Args:
         experts: `"int8"`, a scale per row, or `"int4"`, a scale per 32 weights (4.5 bits per weight).
+        attention: the same for the projections of attention; `None` leaves them as they are.
 
     Example:
 
     ```python
     >>> GengramQuantizationConfig(experts="int4").to_dict()
-    {'quant_method': 'gengram_experts', 'experts': 'int4'}
+    {'quant_method': 'gengram_experts', 'experts': 'int4', 'attention': None}
 
     ```
     """
 
-    def __init__(self, experts: str = "int8", **kwargs: Any):
+    def __init__(self, experts: str = "int8", attention: str | None = None, **kwargs: Any):
         kwargs.pop("quant_method", None)
         if kwargs:
-            raise ValueError(f"a quantisation of experts has the option experts, not {', '.join(map(repr, kwargs))}.")
+            unknown = ", ".join(map(repr, kwargs))
+            raise ValueError(f"a quantisation of experts has the options experts and attention, not {unknown}.")
         self.quant_method: Any = METHOD
         self.experts = check_kind(experts)
+        self.attention = None if attention is None else check_kind(attention, "attention")
 
 
 class GengramQuantizer(HfQuantizer):
@@ -59,13 +66,20 @@ class GengramQuantizer(HfQuantizer):
         return 1.0 if self.quantization_config.experts == "int8" else 0.5 + 2 / GROUP
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is a weight of experts."""
+        """Whether a parameter is a weight of experts, or of attention if that is quantised."""
         path, _, name = param_name.rpartition(".")
-        return name in WEIGHTS and getattr(model.get_submodule(path), "quantization", None) is not None
+        return name in (*WEIGHTS, "qweight") and getattr(model.get_submodule(path), "quantization", None) is not None
+
+    def get_weight_conversions(self) -> list[WeightRenaming]:
+        """Names in files and in the model; see `QuantizedLinear`. They are undone when the model is saved."""
+        if self.quantization_config.attention is None:
+            return []
+        starts = [f"self_attn.{name}." for name in PROJECTIONS]
+        return [WeightRenaming(f"{start}weight", f"{start}qweight") for start in starts]
 
     def get_quantize_ops(self) -> ConversionOps:
         """What makes numbers and scales of a weight that was read."""
-        return _Quantize(self.quantization_config.experts)
+        return _Quantize(self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         stacks = [module for module in model.modules() if hasattr(module, "quantization")]
@@ -76,6 +90,10 @@ class GengramQuantizer(HfQuantizer):
             )
         for experts in stacks:
             make_room(experts, self.quantization_config.experts, has_numbers=self.pre_quantized)
+        kind = self.quantization_config.attention
+        for attention in [module for module in model.modules() if isinstance(module, MixtralAttention)]:
+            for name in PROJECTIONS if kind is not None else ():
+                setattr(attention, name, QuantizedLinear(getattr(attention, name), kind, self.pre_quantized))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -90,9 +108,13 @@ class GengramQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for module in model.modules():
-            if getattr(module, "quantization", None) is not None:
-                undo(module, dtype or model.dtype)
+        dtype = dtype or model.dtype
+        for path, module in list(model.named_modules()):
+            if isinstance(module, QuantizedLinear):
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, module.as_floats(dtype))
+            elif getattr(module, "quantization", None) is not None:
+                undo(module, dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -101,7 +123,7 @@ class GengramQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on other modules train; the experts themselves do not."""
+        """Adapters train; quantised weights do not."""
         return True
 
     @property
@@ -111,17 +133,22 @@ class GengramQuantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, quantization: GengramQuantizationConfig):
+        self.quantization = quantization
 
     def convert(
         self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Any]:
-        """Numbers and scales by name, of one stack of weights; expert by expert, to need little memory."""
+        """Numbers and scales by name, of one matrix or stack; expert by expert, to need little memory."""
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
-        numbers, scales = zip(*(quantize(expert, self.kind) for expert in weight), strict=True)
-        return {full_layer_name: torch.stack(numbers), f"{full_layer_name}_scale": torch.stack(scales)}
+        if weight.dim() == 2:
+            assert self.quantization.attention is not None
+            numbers, scales = quantize(weight, self.quantization.attention)
+        else:
+            parts = zip(*(quantize(expert, self.quantization.experts) for expert in weight), strict=True)
+            numbers, scales = (torch.stack(part) for part in parts)
+        return {full_layer_name: numbers, scale_name(full_layer_name): scales}
 
 
 def warn_of_untouched(model: Any) -> None:

@@ -1,6 +1,7 @@
-"""Experts whose weights are kept in 8 or 4 bits; products are taken in the dtype of the hidden states.
+"""Experts and linear layers whose weights are kept in 8 or 4 bits; products are in the dtype of the hidden states.
 
-A stack of matrices (experts, rows, columns) becomes whole numbers and scales, both ordinary tensors:
+A stack of matrices (experts, rows, columns) or a matrix (rows, columns) becomes whole numbers and scales, both
+ordinary tensors:
 
 - `"int8"`: int8 (experts, rows, columns), and one scale per row, (experts, rows). weight = number * scale.
 - `"int4"`: numbers -8..7, and one scale per 32 columns, (experts, rows, columns / 32). Two numbers share a byte: byte
@@ -38,14 +39,14 @@ if not __name__.startswith("gengram."):
     _NAMESPACE += "_" + hashlib.sha256(__name__.encode()).hexdigest()[:12]
 
 
-def check_kind(kind: Any) -> str:
-    """The kind of a quantisation.
+def check_kind(kind: Any, of: str = "experts") -> str:
+    """The kind of a quantisation, of the option `of`.
 
     Raises:
         ValueError: if there is none of that name.
     """
     if kind not in KINDS:
-        raise ValueError(f"experts must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
+        raise ValueError(f"{of} must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
     return str(kind)
 
 
@@ -60,10 +61,15 @@ def quantized_shapes(shape: tuple[int, ...], kind: str) -> tuple[tuple[int, ...]
         return shape, tuple(rows)
     if columns % GROUP:
         raise ValueError(
-            f'"int4" needs expert matrices whose columns are a multiple of {GROUP} (hidden_size and '
-            f'intermediate_size), got {columns}; use "int8".'
+            f'"int4" needs matrices whose columns are a multiple of {GROUP} (of experts: hidden_size and '
+            f'intermediate_size; of attention: hidden_size, and heads times head_dim), got {columns}; use "int8".'
         )
     return (*rows, columns // 2), (*rows, columns // GROUP)
+
+
+def scale_name(name: str) -> str:
+    """Of a module's parameter of numbers, the one of its scales."""
+    return name.replace("qweight", "weight") + "_scale"
 
 
 def numbers_dtype(kind: str) -> torch.dtype:
@@ -89,7 +95,7 @@ def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     work = weight.to(torch.promote_types(weight.dtype, torch.float32))
     largest = work.abs().amax(-1, keepdim=True) if kind == "int8" else _signed_largest(_groups(work))
     if not bool(torch.isfinite(largest).all()):
-        raise ValueError("the weights of the experts hold numbers that are not finite, which cannot be quantised.")
+        raise ValueError("weights hold numbers that are not finite, which cannot be quantised.")
     if kind == "int8":
         scale = (largest / 127).to(weight.dtype)
         return _rounded(work, scale, -127, 127).to(torch.int8), scale.squeeze(-1)
@@ -207,7 +213,62 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _linear.register_autograd(_differentiate, setup_context=_keep)
 
 
-# ---- the experts' module
+# ---- the modules
+
+
+class _ReadOnly(Tensor):
+    """The floats that numbers stand for, made anew for each reader; what is written into them would be lost."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        if name == "__set__" or (name.endswith("_") and not name.startswith("_")):
+            raise ValueError(
+                "quantised weights cannot be changed, as a merged adapter would. Put the adapter on "
+                "model.dequantize(), and merge it there."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            return result.as_subclass(Tensor) if isinstance(result, cls) and name != "requires_grad_" else result
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer without bias in 8 or 4 bits: `qweight` are the numbers, `weight_scale` their scales.
+
+    In files the numbers' name is `weight`, which here are floats to be read: adapters want to know their shape and
+    dtype, and would round what they merge to whole numbers, without a word.
+
+    Args:
+        linear: the layer, without values (on the meta device); this one has none either.
+        kind: of the quantisation.
+        has_numbers: whether quantised numbers will be loaded; otherwise floats are, and are quantised then.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str, has_numbers: bool):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_parameter("bias", None)
+        _set(self, "qweight", linear.weight)
+        _make_room(self, ("qweight",), kind, has_numbers)
+        self.quantization = kind
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weights that the numbers stand for, (out_features, in_features), in the dtype of the scales."""
+        return dequantize(self.qweight, self.weight_scale, self.weight_scale.dtype).as_subclass(_ReadOnly)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        x = input.reshape(-1, self.in_features)
+        all_of_one = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        numbers, scale = self.qweight.unsqueeze(0), self.weight_scale.unsqueeze(0)
+        return _linear(x, numbers, scale, all_of_one).view(*input.shape[:-1], self.out_features)
+
+    def as_floats(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary layer with the weights that the numbers stand for."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(dequantize(self.qweight, self.weight_scale, dtype))
+        return linear
 
 
 def quantized_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -248,13 +309,17 @@ def make_room(experts: Any, kind: str, has_numbers: bool) -> None:
         kind: of the quantisation.
         has_numbers: whether quantised numbers will be loaded; otherwise floats are, and are quantised then.
     """
-    for name in WEIGHTS:
-        weight = getattr(experts, name)
+    _make_room(experts, WEIGHTS, kind, has_numbers)
+    experts.quantization = kind
+
+
+def _make_room(module: nn.Module, names: tuple[str, ...], kind: str, has_numbers: bool) -> None:
+    for name in names:
+        weight = getattr(module, name)
         numbers, scale = quantized_shapes(tuple(weight.shape), kind)
         if has_numbers:
-            _set(experts, name, torch.empty(numbers, dtype=numbers_dtype(kind), device=weight.device))
-        _set(experts, f"{name}_scale", torch.empty(scale, dtype=weight.dtype, device=weight.device))
-    experts.quantization = kind
+            _set(module, name, torch.empty(numbers, dtype=numbers_dtype(kind), device=weight.device))
+        _set(module, scale_name(name), torch.empty(scale, dtype=weight.dtype, device=weight.device))
 
 
 def undo(experts: Any, dtype: torch.dtype) -> None:

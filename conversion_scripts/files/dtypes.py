@@ -3,7 +3,7 @@
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORED_DTYPES = {**DTYPES, "int8": torch.int8, "uint8": torch.uint8}  # the last two: quantised experts
+STORED_DTYPES = {**DTYPES, "int8": torch.int8, "uint8": torch.uint8}  # the last two: quantised weights
 SAFETENSORS_NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",

@@ -132,7 +132,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             for key in file.keys():
                 view = file.get_slice(key)
                 dtype = _DTYPES.get(view.get_dtype())
-                if dtype is None or not (dtype.is_floating_point or ".experts." in key):
+                if dtype is None or not (dtype.is_floating_point or ".experts." in key or ".self_attn." in key):
                     raise ConversionError(
                         f"{folder / name}: {shortened(key)} has dtype {view.get_dtype()}, expected a float type"
                     )

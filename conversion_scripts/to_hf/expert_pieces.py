@@ -1,4 +1,4 @@
-"""What is written of each tensor: the source's values or, of quantised experts, numbers and then scales."""
+"""What is written of each tensor: the source's values or, of quantised weights, numbers and then scales."""
 
 from collections.abc import Container, Iterator, Mapping
 from itertools import islice
@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 
 from ..files.safetensors_writer import HashedTensor, StartedFile, TensorSpec
-from ..mapping.quantized import is_quantized, numbers_name, quantized
+from ..mapping.quantized import numbers_name, quantized
 from .job import ConversionJob
 from .source_reader import SourceReader
 
@@ -14,7 +14,7 @@ from .source_reader import SourceReader
 def slices_there(
     shards: dict[str, list[TensorSpec]], kept: Container[str], started: Mapping[str, StartedFile]
 ) -> dict[str, int]:
-    """How many experts of each tensor an earlier run wrote, so that their scales are no longer known."""
+    """How many pieces of each tensor an earlier run wrote, at least, so that their scales are no longer known."""
     there = {}
     for name, shard in shards.items():
         start = started.get(name, StartedFile())
@@ -27,7 +27,7 @@ def slices_there(
 
 
 class ExpertPieces:
-    """The pieces of each tensor. Experts are quantised when they are read; their scales are kept until they are due.
+    """The pieces of each tensor, quantised when they are read if they are to be; scales are kept until they are due.
 
     Args:
         there: `slices_there`.
@@ -42,7 +42,7 @@ class ExpertPieces:
     def of(self, spec: TensorSpec, first: int) -> Iterator[torch.Tensor | HashedTensor]:
         """What makes a tensor, piece by piece along its first axis, without the first so many."""
         numbers = numbers_name(spec.name)
-        if self._job.experts is None or not (numbers or is_quantized(spec.name)):
+        if self._job.kinds.of(numbers or spec.name) is None:
             yield from self._reader.pieces(spec, first)
         elif numbers is None:
             for piece in self._reader.pieces(spec, first):
@@ -57,6 +57,7 @@ class ExpertPieces:
             yield from self._scales.pop(numbers, [])[max(first - there, 0) :]
 
     def _quantized(self, name: str, piece: torch.Tensor | HashedTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._job.experts is not None
+        kind = self._job.kinds.of(name)
+        assert kind is not None
         values = piece.values if isinstance(piece, HashedTensor) else piece
-        return quantized(name, values, self._job.experts, self._job.dtype)
+        return quantized(name, values, kind, self._job.dtype)

@@ -7,14 +7,14 @@ import torch
 
 from ...modeling_gengram.quantization import GengramQuantizationConfig
 from ...support.errors import ConversionError
-from ..choices import EXPERTS, FETCH, OUTPUT_DTYPES
+from ..choices import FETCH, OUTPUT_DTYPES, QUANTISED
 from ..files.dtypes import DTYPES, dtype_name
 from ..files.safetensors_writer import TensorSpec, plan_shards, shard_names
 from ..hub.fetch_plan import FetchPlan, plan_fetch
 from ..hub.hub_path import HubPath, SourcePath, open_source, relative_name
 from ..mapping.arguments import RecordedArgs, config_from_args
 from ..mapping.match import WeightPlan, match
-from ..mapping.quantized import numbers_name, stored_specs
+from ..mapping.quantized import Kinds, numbers_name, stored_specs
 from ..megatron.checkpoint import MegatronCheckpoint
 from ..megatron.open_checkpoint import open_checkpoint
 
@@ -25,23 +25,23 @@ class ConversionJob:
     Args:
         checkpoint: What is converted.
         dtype: Of the weights; `None` keeps the checkpoint's.
-        experts: How the experts are quantised; `None` leaves them as they are.
+        kinds: How experts and attention are quantised.
     """
 
-    def __init__(self, checkpoint: MegatronCheckpoint, dtype: str | None, experts: str | None = None):
+    def __init__(self, checkpoint: MegatronCheckpoint, dtype: str | None, kinds: Kinds = Kinds()):  # noqa: B008
         self.checkpoint = checkpoint
         self.arguments = RecordedArgs(checkpoint.args)
         self.config = config_from_args(self.arguments)
         self.plan = match(checkpoint.shapes, self.config)
         self.dtype = DTYPES[dtype] if dtype else _checkpoint_dtype(checkpoint, self.plan)
         self.config.dtype = dtype_name(self.dtype)
-        self.experts = experts
-        if experts is not None:
+        self.kinds = kinds
+        if kinds.experts is not None:
             if self.config.num_local_experts <= 1:
-                raise ConversionError(f"the model has no experts that --experts {experts} could quantise")
-            self.config.quantization_config = GengramQuantizationConfig(experts).to_dict()
+                raise ConversionError(f"the model has no experts that --experts {kinds.experts} could quantise")
+            self.config.quantization_config = GengramQuantizationConfig(*kinds).to_dict()
         outputs = {out.name: out for out in self.plan.outputs}
-        self.specs = list(stored_specs(self.plan.outputs, experts, self.dtype))
+        self.specs = list(stored_specs(self.plan.outputs, kinds, self.dtype))
         self.outputs = {spec.name: outputs[numbers_name(spec.name) or spec.name] for spec in self.specs}
         self.nbytes = sum(spec.nbytes for spec in self.specs)
         self.dropped = checkpoint.left_out(self.plan)
@@ -50,7 +50,7 @@ class ConversionJob:
     @property
     def dtypes(self) -> str:
         """What the weights are written in, in words."""
-        return dtype_name(self.dtype) + (f", experts in {self.experts}" if self.experts else "")
+        return ", ".join(part for part in (dtype_name(self.dtype), self.kinds.in_words()) if part)
 
     def shards(self, limit: int) -> dict[str, list[TensorSpec]]:
         """The weight files and their tensors, in the order of writing."""
@@ -85,7 +85,7 @@ def prepare_job(
     dtype: str | None,
     revision: str | None,
     fetch: str,
-    experts: str | None = None,
+    kinds: Kinds = Kinds(),  # noqa: B008
     metadata_only: bool = False,
 ) -> ConversionJob:
     """Opens the source and decides how it is converted.
@@ -97,12 +97,15 @@ def prepare_job(
         raise ConversionError(f"dtype must be one of {', '.join(OUTPUT_DTYPES)}, or None to keep it, got {dtype!r}")
     if fetch not in FETCH:
         raise ConversionError(f"fetch must be one of {', '.join(FETCH)}, got {fetch!r}")
-    if experts is not None and experts not in EXPERTS:
-        raise ConversionError(f"experts must be one of {', '.join(EXPERTS)}, or None to keep them, got {experts!r}")
+    for name, kind in kinds._asdict().items():
+        if kind is not None and kind not in QUANTISED:
+            raise ConversionError(f"{name} must be one of {', '.join(QUANTISED)}, or None to keep them, got {kind!r}")
+    if kinds.attention is not None and kinds.experts is None:
+        raise ConversionError("attention is quantised together with the experts: give experts (--experts) too")
     folder = open_source(source, revision)
     if isinstance(folder, HubPath):
         folder.repository.may_fetch_files = not metadata_only
-    return ConversionJob(open_checkpoint(folder), dtype, experts)
+    return ConversionJob(open_checkpoint(folder), dtype, kinds)
 
 
 def _checkpoint_dtype(checkpoint: MegatronCheckpoint, plan: WeightPlan) -> torch.dtype:

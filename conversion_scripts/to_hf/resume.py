@@ -21,7 +21,7 @@ def identity_of(job: ConversionJob, limit: int) -> dict[str, Any]:
         "source": str(job.checkpoint.path.resolve()),
         "source files": [[str(file), *job.checkpoint.facts.get(file, ())] for file in job.checkpoint.files],
         "dtype": dtype_name(job.dtype),
-        "experts": job.experts,
+        "quantised": job.kinds._asdict(),
         "max_shard_size": limit,
         "version of gengram": installed_version("gengram"),
         "table_version": TABLE_VERSION,

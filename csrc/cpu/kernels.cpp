@@ -3,6 +3,10 @@
 // Work is cut in blocks of columns: a block's part of the tables stays in the cache while a thread sweeps over the
 // positions. Forward: pass 1 gives three sums per position and block, from which come the gates; pass 2 gives values,
 // convolution and result. Every sum is formed in an order that depends neither on threads nor on where a sweep began.
+#if defined(GENGRAM_BUILDER) && !defined(GENGRAM_CAPABILITY)
+#define GENGRAM_CAPABILITY baseline
+#endif
+
 #include "kernels.h"
 
 #include <cstdlib>

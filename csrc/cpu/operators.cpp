@@ -5,6 +5,10 @@
 #include "../operator_functions.h"
 #include "kernels.h"
 
+#ifndef GENGRAM_TORCH_VERSION  // `setup.py` says which it is
+#define GENGRAM_TORCH_VERSION "unknown"
+#endif
+
 namespace gengram {
 namespace {
 
@@ -65,12 +69,12 @@ std::string capability() { return kernels().name; }
 extern "C" __attribute__((used, visibility("default"))) const char gengram_built_with[] =
     "gengram native kernels, built with torch " GENGRAM_TORCH_VERSION ";";
 
-TORCH_LIBRARY(gengram_native, m) {
+GENGRAM_REGISTER(GENGRAM_LIBRARY, m) {
   define_operators(m);
   m.def("capability() -> str", capability);
 }
 
-TORCH_LIBRARY_IMPL(gengram_native, CPU, m) {
+GENGRAM_IMPLEMENT(GENGRAM_LIBRARY, CPU, m) {
   Operators<Cpu>::implement(m);
   m.impl("quantized_product", quantized_product);
 }

@@ -93,6 +93,6 @@ struct Cuda {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gengram_native, CUDA, m) { Operators<Cuda>::implement(m); }
+GENGRAM_IMPLEMENT(GENGRAM_LIBRARY, CUDA, m) { Operators<Cuda>::implement(m); }
 
 }  // namespace gengram

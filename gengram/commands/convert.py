@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..conversion_scripts.choices import EXPERTS, FETCH, FORMATS, MEMORY_PREFIXES, OUTPUT_DTYPES
+from ..conversion_scripts.choices import FETCH, FORMATS, MEMORY_PREFIXES, OUTPUT_DTYPES, QUANTISED
 
 HELP = "convert checkpoints between formats"
 
@@ -34,8 +34,9 @@ def _add_to_hf_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write; new or empty")
     parser.add_argument("--dtype", choices=OUTPUT_DTYPES, help="dtype of the weights; the checkpoint's own by default")
     parser.add_argument(
-        "--experts", choices=EXPERTS, help="quantise the experts to 8 or 4 bits per weight; floats by default"
+        "--experts", choices=QUANTISED, help="quantise the experts to 8 or 4 bits per weight; floats by default"
     )
+    parser.add_argument("--attention", choices=QUANTISED, help="with --experts: quantise the attention too")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub; its main branch by default")
     parser.add_argument(
@@ -57,7 +58,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     from ..conversion_scripts.files.tensor_memory import give_memory_back
     from ..support.printable import printable_lines
 
-    options = {name: getattr(arguments, name) for name in ("dtype", "experts", "max_shard_size", "revision", "fetch")}
+    names = ("dtype", "experts", "attention", "max_shard_size", "revision", "fetch")
+    options = {name: getattr(arguments, name) for name in names}
     give_memory_back()
     try:
         done: Any

@@ -65,10 +65,12 @@ def test_weights_and_cache_and_folds_have_the_bytes_of_real_ones(experts, dtype)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantised_weights_have_the_bytes_of_real_ones(kind, tmp_path):
     tiny_model(GengramForCausalLM, intermediate_size=64).save_pretrained(tmp_path)
-    quantization = GengramQuantizationConfig(experts=kind)
-    model = GengramForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantization)
-    needs = memory_needs(model.config, torch.bfloat16, 1, 10)
-    assert needs.weights_by_experts[kind] == bytes_of(model.parameters())
+    for attention in (None, "int8"):
+        quantization = GengramQuantizationConfig(experts=kind, attention=attention)
+        model = GengramForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=quantization)
+        needs = memory_needs(model.config, torch.bfloat16, 1, 10)
+        computed = needs.weights_by_both if attention else needs.weights_by_experts
+        assert computed[kind] == bytes_of(model.parameters())
 
 
 @pytest.mark.parametrize("experts", [0, 8])
