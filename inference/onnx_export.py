@@ -46,9 +46,7 @@ def export_onnx(loaded: LoadedModel, output: str | Path) -> float:
         OSError: if it cannot be written.
     """
     output = Path(output)
-    if output.suffix != ".onnx":
-        raise InputError(f"expected a name of the file that ends in .onnx, got {output.name!r}.")
-    check_output_is_free(output)
+    check_output(output)
     model = loaded.model
     if getattr(model, "hf_quantizer", None) is not None or model.dtype != torch.float32:
         raise InputError(f"ONNX is written of models in float32, got one in {model.dtype} or quantised.")
@@ -69,6 +67,18 @@ def export_onnx(loaded: LoadedModel, output: str | Path) -> float:
         for file in sorted(folder.iterdir(), reverse=True):  # the weights beside it first
             os.replace(file, output.with_name(file.name))
     return apart
+
+
+def check_output(output: Path) -> None:
+    """Refuse a name that no ONNX file can be written to; asked before a large model is loaded.
+
+    Raises:
+        InputError: if the name does not end in `.onnx`.
+        FileExistsError: if there is such a file.
+    """
+    if output.suffix != ".onnx":
+        raise InputError(f"expected a name of the file that ends in .onnx, got {output.name!r}.")
+    check_output_is_free(output)
 
 
 class _Outputs(nn.Module):

@@ -24,8 +24,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from ..inference.jobs import ModelOptions
     from ..inference.loaded_model import head_of
-    from ..inference.onnx_export import export_onnx
+    from ..inference.onnx_export import check_output, export_onnx
 
+    check_output(arguments.output)
     options = ModelOptions(arguments.model, arguments.revision, device="cpu")
     head = head_of(options.load_config())
     apart = export_onnx(options.load(head), arguments.output)

@@ -43,6 +43,12 @@ def test_what_cannot_be_exported_is_refused(tiny_folder, tmp_path, capsys):  # n
     (tmp_path / "there.onnx").touch()
     assert main(["export", str(tiny_folder), str(tmp_path / "there.onnx")]) == 1
     assert "exists already" in capsys.readouterr().err
+    for name, message in (
+        ("out.pt", "ends in .onnx"),
+        ("there.onnx", "exists already"),
+    ):  # before it looks for a model
+        assert main(["export", "no/such/model", str(tmp_path / name)]) == 1
+        assert message in capsys.readouterr().err
     small = GengramForCausalLM.from_pretrained(
         tiny_folder, quantization_config=GengramQuantizationConfig(experts="int8")
     )
