@@ -1,4 +1,4 @@
-"""Models that Transformers spreads over processes (`DistributedConfig`): what is added to its plans, what is refused."""
+"""Models that Transformers spreads over processes (`DistributedConfig`): what is added to its plans, or refused."""
 
 from typing import Any
 
@@ -30,8 +30,8 @@ def prepare_to_spread(model: Any, distributed_config: Any) -> None:
         )
     if distributed_config.fsdp_size > 1 and getattr(quantized[0], WEIGHTS[0]).is_floating_point():  # no numbers yet
         raise ValueError(
-            "experts cannot be quantised while a model is loaded into fully sharded processes. Save a quantised folder "
-            "first (load in one process and save_pretrained, or use `gengram convert to-hf --experts`), then load it."
+            "experts cannot be quantised while a model is loaded into fully sharded processes. Save a quantised "
+            "folder first (load in one process and save_pretrained, or use `gengram convert to-hf --experts`)."
         )
     plan = model._ep_plan
     plan.update({f"{name}_scale": style for name, style in plan.items() if name.rpartition(".")[2] in WEIGHTS})
