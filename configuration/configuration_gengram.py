@@ -309,7 +309,8 @@ class GengramConfig(PreTrainedConfig):
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
         """How expert parallelism spreads the experts: as Mixtral's, or not at all with a dense feed-forward."""
-        return MixtralConfig.base_model_ep_plan if self.num_local_experts > 1 else {}
+        plan: Any = MixtralConfig.base_model_ep_plan
+        return dict(plan) if self.num_local_experts > 1 else {}
 
     def _plan_of_layers(self) -> dict[str, str]:
         if self.num_local_experts > 1:

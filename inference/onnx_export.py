@@ -115,7 +115,7 @@ def _dimensions(longest: int) -> tuple[Any, Any]:
 
 
 def _exported(
-    model: Any, function: nn.Module, example: tuple[Any, ...], shapes: Any, longest: int, names: dict[str, list[str]]
+    model: Any, function: nn.Module, example: tuple[Any, ...], shapes: Any, longest: int, names: dict[str, Any]
 ) -> Any:
     with _attention(model, "eager"), dense_experts(model), memory_path("token_major", "torch"), _silent():
         exported = torch.export.export(function, example, dynamic_shapes=shapes, strict=False)
