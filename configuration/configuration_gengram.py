@@ -154,7 +154,6 @@ class GengramConfig(PreTrainedConfig):
     attribute_map = {"num_experts": "num_local_experts"}  # noqa: RUF012
 
     # Mixtral's plans fit the same module names; the memory is replicated on every rank.
-    base_model_ep_plan = MixtralConfig.base_model_ep_plan
     base_model_pp_plan = MixtralConfig.base_model_pp_plan
 
     vocab_size: int = 128
@@ -306,6 +305,12 @@ class GengramConfig(PreTrainedConfig):
         """What is added to the plan, as Transformers 5.18 does for tied embeddings."""
         of_layers = self._plan_of_layers()
         self.__dict__["base_model_tp_plan"] = {name: plan[name] for name in plan if name not in of_layers}
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """How expert parallelism spreads the experts: as Mixtral's, or not at all with a dense feed-forward."""
+        plan: Any = MixtralConfig.base_model_ep_plan
+        return dict(plan) if self.num_local_experts > 1 else {}
 
     def _plan_of_layers(self) -> dict[str, str]:
         if self.num_local_experts > 1:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ..motif_memory import memory_path
 from ..motif_memory.definition import grams_of
@@ -25,8 +26,12 @@ _MOST_BYTES = 2**31 - 2**20  # of a file; weights of a larger model lie beside i
 _EXAMPLE, _OTHERS = (2, 40), ((3, 57), (1, 7))  # batch and length
 
 
-def export_onnx(loaded: LoadedModel, output: str | Path) -> float:
+def export_onnx(loaded: LoadedModel, output: str | Path, with_state: bool = False) -> float:
     """Write a model as ONNX: `input_ids` and `attention_mask` (batch, length) in, `logits` (or hidden states) out.
+
+    With state, to generate: `input_ids` and a state in, `logits` and the state after these tokens out, one output
+    (`new.NAME`) for each input of the state in the same order. Zeros, with no positions of keys and values, are the
+    state before the first token. There is no mask: rows of a batch have the same length.
 
     Batch and length are free, from 2 bases to what the model reads. Experts are all computed for every token, and
     those not chosen weigh nothing, since ONNX knows no products of groups; that takes experts / chosen times as long.
@@ -34,41 +39,54 @@ def export_onnx(loaded: LoadedModel, output: str | Path) -> float:
     Args:
         loaded: the model, in float32 on the CPU.
         output: ends in `.onnx`; weights of more than 2 GB lie in `OUTPUT.data` beside it.
+        with_state: whether tokens can be given in parts.
 
     Returns:
         By how much numbers of the file differ at most from the model's, of random sequences, some padded in front.
 
     Raises:
-        InputError: if the model is quantised or not in float32, the name does not end in `.onnx`, or the file's
-            numbers differ by more than 1e-4.
+        InputError: if the model is quantised or not in float32, has no state that can be written, the name does not
+            end in `.onnx`, or the file's numbers differ by more than 1e-4.
         MissingExtraError: if a library of the extra `onnx` is not installed.
         FileExistsError: if the output exists.
         OSError: if it cannot be written.
     """
     output = Path(output)
-    if output.suffix != ".onnx":
-        raise InputError(f"expected a name of the file that ends in .onnx, got {output.name!r}.")
-    check_output_is_free(output)
+    check_output(output)
     model = loaded.model
     if getattr(model, "hf_quantizer", None) is not None or model.dtype != torch.float32:
         raise InputError(f"ONNX is written of models in float32, got one in {model.dtype} or quantised.")
+    if with_state:
+        _check_state(model)
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (PyTorch's exporter needs it)
     except ImportError as error:
         raise MissingExtraError(f"gengram export needs {error.name}: pip install 'gengram[onnx]'") from error
     longest = min(loaded.context, 1 << 17)
-    program = _program(model, longest)
+    program = _program_with_state(model, longest) if with_state else _program(model, longest)
     is_large = sum(parameter.nbytes for parameter in model.parameters()) > _MOST_BYTES
     with work_folder(output, restart=True) as folder:
         program.save(str(folder / output.name), external_data=is_large)
         session = onnxruntime.InferenceSession(str(folder / output.name), providers=["CPUExecutionProvider"])
-        apart = _difference(session, model, longest)
+        apart = (_difference_with_state if with_state else _difference)(session, model, longest)
         if not apart <= ALLOWED:
             raise InputError(f"{output} was not written: its numbers differ from the model's by {apart:.1e}.")
         for file in sorted(folder.iterdir(), reverse=True):  # the weights beside it first
             os.replace(file, output.with_name(file.name))
     return apart
+
+
+def check_output(output: Path) -> None:
+    """Refuse a name that no ONNX file can be written to; asked before a large model is loaded.
+
+    Raises:
+        InputError: if the name does not end in `.onnx`.
+        FileExistsError: if there is such a file.
+    """
+    if output.suffix != ".onnx":
+        raise InputError(f"expected a name of the file that ends in .onnx, got {output.name!r}.")
+    check_output_is_free(output)
 
 
 class _Outputs(nn.Module):
@@ -85,22 +103,126 @@ class _Outputs(nn.Module):
 
 def _program(model: Any, longest: int) -> Any:
     """What PyTorch's exporter makes of the model."""
-    batch, length = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=longest)
-    shapes = ({0: batch, 1: length},) * 2
+    batch, length = _dimensions(longest)
     example = (torch.full(_EXAMPLE, _base(model)), torch.ones(_EXAMPLE, dtype=torch.int64))
+    name = "logits" if hasattr(model, "lm_head") or hasattr(model, "score") else "output"
+    sizes = {0: batch, 1: length}
+    return _exported(model, _Outputs(model), example, (sizes, sizes), longest, {"output_names": [name]})
+
+
+def _dimensions(longest: int) -> tuple[Any, Any]:
+    return torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("length", min=2, max=longest)
+
+
+def _exported(
+    model: Any, function: nn.Module, example: tuple[Any, ...], shapes: Any, longest: int, names: dict[str, Any]
+) -> Any:
     with _attention(model, "eager"), dense_experts(model), memory_path("token_major", "torch"), _silent():
-        exported = torch.export.export(_Outputs(model), example, dynamic_shapes=shapes, strict=False)
+        exported = torch.export.export(function, example, dynamic_shapes=shapes, strict=False)
         if any("gengram" in str(node.target) for node in exported.graph.nodes):
             table = torch.export.default_decompositions()
             table[torch.ops.gengram.ngram_rows_and_runs.default] = _RowsAndRuns(longest)
             exported = exported.run_decompositions(table)
-        name = "logits" if hasattr(model, "lm_head") or hasattr(model, "score") else "output"
-        return torch.onnx.export(exported, (), dynamo=True, output_names=[name], verbose=False)
+        return torch.onnx.export(exported, (), dynamo=True, verbose=False, **names)
+
+
+# ---- with the state of generation: keys and values of each layer, past letters, past inputs of each convolution
+
+_STATES = {
+    "conv_inputs": "conv_inputs.{}",
+    "letter_codes": "letters",
+}  # of a memory, by their names in its configuration
+
+
+def _check_state(model: Any) -> None:
+    config = model.config
+    if config.model_type != "gengram" or not hasattr(model, "lm_head") or not config.is_causal:
+        raise InputError("a state is written of Gengram models that predict the next base; export this one without.")
+    if not set(config.memory.states) <= set(_STATES):
+        raise InputError('memory_pooling="as_trained" has a state that is not written; export the model without.')
+
+
+def _first_state(model: Any, batch: int, past: int = 0) -> dict[str, Tensor]:
+    """Zeros by name: the state before the first token, for `past` of 0."""
+    config, memory = model.config, model.config.memory
+    state = {}
+    for layer in range(config.num_hidden_layers):
+        for name in ("keys", "values"):
+            state[f"{name}.{layer}"] = torch.zeros(batch, config.num_key_value_heads, past, config.head_dim)
+    for layer in config.memory_layers:
+        if "letter_codes" in memory.states:  # the same in all layers
+            state["letters"] = torch.zeros(batch, memory.context, dtype=torch.int64)
+        if "conv_inputs" in memory.states:
+            state[f"conv_inputs.{layer}"] = torch.zeros(batch, config.hidden_size, memory.conv_context)
+    return state
+
+
+class _Step(nn.Module):
+    """A model as a function of ids and a state by name; gives logits and the state after."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.model.config
+        cache: Any = DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            cache.update(state[f"keys.{layer}"], state[f"values.{layer}"], layer)
+        places = [
+            (layer, index, _STATES[name].format(layer))
+            for layer in config.memory_layers
+            for index, name in enumerate(config.memory.states)
+        ]
+        for layer, index, name in places:
+            kept = state[name].unsqueeze(1) if name == "letters" else state[name]
+            cache.update_conv_state(kept, layer, state_idx=index, conv_kernel_size=kept.shape[-1])
+        logits = self.model(input_ids=input_ids, cache=cache, use_cache=True).logits
+        after = {}
+        for layer in range(config.num_hidden_layers):
+            after[f"keys.{layer}"], after[f"values.{layer}"] = cache.layers[layer].keys, cache.layers[layer].values
+        for layer, index, name in places:
+            kept = cache.layers[layer].conv_states[index]
+            after[name] = kept.squeeze(1) if name == "letters" else kept
+        return logits, {name: after[name] for name in state}
+
+
+def _program_with_state(model: Any, longest: int) -> Any:
+    batch, length = _dimensions(longest)
+    past = torch.export.Dim("past", min=2, max=longest)
+    rows, positions = 2, 7
+    state = _first_state(model, rows, positions)
+    shapes = {name: {0: batch, 2: past} if name.startswith(("keys", "values")) else {0: batch} for name in state}
+    example = (torch.full((rows, 5), _base(model)), state)
+    names = {"input_names": ["input_ids", *state], "output_names": ["logits", *(f"new.{name}" for name in state)]}
+    return _exported(model, _Step(model), example, ({0: batch, 1: length}, shapes), longest, names)
+
+
+def _difference_with_state(session: Any, model: Any, longest: int) -> float:
+    """By how much the file's numbers differ at most from those of the model with its own cache."""
+    generator = torch.Generator().manual_seed(0)
+    apart = 0.0
+    for batch, lengths in ((2, (30, 1, 1, 1)), (1, (1, 1, 9, 1))):
+        state = {name: value.numpy() for name, value in _first_state(model, batch).items()}
+        cache = DynamicCache(config=model.config)
+        for length in lengths:
+            ids = _random_ids(model, batch, length, generator)
+            with torch.no_grad():
+                expected = model(input_ids=ids, cache=cache, use_cache=True).logits.numpy()
+            found, *after = session.run(None, {"input_ids": ids.numpy(), **state})
+            state = dict(zip(state, after, strict=True))
+            apart = max(apart, float(np.abs(found - expected).max()))
+    return apart
 
 
 def _base(model: Any) -> int:
     """An id that any model has."""
     return min(5, int(model.config.get_text_config().vocab_size) - 1)
+
+
+def _random_ids(model: Any, batch: int, length: int, generator: torch.Generator) -> Tensor:
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return torch.randint(min(5, vocabulary - 1), min(10, vocabulary), (batch, length), generator=generator)
 
 
 @contextlib.contextmanager
@@ -179,12 +301,9 @@ class _RowsAndRuns:
 def _difference(session: Any, model: Any, longest: int) -> float:
     """By how much the file's numbers differ from the model's at most."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.config.get_text_config().vocab_size)
     apart = 0.0
     for batch, length in (_EXAMPLE, *_OTHERS):
-        ids = torch.randint(
-            min(5, vocabulary - 1), min(10, vocabulary), (batch, min(length, longest)), generator=generator
-        )
+        ids = _random_ids(model, batch, min(length, longest), generator)
         mask = torch.ones_like(ids)
         mask[0, : ids.shape[1] // 4] = 0
         with torch.no_grad():

@@ -47,6 +47,7 @@ from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
 from .adapters import check_adapters, record_settings
 from .inputs import check_engine, check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
 from .losses import IGNORED, load_balancing_loss, mean_over_step, router_z_loss, share_of_step
+from .parallel import prepare_to_spread
 from .quantization import warn_of_untouched
 from .quantized_experts import quantized_experts
 
@@ -303,6 +304,13 @@ class GengramPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         warn_of_untouched(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
+        """As in Transformers, which calls it while loading; `mesh` is None where one process holds everything."""
+        if mesh is not None:
+            prepare_to_spread(model, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, mesh)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any

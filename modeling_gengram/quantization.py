@@ -175,7 +175,8 @@ def warn_of_untouched(model: Any) -> None:
 
 def _is_plain(parameter: nn.Parameter) -> bool:
     """Whether a parameter holds one float per weight; quantisers use tensor classes of their own."""
-    return type(parameter) in (nn.Parameter, torch.Tensor)
+    here = getattr(parameter, "_local_tensor", parameter)  # of a weight that is spread over processes
+    return type(here) in (nn.Parameter, torch.Tensor)
 
 
 # A copy of this file in a model's folder (remote code) leaves the registration to the package where that came first.

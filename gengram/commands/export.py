@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id")
     parser.add_argument("output", metavar="OUT.onnx", type=Path, help="file to make")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--with-state", action="store_true", help="take and give the state that generating needs")
     parser.add_argument("--quiet", "-q", action="store_true", help="no summary")
 
 
@@ -24,11 +25,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from ..inference.jobs import ModelOptions
     from ..inference.loaded_model import head_of
-    from ..inference.onnx_export import export_onnx
+    from ..inference.onnx_export import check_output, export_onnx
 
+    check_output(arguments.output)
     options = ModelOptions(arguments.model, arguments.revision, device="cpu")
     head = head_of(options.load_config())
-    apart = export_onnx(options.load(head), arguments.output)
+    apart = export_onnx(options.load(head), arguments.output, arguments.with_state)
     if not arguments.quiet:
         print(f"wrote {arguments.output}; ONNX Runtime's numbers differ from the model's by {apart:.1e} at most")
     return 0

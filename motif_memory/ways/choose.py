@@ -169,7 +169,7 @@ def choose_way(
         algorithm, reason = "token_major", _HISTORY_HAS_GRADIENTS
     elif wanted not in ("auto", "folded"):
         algorithm, reason = wanted, f"{wanted} is asked for"
-    elif needs_grad:
+    elif needs_grad and not torch.compiler.is_exporting():  # whose graph serves any number of tokens
         pays = tokens >= TABLE_MAJOR_TOKENS_PER_ROW * table_rows
         algorithm = "table_major" if pays else "token_major"
         reason = f"{'at least' if pays else 'fewer than'} {TABLE_MAJOR_TOKENS_PER_ROW} tokens per table row"

@@ -419,7 +419,7 @@ def _are_few(tokens: Tensor) -> bool:
 
 def letter_codes(input_ids: Tensor, letters: Sequence[int]) -> Tensor:
     """`definition.letter_codes`; a few tokens are read in Python."""
-    if _are_few(input_ids) and runs_now(input_ids):
+    if runs_now(input_ids) and _are_few(input_ids):
         return letter_codes_of_few(input_ids, letters)
     return defined_letter_codes(input_ids, letters)
 

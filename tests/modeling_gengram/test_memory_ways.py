@@ -201,6 +201,29 @@ def test_memory_is_exported_with_its_operators():
     torch.testing.assert_close(program.module()(*longer), layer(*longer), **CLOSE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "experts"])
+def test_a_whole_model_is_exported_for_batches_and_lengths_of_any_size(experts, grad):
+    model = tiny_model(GengramForCausalLM, num_local_experts=experts, num_hidden_layers=3)
+
+    def inputs(batch, length):
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[0, : length // 4] = 0
+        return {"input_ids": random_ids(batch, length, seed=length), "attention_mask": mask, "use_cache": False}
+
+    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=512)}
+    shapes = {"input_ids": sizes, "attention_mask": sizes, "use_cache": None}
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (), inputs(2, 40), dynamic_shapes=shapes, strict=False)
+    with torch.no_grad():
+        for batch, length in ((1, 2), (3, 9), (2, 200)):
+            given = inputs(batch, length)
+            found, expected = program.module()(**given).logits, model(**given).logits
+            exists = given["attention_mask"] == 1
+            torch.testing.assert_close(found[exists], expected[exists], rtol=0, atol=SAME_FP32)
+
+
 def test_autocast_trains_through_both_ways():
     model, ids = tiny_model(GengramForCausalLM).train(), random_ids(2, 60)
     losses = {}

@@ -7,6 +7,7 @@ SAVED_SOURCES = {
     "modeling_gengram_adapters.py",
     "modeling_gengram_inputs.py",
     "modeling_gengram_losses.py",
+    "modeling_gengram_parallel.py",
     "modeling_gengram_quantization.py",
     "modeling_gengram_quantized_experts.py",
     "motif_memory_as_trained.py",
