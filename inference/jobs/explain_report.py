@@ -24,6 +24,7 @@ REPORT = "report.html"
 MOST_KMERS = 15  # in a table
 MOST_IN_MOTIFS = 50  # k-mers that are put together to motifs
 MOST_MOTIFS = 10
+_SPELLED = ("k-mer", "motif")  # columns of letters
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -35,8 +36,10 @@ figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.9rem; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.2rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
-code, td.kmer { font-family: ui-monospace, monospace; }
-nav a { margin-right: 1rem; }
+td.kmer { font-family: ui-monospace, monospace; }
+nav a { display: inline-block; margin-right: 1rem; }
+.hint { display: none; color: #555; font-size: 0.9rem; }
+@media (max-width: 47rem) { .hint { display: block; } th, td { padding: 0.2rem 0.35rem; } }
 """
 _TARGETS = {
     "gate_logit": "the gate's logit: above 0 the memory opens, below 0 it closes",
@@ -61,7 +64,9 @@ def write_html_report(job: "ExplainJob", tables: dict[str, pa.Table], folder: Pa
     sections = [_section_of_region(job, tables, region, number, pictures) for number, region in enumerate(regions, 1)]
     sections.append(_section_of_kmers(job, tables, pictures))
     name = model_name(job.model.model)
-    links = "".join(f'<a href="#region{number}">{_text(region)}</a>' for number, region in enumerate(regions, 1))
+    links = "".join(
+        f'<a href="#region{number}">{_text(_place(region))}</a>' for number, region in enumerate(regions, 1)
+    )
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -72,8 +77,9 @@ def write_html_report(job: "ExplainJob", tables: dict[str, pa.Table], folder: Pa
 </head>
 <body>
 <h1>What the memory of {_text(name)} did</h1>
-<p>Every number is exact for this model: a k-mer's contribution is its share in what the memory computed, and the
-shares sum to the whole. What a model learned need not be biology.</p>
+<p>A k-mer's contribution is its share in what the memory computed; shares sum to the whole exactly. Where the memory is
+not linear, a factor is held at the value that it has. What a model learned need not be biology.</p>
+<p class="hint">Wide pictures and tables scroll sideways.</p>
 <nav>{links}<a href="#kmers">k-mers</a></nav>
 {"".join(sections)}
 </body>
@@ -86,7 +92,7 @@ def _section_of_region(
     job: "ExplainJob", tables: dict[str, pa.Table], region: Interval, number: int, pictures: Path
 ) -> str:
     name, letters = model_name(job.model.model), job.genome.fetch(region.record, region.start, region.end)
-    numbers, place = numbers_of(tables["bases"], region), f"{region.record}:{region.start + 1:,}-{region.end:,}"
+    numbers, place = numbers_of(tables["bases"], region), _place(region)
     parts = [f'<section id="region{number}">\n<h2>{_text(place)}</h2>\n']
 
     def add(kind: str, caption: str, draw: Any) -> None:
@@ -125,6 +131,10 @@ def _section_of_region(
     if "knock_out" in tables:
         parts.append(_knock_out(job, tables["knock_out"], region))
     return "".join([*parts, "</section>\n"])
+
+
+def _place(region: Interval) -> str:
+    return f"{region.record}:{region.start + 1:,}-{region.end:,}"
 
 
 def _is_there(table: pa.Table, region: Interval) -> bool:
@@ -204,21 +214,21 @@ def _meaning(job: "ExplainJob", target: str) -> str:
 def _figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img alt="{_text(caption)}" src="data:image/svg+xml;base64,{data}">'
-    return f'<figure><div class="wide">{image}</div><figcaption>{_text(caption)}</figcaption></figure>\n'
+    return f'<figure><div class="wide" tabindex="0">{image}</div><figcaption>{_text(caption)}</figcaption></figure>\n'
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = ["<tr>" + "".join(f'<th scope="col">{_text(heading)}</th>' for heading in headings) + "</tr>"]
-    lines += ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>\n"
+    lines += ["<tr>" + "".join(map(_cell, headings, row)) + "</tr>" for row in rows]
+    return '<div class="wide" tabindex="0"><table>\n' + "\n".join(lines) + "\n</table></div>\n"
 
 
-def _cell(value: Any) -> str:
+def _cell(heading: str, value: Any) -> str:
     if isinstance(value, int):
         return f'<td class="number">{value:,}</td>'
     if isinstance(value, float):
         return f'<td class="number">{value:.4g}</td>'
-    return f"<td>{_text(value)}</td>"
+    return f'<td class="kmer">{_text(value)}</td>' if heading in _SPELLED else f"<td>{_text(value)}</td>"
 
 
 def _text(value: Any) -> str:
