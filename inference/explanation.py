@@ -21,6 +21,7 @@ from ..support.errors import InputError, quoted
 from .kmer_shares import LN_RULE, KmerGrid, WorkedOut, shares_of_gate_logit, shares_of_output, work_out
 from .logit_lens import base_contrasts, last_norm, through_norm
 from .memory_use import memories_of
+from .offloaded import input_device
 
 TARGETS = ("gate_logit", "residual_norm", "base:A", "base:C", "base:G", "base:T", "base:actual", "class:NAME")
 PATH_RULE = "integrated gradients from a silent memory (Sundararajan et al. 2017)"
@@ -155,7 +156,7 @@ def explain_memory(
     if model.training:
         raise ValueError("expected a model in eval() mode: dropout and jitter would be explained, too.")
     layer, memory = memory_at(model, layer)
-    input_ids = torch.as_tensor(input_ids, device=next(model.parameters()).device)
+    input_ids = torch.as_tensor(input_ids, device=input_device(model))
     input_ids = input_ids.unsqueeze(0) if input_ids.dim() == 1 else input_ids
     if through_layers and not (isinstance(target, str) and target.startswith("class:")):
         raise ValueError(f'through_layers: expected a target "class:NAME", got {target!r}.')

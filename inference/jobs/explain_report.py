@@ -77,8 +77,8 @@ def write_html_report(job: "ExplainJob", tables: dict[str, pa.Table], folder: Pa
 </head>
 <body>
 <h1>What the memory of {_text(name)} did</h1>
-<p>A k-mer's contribution is its share in what the memory computed; shares sum to the whole exactly. Where the memory is
-not linear, a factor is held at the value that it has. What a model learned need not be biology.</p>
+<p>A k-mer's contribution is its share in what the memory computed; shares sum to the whole exactly. Where the memory
+is not linear, a factor is held at the value that it has. What a model learned need not be biology.</p>
 <p class="hint">Wide pictures and tables scroll sideways.</p>
 <nav>{links}<a href="#kmers">k-mers</a></nav>
 {"".join(sections)}

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 def address(chromium, tiny_folder):  # noqa: F811
     """Where a server answers."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "gengram", "serve", str(tiny_folder), "--port", "0", "--quiet", "--device", "cpu"]
-        + ["--name", "tiny", "--most-bases", "200"],
+        [sys.executable, "-m", "gengram", "serve", str(tiny_folder), "--name", "tiny", "--most-bases", "200"]
+        + ["--port", "0", "--quiet", "--device", "cpu"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         text=True,
