@@ -80,13 +80,15 @@ class WorkedOut(NamedTuple):
         return (GATE_RULE,) if self.mixed is None else (GATE_RULE, SILU_RULE)
 
 
-def work_out(memory: Any, hidden_states: torch.Tensor, plan: Any) -> WorkedOut:
+def work_out(memory: Any, hidden_states: torch.Tensor, plan: Any, has_window: bool = True) -> WorkedOut:
     """Compute a pass of a memory again, by its definition and in float64.
 
     Args:
         memory: a `MotifMemory`.
         hidden_states: (batch, length, hidden), in front of the memory.
         plan: an `NgramPlan`, or a `SpelledPlan` of tokens of several letters.
+        has_window: if not, the k-mers that end at a letter stand for the means over its window; shares cannot be
+            taken of this.
 
     Raises:
         ValueError: if the memory's weights cannot be read, or the pass continues a cache.
@@ -100,7 +102,8 @@ def work_out(memory: Any, hidden_states: torch.Tensor, plan: Any) -> WorkedOut:
     if letters.context or tokens.context:
         raise ValueError("expected a pass over a whole sequence, got one that continues a cache.")
     rows = [_rows(table, letters, index) for index, table in enumerate(memory.embeddings)]
-    features = torch.cat([window_mean(found, letters, index) for index, found in enumerate(rows)], dim=-1)
+    means = [window_mean(found, letters, index) if has_window else found for index, found in enumerate(rows)]
+    features = torch.cat(means, dim=-1)
     features = features.gather(1, last.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
     weights = _weights(memory)
     key, value = features @ weights.key.double().t(), features @ weights.value.double().t()

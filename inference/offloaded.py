@@ -24,7 +24,9 @@ def weight_at_hand(module: Any) -> Iterator[torch.Tensor]:
     with align_module_device(module):
         weight = module.weight.detach()
         if weight.is_meta:
-            raise InputError(f"the weight of a {type(module).__name__} is on the meta device; load the model's weights.")
+            raise InputError(
+                f"the weight of a {type(module).__name__} is on the meta device; load the model's weights."
+            )
         yield weight
 
 

@@ -20,7 +20,7 @@ from ...support.whole_output import write_whole
 from ..base_tokens import BaseTokens
 from ..class_effects import ClassEffects
 from ..embeddings import STRANDS
-from ..explanation import Explanation, explain_memory, memories_by_layer
+from ..explanation import Explanation, explain_targets, memories_by_layer
 from ..kmer_totals import KmerTotals
 from ..knock_out import kmers_to_knock_out, knocked_out
 from ..loaded_model import LoadedModel
@@ -252,22 +252,21 @@ class _Worker:
         """Contributions of k-mers, their sums by k-mer, and those of bases."""
         first, last = self._job.window(region)
         letters = self._job.genome.fetch(region.record, first, last)
-        rows, totals, shares = [], [], []
+        rows, shares = [], []
+        totals: dict[tuple[str, str], KmerTotals] = {}
         for layer in memories_by_layer(self._loaded.model):
-            for target in self._job.targets:
-                summed = KmerTotals()
-                for strand in STRANDS[self._job.model.strands]:
-                    text = letters if strand == "+" else reverse_complement(letters)
-                    found = explain_memory(self._loaded.model, self._ids(text), layer=layer, target=target)
-                    place = _Place(region, first, last, strand, len(self._tokens.before))
-                    inside = place.inside(found)
-                    summed.add(found, inside)
+            for strand in STRANDS[self._job.model.strands]:
+                ids = self._ids(letters if strand == "+" else reverse_complement(letters))
+                place = _Place(region, first, last, strand, len(self._tokens.before))
+                for found in explain_targets(self._loaded.model, ids, self._job.targets, layer):
+                    inside, target = place.inside(found), found.target
+                    totals.setdefault((str(layer), target), KmerTotals()).add(found, inside)
                     rows.append(place.rows(found, inside, str(layer), target))
                     shares.append(
                         self._long(region, f"contribution:{target}", str(layer), strand, place.by_base(found, inside))
                     )
-                totals.append(_kmer_rows(summed, str(layer), target))
-        return pa.concat_tables(rows), pa.concat_tables(totals), pa.concat_tables(shares)
+        kmers = [_kmer_rows(summed, *names) for names, summed in totals.items()]
+        return pa.concat_tables(rows), pa.concat_tables(kmers), pa.concat_tables(shares)
 
     def _ids(self, text: str) -> torch.Tensor:
         ids = [*self._tokens.before, *self._tokens.encode(text).tolist(), *self._tokens.after]

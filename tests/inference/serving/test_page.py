@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def address(chromium, tiny_folder):  # noqa: F811
     """Where a server answers."""
+    options = ["--name", "tiny", "--most-bases", "200", "--port", "0", "--quiet", "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "gengram", "serve", str(tiny_folder), "--name", "tiny", "--most-bases", "200"]
-        + ["--port", "0", "--quiet", "--device", "cpu"],
+        [sys.executable, "-m", "gengram", "serve", str(tiny_folder), *options],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         text=True,
