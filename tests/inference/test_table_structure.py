@@ -5,7 +5,15 @@ import pytest
 import torch
 from tolerances import SHARES_FP64
 
-from gengram.inference.table_structure import CODONS, codon_structure, kmers_of, rows_of, symmetry, value_norms
+from gengram.inference.table_structure import (
+    CODONS,
+    agreements,
+    codon_structure,
+    kmers_of,
+    rows_of,
+    symmetry,
+    value_norms,
+)
 from gengram.motif_memory import MotifMemory, MotifMemoryConfig, letter_codes, plan_ngrams
 from gengram.sequences.alphabet import reverse_complement
 
@@ -53,9 +61,20 @@ def test_codons_are_seen_where_they_were_put_and_not_elsewhere(memory):
     for kmer, letter in zip(kmers_of(3), CODONS, strict=True):
         memory[kmer] = directions[letter] + 0.001 * torch.randn(16)
     found = codon_structure(memory, 100)
-    assert found["ARI, amino acid"]["value"] == found["NMI, amino acid"]["value"] == 1
+    assert found["ARI, amino acid"]["value"] == found["NMI, amino acid"]["value"] == pytest.approx(1)
     assert found["ARI, amino acid"]["p_value"] == 1 / 101
     assert found["ARI, first two bases"]["value"] < 1 and found["ARI, G and C"]["value"] < 0.5
+
+
+def test_agreements_are_those_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(0)
+    label, clusters = generator.integers(0, 7, 40), generator.integers(0, 5, 40)
+    labels = np.array([label, *(generator.permutation(label) for _ in range(5))])
+    rand, information = agreements(labels, clusters)
+    for row, one, other in zip(labels, rand, information, strict=True):
+        assert one == pytest.approx(metrics.adjusted_rand_score(row, clusters))
+        assert other == pytest.approx(metrics.normalized_mutual_info_score(row, clusters))
 
 
 def test_the_genetic_code_is_that_of_ncbi():
