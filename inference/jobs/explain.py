@@ -1,5 +1,6 @@
 """`gengram explain`: which k-mers of the memory made what a model does in a region, as tables and one report."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 
 from ...motif_memory.grafts.attach import IN_CONFIG
 from ...sequences.alphabet import check_letters, reverse_complement
+from ...sequences.annotation import Gene
 from ...sequences.intervals import Interval
 from ...support.default_model import model_name
 from ...support.errors import InputError
@@ -34,6 +36,7 @@ from .dependency import DependencyJob, DependencyWorker
 from .job import JobChunk, ModelOptions, Worker
 from .mutate import CLASSES, MutateJob, MutateWorker, mutate_job
 from .region_tables import RegionTableJob
+from .track_picture import read_genes_of
 
 LONGEST = 1_000  # bases of a region: a picture of its letters is still read
 LONGEST_MATRIX = 200  # of which dependencies are computed
@@ -142,17 +145,29 @@ class ExplainJob(RegionTableJob):
         wanted = self.wanted()
         if len(wanted) > MOST_REGIONS:
             raise InputError(f"expected at most {MOST_REGIONS} regions in one report, got {len(wanted):,}.")
+        _ = self.genes  # what is wrong with them is said before the work
         for region in wanted:
             longest = min(LONGEST, self.changes.context or self.changes.longest)
-            if not 2 <= len(region) <= longest:
+            if len(region) > longest:
                 raise InputError(
-                    f"region {region}: expected 2 to {longest:,} bases, so that they are read at once, got "
-                    f"{len(region):,}; give shorter regions, or a larger --context."
+                    f"region {region}: expected at most {longest:,} bases, so that they are read at once, got "
+                    f"{len(region):,}; give shorter regions{', or a larger --context' if longest < LONGEST else ''}."
                 )
             first, last = self.window(region)
+            if last - first < 2:
+                raise InputError(f"region {region}: a base that nothing stands beside cannot be explained.")
             letters = self.genome.fetch(region.record, first, last)
             check_letters(letters, f"{self.genome.name}, record {region.record}", first)
             yield JobChunk(len(region), (region.record, region.start, region.end))
+
+    @functools.cached_property
+    def genes(self) -> list[list[Gene]]:
+        """The genes of each region, for the pictures.
+
+        Raises:
+            InputError: if the file of genes is damaged.
+        """
+        return [read_genes_of(self.gtf, region) for region in self.wanted()]
 
     def window(self, region: Interval) -> tuple[int, int]:
         """Where the window starts and ends that a region is read in."""

@@ -14,7 +14,6 @@ from ..motif_matches import Motif, known_motifs, matches, motifs_of
 from .explain_pictures import draw_contributions, draw_logos, draw_tracks_of, numbers_of
 from .html_report import html_figure, html_page, html_table, html_text
 from .mutate_picture import draw_dependencies, draw_mutations
-from .track_picture import read_genes_of
 
 if TYPE_CHECKING:
     from .explain import ExplainJob
@@ -71,7 +70,7 @@ def _section_of_region(
         "tracks",
         "What the model made of every base: surprisal (2 bits is chance), how far the memory opened, and how much it "
         "added. Blue is the forward strand, orange the reverse one.",
-        lambda path: draw_tracks_of(numbers, region, letters, path, name, read_genes_of(job.gtf, region)),
+        lambda path: draw_tracks_of(numbers, region, letters, path, name, job.genes[number - 1]),
     )
     add(
         "contributions",

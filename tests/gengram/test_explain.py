@@ -138,6 +138,17 @@ def test_sequences_of_a_file_and_a_class(explain, tmp_path):
     assert scores[0]["after"] == pytest.approx(float(after[1] - after[0]), abs=SAME_FP32)
 
 
+def test_a_base_alone_is_explained_where_others_stand_beside_it(explain, tmp_path):
+    (tmp_path / "x.fa").write_text(">x\nACGTTGCATTACGGNcat\n>y\nA\n")
+    words = ["--fasta", "x.fa", "--knock-out", "cat"]
+    assert explain("x:18-18", *words, "--output", "out") == (0, "", "")  # lower case, at the end
+    check_page(tmp_path / "out")
+    assert {row["pos"] for row in rows_of(tmp_path / "out", "contributions")} == {18}
+    assert {row["alt"] for row in rows_of(tmp_path / "out", "changes")} >= {"A", "C", "G"}
+    code, _, error = explain("y:1-1", *words, "--output", "other")
+    assert code == 1 and "a base that nothing stands beside" in error
+
+
 def test_the_whole_model_beside_its_twin(explain, tmp_path, tiny_folder):  # noqa: F811
     pytest.importorskip("sklearn")
     tiny_model(GengramForCausalLM, seed=3, memory_layers=[]).save_pretrained(tmp_path / "twin")
@@ -174,7 +185,8 @@ def test_a_classifier_has_tables_but_no_readiness(explain, tmp_path):
     ("words", "message"),
     [
         (["chr21_25.7M:1-20"], "expected one FASTA file of sequences, or regions with --fasta"),
-        (["chr21_25.7M:1-2000", "--fasta", FASTA], "expected 2 to 48 bases, so that they are read at once"),
+        (["chr21_25.7M:1-2000", "--fasta", FASTA], "expected at most 48 bases, so that they are read at once"),
+        (["chr21_25.7M:1-20", "--fasta", FASTA, "--gtf", FASTA], "expected 9 tab-separated columns"),
         (["chr21_25.7M:1-20", "--fasta", FASTA, "--knock-out", "TATAAA"], "of a size that the memory has (1, 2, 3)"),
         (["chr21_25.7M:1-20", "--fasta", FASTA, "--knock-out-reverse-complement"], "name the k-mers with --knock-out"),
         (["chr21_25.7M:1-20", "--fasta", FASTA, "--shard", "1/2"], "--shard: a part has no report"),
