@@ -81,10 +81,10 @@ class ExplainModelJob:
         }
 
     def chunks(self) -> Iterator[JobChunk]:
-        """The tables, and the texts if there are some."""
-        yield JobChunk(1, ROWS)
+        """The texts if there are some, whose faults are seen first, and the tables."""
         if self.fasta is not None:
             yield JobChunk(1, TEXTS)
+        yield JobChunk(1, ROWS)
 
     def worker(self, device: str | None) -> Worker:
         """Load the model."""
@@ -100,7 +100,7 @@ class ExplainModelJob:
         for result in results:
             found |= json.loads(result["numbers"][0].as_py())
             tables.append(pa.ipc.open_stream(result["table"][0].as_py()).read_all())
-        kmers = tables[0] if len(tables) == 1 else _joined(*tables)
+        kmers = tables[0] if len(tables) == 1 else _joined(*reversed(tables))
         write_model_report(self, found, kmers, output)
         write_whole(output / "model.json", json.dumps(found, indent=1) + "\n")
         pa.parquet.write_table(kmers, output / "kmers.parquet", compression="zstd")
@@ -231,7 +231,7 @@ def explain_model_job(
         for each in (model, *(() if twin is None else (twin,))):
             if head_of(each.load_config()) is None:
                 raise InputError(
-                    f"{model_name(each.model)} predicts no bases: without a FASTA file, tables are explained."
+                    f"{model_name(each.model)} predicts no bases, so it has no readiness; leave the FASTA file out."
                 )
             longest = each.bases_at_once()
             length = min(length or LONGEST_PIECE, longest)
