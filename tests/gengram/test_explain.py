@@ -11,7 +11,7 @@ import pytest
 import torch
 from saved_models import tiny_folder  # noqa: F401  (a fixture)
 from tiny_models import tiny_model
-from tolerances import SAME_FP32, SHARES_FP64
+from tolerances import ROUNDED_MEANS, SAME_FP32, SHARES_FP64
 from transformers import AutoModelForCausalLM
 
 import gengram
@@ -161,7 +161,7 @@ def test_the_whole_model_beside_its_twin(explain, tmp_path, tiny_folder):  # noq
     assert found["pieces"] == 40 and set(found["readiness"]) == {"model", "twin", "model less twin"}
     for name in ("divergence", "bits_per_base"):
         mean, twin, less = (np.array(found["readiness"][of][name])[..., 0] for of in found["readiness"])
-        np.testing.assert_allclose(mean - twin, less, atol=2e-4)  # each is rounded to four digits
+        np.testing.assert_allclose(mean - twin, less, atol=ROUNDED_MEANS)  # each is rounded to four digits
     assert set(found["symmetry"]) == set(found["codons"]) == {"0", "2"}
     rows = rows_of(tmp_path / "out", "kmers")
     assert len(rows) == 2 * (4 + 16 + 64) and sum(row["occurrences"] or 0 for row in rows) > 0

@@ -45,7 +45,7 @@ def test_the_effect_of_a_memory_is_the_difference_over_the_same_texts():
     model = Readiness(texts + 9 + generator.normal(0, 0.01, (40, 1)), texts[:, 0] + 9)
     found = model.less(twin)
     mean, low, high = found["divergence"][0]
-    assert mean == pytest.approx(-1, abs=0.01) and high - low < 0.02  # pairs: what texts differ by cancels out
+    assert low < -1 < high and low < mean < high and high - low < 0.02  # pairs: what texts differ by cancels out
     assert found["bits_per_base"][0] == pytest.approx(-1)
     other = Readiness(np.zeros((40, 3)), twin.surprisal)
     assert set(other.less(twin)) == {"bits_per_base"}
