@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..support.errors import InputError, quoted
 from .kmer_shares import LN_RULE, KmerGrid, WorkedOut, shares_of_gate_logit, shares_of_output, work_out
 from .logit_lens import base_contrasts, last_norm, through_norm
 from .memory_use import memories_of
+from .offloaded import input_device
 
 TARGETS = ("gate_logit", "residual_norm", "base:A", "base:C", "base:G", "base:T", "base:actual", "class:NAME")
 PATH_RULE = "integrated gradients from a silent memory (Sundararajan et al. 2017)"
@@ -152,16 +153,63 @@ def explain_memory(
     >>> found.table.column_names
     ['sequence', 'position', 'start', 'kmer', 'contribution']
     """
+    return explain_targets(model, input_ids, [target], layer, through_layers, steps, **inputs)[0]
+
+
+def explain_targets(
+    model: Any,
+    input_ids: Any,
+    targets: Sequence[str | torch.Tensor],
+    layer: Layer | None = None,
+    through_layers: bool = False,
+    steps: int = 8,
+    **inputs: Any,
+) -> list[Explanation]:
+    """`explain_memory` of several targets, for which the layers in front of the memory are computed once.
+
+    Raises:
+        ValueError: as `explain_memory` does.
+    """
+    layer, call = _call(model, input_ids, layer, inputs)
+    for target in targets:
+        if through_layers and not (isinstance(target, str) and target.startswith("class:")):
+            raise ValueError(f'through_layers: expected a target "class:NAME", got {target!r}.')
+    found = call.work_out()
+    return [_explained(call, found, layer, target, through_layers, steps) for target in targets]
+
+
+def residual_norms(
+    model: Any, input_ids: Any, *, layer: Layer | None = None, has_window: bool = True, **inputs: Any
+) -> torch.Tensor:
+    """Euclidean norm of what a memory adds at each position, (batch, length) float64.
+
+    Args:
+        model: as for `explain_memory`, as are `input_ids`, `layer` and `inputs`.
+        input_ids: the sequences.
+        layer: of the memory.
+        has_window: if not, the memory reads the k-mers that end at the position alone, one of each size, in place of
+            the means over its window. It was not trained for that, so compare places, and not sizes.
+        inputs: further arguments of the model.
+
+    Raises:
+        ValueError: as `explain_memory` does.
+    """
+    return _call(model, input_ids, layer, inputs)[1].work_out(has_window).residual.norm(dim=-1)
+
+
+def _call(model: Any, input_ids: Any, layer: Layer | None, inputs: dict[str, Any]) -> tuple[Layer, "_Call"]:
     if model.training:
         raise ValueError("expected a model in eval() mode: dropout and jitter would be explained, too.")
     layer, memory = memory_at(model, layer)
-    input_ids = torch.as_tensor(input_ids, device=next(model.parameters()).device)
+    input_ids = torch.as_tensor(input_ids, device=input_device(model))
     input_ids = input_ids.unsqueeze(0) if input_ids.dim() == 1 else input_ids
-    if through_layers and not (isinstance(target, str) and target.startswith("class:")):
-        raise ValueError(f'through_layers: expected a target "class:NAME", got {target!r}.')
-    call = _Call(model, memory, {"input_ids": input_ids, **inputs})
-    found = call.work_out()
-    effect, rules = None, found.rules
+    return layer, _Call(model, memory, {"input_ids": input_ids, **inputs})
+
+
+def _explained(
+    call: "_Call", found: WorkedOut, layer: Layer, target: str | torch.Tensor, through_layers: bool, steps: int
+) -> Explanation:
+    model, effect, rules = call.model, None, found.rules
     if isinstance(target, torch.Tensor):
         direction = target.to(found.residual)
     elif target == "gate_logit":
@@ -288,7 +336,7 @@ class _Call:
     inputs: dict[str, Any]
 
     @torch.no_grad()
-    def work_out(self) -> WorkedOut:
+    def work_out(self, has_window: bool = True) -> WorkedOut:
         """The memory's pass; layers behind it are not computed."""
         seen: list[Any] = []
 
@@ -298,7 +346,7 @@ class _Call:
 
         with _hooked(self.memory.register_forward_pre_hook(stop)), contextlib.suppress(_MemoryReachedError):
             self._run()
-        return work_out(self.memory, *seen)
+        return work_out(self.memory, *seen, has_window)
 
     def gradient_behind(self, norm: torch.nn.Module, label: int) -> torch.Tensor:
         """Gradient of a class's logit by the last norm's output, (batch, length, hidden): the head's direction."""

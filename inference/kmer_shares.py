@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..motif_memory.definition import (
+    MemoryLayer,
     NgramPlan,
     dilated_taps,
     gate_logit,
@@ -36,6 +37,7 @@ from ..motif_memory.definition import (
     within_segment,
 )
 from ..motif_memory.ways.weights import Weights
+from .offloaded import weight_at_hand
 
 LN_RULE = "LN rule: root mean squares are held (Ali et al. 2022)"
 GATE_RULE = "signal takes all: the gate is held (Arras et al. 2019)"
@@ -56,9 +58,11 @@ class KmerGrid(NamedTuple):
 
 
 class WorkedOut(NamedTuple):
-    """A memory's pass in float64."""
+    """A memory's pass in float64; of its weights the matrices as they are stored, and no tables."""
 
-    weights: Weights
+    key: torch.Tensor  # (hidden, features)
+    value: torch.Tensor  # likewise
+    layer: MemoryLayer
     letters: NgramPlan  # of the letters
     last: torch.Tensor  # (batch, length): the last letter of each position
     tokens: NgramPlan  # of the positions
@@ -76,18 +80,19 @@ class WorkedOut(NamedTuple):
         return (GATE_RULE,) if self.mixed is None else (GATE_RULE, SILU_RULE)
 
 
-def work_out(memory: Any, hidden_states: torch.Tensor, plan: Any) -> WorkedOut:
+def work_out(memory: Any, hidden_states: torch.Tensor, plan: Any, has_window: bool = True) -> WorkedOut:
     """Compute a pass of a memory again, by its definition and in float64.
 
     Args:
         memory: a `MotifMemory`.
         hidden_states: (batch, length, hidden), in front of the memory.
         plan: an `NgramPlan`, or a `SpelledPlan` of tokens of several letters.
+        has_window: if not, the k-mers that end at a letter stand for the means over its window; shares cannot be
+            taken of this.
 
     Raises:
         ValueError: if the memory's weights cannot be read, or the pass continues a cache.
     """
-    weights = _wide_weights(memory)
     hidden_states = hidden_states.double()
     if hasattr(plan, "last"):
         letters, last, tokens = plan.letters, plan.last, plan.tokens
@@ -96,13 +101,12 @@ def work_out(memory: Any, hidden_states: torch.Tensor, plan: Any) -> WorkedOut:
         letters, last, tokens = plan, places.expand(hidden_states.shape[:2]), plan
     if letters.context or tokens.context:
         raise ValueError("expected a pass over a whole sequence, got one that continues a cache.")
-    rows = [
-        F.embedding(letters.rows(index), table).double().masked_fill(~letters.valid(index).unsqueeze(-1), 0)
-        for index, table in enumerate(memory_tables(memory))
-    ]
-    features = torch.cat([window_mean(found, letters, index) for index, found in enumerate(rows)], dim=-1)
+    rows = [_rows(table, letters, index) for index, table in enumerate(memory.embeddings)]
+    means = [window_mean(found, letters, index) if has_window else found for index, found in enumerate(rows)]
+    features = torch.cat(means, dim=-1)
     features = features.gather(1, last.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
-    key, value = features @ weights.key.t(), features @ weights.value.t()
+    weights = _weights(memory)
+    key, value = features @ weights.key.double().t(), features @ weights.value.double().t()
     layer = weights.layer(tokens.is_causal)
     logit, query_scale, key_scale = gate_logit(hidden_states, key, layer.norm_weight, layer.norm_eps)
     scale = (query_scale * key_scale / math.sqrt(hidden_states.shape[-1])).unsqueeze(-1)
@@ -114,13 +118,16 @@ def work_out(memory: Any, hidden_states: torch.Tensor, plan: Any) -> WorkedOut:
         mixed = dilated_taps(padded, layer.taps, layer.dilation, layer.reach_back, tokens.behind, tokens.ahead)
         residual = gated + F.silu(mixed)
     direction = hidden_states * layer.norm_weight * scale
-    return WorkedOut(weights, letters, last, tokens, rows, hidden_states, direction, logit, gate, mixed, residual)
+    return WorkedOut(
+        weights.key, weights.value, layer, letters, last, tokens, rows, hidden_states, direction, logit, gate, mixed,
+        residual,
+    )  # fmt: skip
 
 
 def shares_of_gate_logit(found: WorkedOut) -> KmerGrid:
     """Share of every k-mer of the window in g, the gate's logit before its signed square root; rule: `LN_RULE`."""
     ones = torch.ones_like(found.logit)
-    return _shares(found, found.weights.key, [(0, found.key_direction)], ones)
+    return _shares(found, found.key, [(0, found.key_direction)], ones)
 
 
 def shares_of_output(found: WorkedOut, direction: torch.Tensor) -> KmerGrid:
@@ -131,50 +138,42 @@ def shares_of_output(found: WorkedOut, direction: torch.Tensor) -> KmerGrid:
         direction: (batch, length, hidden), or what broadcasts to it.
     """
     direction = direction.double().expand_as(found.residual)
-    return _shares(found, found.weights.value, list(_sources(found, direction)), found.gate)
+    return _shares(found, found.value, list(_sources(found, direction)), found.gate)
 
 
-def memory_tables(memory: Any) -> list[torch.Tensor]:
-    """The tables of a memory, by size.
-
-    Raises:
-        ValueError: if they are adapted, quantised or not in memory.
-    """
-    tables: list[Any] = list(memory.embeddings)
-    _check_plain(tables, nn.Embedding)
-    return [table.weight.detach() for table in tables]
+def _rows(table: Any, letters: NgramPlan, index: int) -> torch.Tensor:
+    """The row of the k-mer that ends at each letter, (batch, letters, width)."""
+    with _plain_weight(table, nn.Embedding) as weight:
+        rows = F.embedding(letters.rows(index), weight).double()
+    return rows.masked_fill(~letters.valid(index).unsqueeze(-1), 0)
 
 
-def _check_plain(modules: list[Any], kind: Any) -> None:
-    for module in modules:
-        if type(module) is not kind:
-            raise ValueError(
-                f"expected a memory of plain {kind.__name__} modules, got a {type(module).__name__}: merge adapters "
-                "or load the model unquantised first."
-            )
-        if module.weight.is_meta:
-            raise ValueError("the memory's weights are offloaded; load them onto a device first.")
-
-
-def _wide_weights(memory: Any) -> Weights:
-    """The weights in float64; the tables, of which few rows are read, as they are."""
-    _check_plain([memory.key_proj, memory.value_proj], nn.Linear)
+def _weights(memory: Any) -> Weights:
+    """The weights without tables: matrices as they are, of which one is computed with at a time, others in float64."""
+    with _plain_weight(memory.key_proj, nn.Linear) as key, _plain_weight(memory.value_proj, nn.Linear) as value:
+        matrices = key, value
     conv = None if memory.short_conv is None else memory.short_conv.conv
-    return Weights(
-        memory_tables(memory),
-        memory.key_proj.weight.detach().double(),
-        memory.value_proj.weight.detach().double(),
-        memory.norm_q.weight.detach().double(),
-        memory.norm_k.weight.detach().double(),
-        None if conv is None else conv.weight.detach().double(),
-        memory.norm_q.eps,
-        1 if conv is None else conv.dilation,
-    )
+    small = []
+    for module in (memory.norm_q, memory.norm_k, *(() if conv is None else (conv,))):
+        with weight_at_hand(module) as weight:
+            small.append(weight.double())
+    taps, dilation = (None, 1) if conv is None else (small[2], conv.dilation)
+    return Weights([], *matrices, *small[:2], taps, memory.norm_q.eps, dilation)
+
+
+def _plain_weight(module: Any, kind: Any) -> Any:
+    """A block with the weight of a module of this kind, which nothing changes on its way."""
+    if type(module) is not kind:
+        raise ValueError(
+            f"expected a memory of plain {kind.__name__} modules, got a {type(module).__name__}: merge adapters or "
+            "load the model unquantised first."
+        )
+    return weight_at_hand(module)
 
 
 def _sources(found: WorkedOut, direction: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Where gated values come from, relative to a position, and the direction in which they count there."""
-    layer = found.weights.layer(found.tokens.is_causal)
+    layer = found.layer
     if layer.taps is None or found.mixed is None:
         yield 0, direction
         return
@@ -200,7 +199,7 @@ def _shares(
         sources: pairs of an offset and a direction (batch, length, hidden).
         factor: (batch, length), of each source.
     """
-    letters, last = found.letters, found.last
+    letters, last, matrix = found.letters, found.last, matrix.double()
     batch, length = last.shape
     width = found.rows[0].shape[-1]
     places = torch.arange(length, device=last.device)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..motif_memory.grafts.attach import base_model_of
 from ..support.errors import InputError
+from .offloaded import weight_at_hand
 
 _LAST_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "final_norm")
 _AGREEMENT = 1e-2  # of half precision, relative to the largest number
@@ -50,22 +51,25 @@ def through_norm(norm: nn.Module, hidden_states: torch.Tensor, direction: torch.
     """
     x, direction = hidden_states.double(), direction.double()
     parts: Any = norm
-    weight = parts.weight.detach().double()
+    centre, bias = isinstance(norm, nn.LayerNorm), None
+    with weight_at_hand(norm) as found:
+        weight, dtype = found.double(), found.dtype
+        if centre and parts.bias is not None:
+            bias = parts.bias.detach().double()
     eps = next((float(getattr(parts, name)) for name in ("eps", "variance_epsilon") if hasattr(parts, name)), 0.0)
-    centre = isinstance(norm, nn.LayerNorm)
     middle = x.mean(-1, keepdim=True) if centre else torch.zeros_like(x[..., :1])
     scale = ((x - middle).square().mean(-1, keepdim=True) + eps).rsqrt()
     expected = (x - middle) * scale * weight
-    if centre and parts.bias is not None:
-        expected = expected + parts.bias.detach().double()
+    if bias is not None:
+        expected = expected + bias
     with torch.no_grad():
-        given = norm(hidden_states.to(parts.weight.dtype)).double()
+        given = norm(hidden_states.to(dtype)).double()
     if given.numel() and (given - expected).abs().max() > _AGREEMENT * given.abs().max():
         raise InputError(f"{type(norm).__name__}, the model's last norm, is of an unknown kind; there is no lens.")
-    found = direction * weight
+    behind = direction * weight
     if centre:
-        found = found - found.mean(-1, keepdim=True)
-    return found * scale
+        behind = behind - behind.mean(-1, keepdim=True)
+    return behind * scale
 
 
 def base_contrasts(model: Any, base_ids: list[int]) -> torch.Tensor:
@@ -79,5 +83,6 @@ def base_contrasts(model: Any, base_ids: list[int]) -> torch.Tensor:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
         raise InputError(f"{type(model).__name__} predicts no tokens, so bases have no log-odds in it.")
-    rows = head.weight.detach()[torch.tensor(base_ids, device=head.weight.device)].double()  # (4, hidden)
+    with weight_at_hand(head) as weight:
+        rows = weight[torch.tensor(base_ids, device=weight.device)].double()  # (4, hidden)
     return (rows - rows.mean(0)) * len(base_ids) / (len(base_ids) - 1)

@@ -6,6 +6,7 @@ motifs with their places shuffled: at a p-value P, the false-discovery rate is t
 match is at most P, divided by that of the motifs themselves.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ SCHEMA = pa.schema(
     ]
 )
 
+_NEEDED = "known motifs need pyjaspar (JASPAR) and memelite (Tomtom): pip install pyjaspar memelite"
 _PSEUDOCOUNT = 0.05  # of a letter, so that one k-mer is no certainty
 
 
@@ -92,12 +94,14 @@ def known_motifs(tax_group: str | None = None) -> dict[str, tuple[str, np.ndarra
         tax_group: such as vertebrates or fungi; all by default.
 
     Raises:
-        MissingExtraError: if pyjaspar is not installed.
+        MissingExtraError: if pyjaspar is not installed, or memelite, which these motifs are compared by.
     """
     try:
         from pyjaspar import jaspardb
     except ImportError as error:
-        raise MissingExtraError("JASPAR needs pyjaspar and memelite: pip install pyjaspar memelite") from error
+        raise MissingExtraError(_NEEDED) from error
+    if importlib.util.find_spec("memelite") is None:  # not imported: that takes seconds
+        raise MissingExtraError(_NEEDED)
     options = {} if tax_group is None else {"tax_group": [tax_group]}
     found = {}
     for motif in jaspardb().fetch_motifs(collection="CORE", **options):
@@ -163,6 +167,6 @@ def _p_values(queries: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> n
     try:
         from memelite import tomtom
     except ImportError as error:
-        raise MissingExtraError("Tomtom needs memelite: pip install pyjaspar memelite") from error
+        raise MissingExtraError(_NEEDED) from error
     found: Any = tomtom([query.T.copy() for query in queries], [target.T.copy() for target in targets], n_jobs=1)
     return np.asarray(found[0])

@@ -3,13 +3,17 @@
     python what_it_learned.py --fasta chr9.fa.gz --gtf chr9.gtf.gz --output what_it_learned \
         --yeast yeast.fa.gz --yeast-gtf yeast.gtf.gz --tata tata.bed
 
-- Readiness, how early the model knows its prediction: KL(final, layer) by the logit lens in nats; of a twin, too.
+- Readiness, how early the model knows its prediction: KL(final, layer) by the logit lens in nats. With `--twin`, the
+  same model trained without its memory, also the difference over the same texts, and that of the surprisal: this is
+  the memory's doing.
 - Whether rows of reverse complements are alike: cosine within pairs, beside partners of the same share of G and C.
 - Whether rows of codons know amino acids: ARI and NMI of clusters of codons, beside permuted labels.
 - Whether the memory sees elements: AUC of gate and residual at start and stop codons, poly-A signals, TATA boxes and
-  CpG islands against decoys, the same letters elsewhere, as near and with as much G and C as can be.
+  CpG islands against decoys, the same letters elsewhere, as near and with as much G and C as can be. Of the residual
+  also without its window: the same memory reads only the k-mers that end at a base, in place of means over its window.
 
-Splice sites have a script of their own, `splice_sites.py`. Writes `what_it_learned.json` and `what_it_learned.svg`.
+Splice sites have a script of their own, `splice_sites.py`. Writes `what_it_learned.json` and `.svg`, and
+base by base around the elements `profiles.json` and `.svg`.
 """
 
 import argparse
@@ -26,120 +30,40 @@ import torch
 import gengram
 
 try:
-    from sklearn.cluster import AgglomerativeClustering
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-    from splice_sites import auc_with_interval, gc_share, has_room, nearest_decoy, oriented, profiles
+    import sklearn  # noqa: F401
+    from splice_sites import (
+        auc_with_interval,
+        gc_share,
+        has_room,
+        mean_and_interval,
+        nearest_decoy,
+        oriented,
+        profiles,
+    )
 except ImportError as error:
     sys.exit(f"{sys.argv[0]} needs {error.name}: pip install -e '.[evaluation]' in the root of the repository")
 
-from gengram.inference.explanation import memories_by_layer
+from gengram.inference.explanation import memories_by_layer, residual_norms
+from gengram.inference.jobs.explain_model import summaries
+from gengram.inference.jobs.explain_model_report import draw_readiness, draw_symmetry
 from gengram.inference.loaded_model import load_model
-from gengram.inference.logit_lens import last_norm
-from gengram.sequences.alphabet import BASES, reverse_complement
+from gengram.inference.readiness import random_pieces, readiness
+from gengram.inference.table_structure import codon_structure, sizes_of, symmetry
+from gengram.sequences.alphabet import BASES
 from gengram.sequences.annotation import Gene, read_genes
 from gengram.sequences.fasta import read_fasta
 from gengram.sequences.intervals import read_bed
-from gengram.support.bootstrap import bootstrap
 from gengram.support.figures import pyplot, write_figure
 from gengram.support.machine import describe_machine
 from gengram.support.whole_output import whole_folder
 
-CODE = "KNKNTTTTRSRSIIMIQHQHPPPPRRRRLLLLEDEDAAAAGGGGVVVV*Y*YSSSS*CWCLFLF"  # of codons in the order of ACGT
 STOPS = ("TAA", "TAG", "TGA")
-LONGEST_SIZE = 8  # of k-mers whose symmetry is tested
 ISLAND = 200  # bases
 REACH = 8  # bases behind an element that still hold its letters in their window
+SHOWN = 48  # bases of a profile, the last REACH of them behind the element
+WINDOWLESS = "memory residual, no window"
 
 Element = tuple[str, int, str]  # strand, place on it, its letters
-
-
-def kmers_of(size: int) -> list[str]:
-    return ["".join(letters) for letters in itertools.product(BASES, repeat=size)]
-
-
-def rows_of(memory: Any, kmers: Sequence[str]) -> np.ndarray:
-    """Rows of k-mers less their mean, each of length 1: (k-mers, width)."""
-    index = list(memory.config.ngram_sizes).index(len(kmers[0]))
-    digits = np.array([[BASES.index(letter) for letter in kmer] for kmer in kmers])
-    rows = memory.embeddings[index].weight.detach().double().numpy()
-    rows = rows[digits @ 5 ** np.arange(len(kmers[0]) - 1, -1, -1)]
-    rows = rows - rows.mean(0)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def symmetry(memory: Any, size: int, permutations: int) -> dict[str, Any]:
-    """How alike the rows of reverse complements are, beside partners with as many G and C, by a permutation test."""
-    kmers = kmers_of(size)
-    place = {kmer: index for index, kmer in enumerate(kmers)}
-    pairs = np.array([(place[kmer], place[other]) for kmer in kmers if kmer < (other := reverse_complement(kmer))])
-    rows, generator = rows_of(memory, kmers), np.random.default_rng(0)
-    content = np.array([kmer.count("G") + kmer.count("C") for kmer in kmers])[pairs[:, 0]]
-    classes = [np.flatnonzero(content == value) for value in np.unique(content)]
-    own = (rows[pairs[:, 0]] * rows[pairs[:, 1]]).sum(1)
-    means, others = [], []
-    for _ in range(permutations):
-        partner = np.arange(len(pairs))
-        for members in classes:
-            partner[members] = generator.permutation(members)
-        others.append((rows[pairs[:, 0]] * rows[pairs[partner, 1]]).sum(1))
-        means.append(others[-1].mean())
-        others = others[-10:]
-    spread = np.concatenate(others).std()
-    return {
-        "pairs": len(pairs),
-        "cosine_within_pairs": bootstrap(lambda chosen: own[chosen].mean(), len(own)).round(4).tolist(),
-        "cosine_of_matched_partners": [round(float(value), 4) for value in (np.mean(means), *_middle(means))],
-        "effect_size": bootstrap(lambda chosen: (own[chosen].mean() - np.mean(means)) / spread, len(own))
-        .round(3)
-        .tolist(),
-        "p_value": (1 + int((np.array(means) >= own.mean()).sum())) / (1 + permutations),
-    }
-
-
-def _middle(values: Sequence[float]) -> list[float]:
-    return np.percentile(values, [2.5, 97.5]).tolist()
-
-
-def codons(memory: Any, permutations: int) -> dict[str, Any]:
-    """How well clusters of the rows of codons agree with labels, beside permuted labels."""
-    kmers, generator = kmers_of(3), np.random.default_rng(0)
-    rows = rows_of(memory, kmers)
-    labels = {
-        "amino acid": list(CODE),
-        "first two bases": [kmer[:2] for kmer in kmers],
-        "G and C": [kmer.count("G") + kmer.count("C") for kmer in kmers],
-    }
-    result = {}
-    for name, label in labels.items():
-        _, numbers = np.unique(label, return_inverse=True)
-        found = AgglomerativeClustering(len(set(numbers)), metric="cosine", linkage="average").fit_predict(rows)
-        for score, function in (("ARI", adjusted_rand_score), ("NMI", normalized_mutual_info_score)):
-            value = function(numbers, found)
-            by_chance = [function(generator.permutation(numbers), found) for _ in range(permutations)]
-            result[f"{score}, {name}"] = {
-                "value": round(float(value), 4),
-                "by_chance": [round(number, 4) for number in _middle(by_chance)],
-                "p_value": (1 + int((np.array(by_chance) >= value).sum())) / (1 + permutations),
-            }
-    return result
-
-
-@torch.inference_mode()
-def readiness(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[float]]:
-    """KL(final, layer) in nats by the logit lens: of each layer's output the mean and its bootstrap interval."""
-    norm, head = last_norm(model), model.get_output_embeddings()
-    found: list[list[float]] = []
-    for text in texts:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        outputs = model(input_ids=ids, output_hidden_states=True)
-        final = outputs.logits.double().log_softmax(-1)
-        row = []
-        for states in outputs.hidden_states[:-1]:
-            layer = head(norm(states)).double().log_softmax(-1)
-            row.append(float((final.exp() * (final - layer)).sum(-1).mean()))
-        found.append(row)
-    values = np.array(found)  # (texts, layers)
-    return bootstrap(lambda rows: values[rows].mean(0), len(values)).round(4).T.tolist()
 
 
 def codon_elements(text: str, genes: Iterable[Gene]) -> dict[str, list[Element]]:
@@ -236,29 +160,67 @@ def islands(text: str, context: int, most: int) -> list[tuple[str, str]]:
     return result
 
 
-def element_scores(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], scored: int) -> dict[str, Any]:
-    """AUC of the means over the last `scored` bases of gate, residual and surprisal, elements against decoys."""
+@torch.inference_mode()
+def windowless(model: Any, tokenizer: Any, texts: Sequence[str], shown: int) -> np.ndarray:
+    """Norm of what the memories would add without windows at the last `shown` bases; 1 is the mean of all texts."""
+    layers, found = list(memories_by_layer(model)), []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        norms = [residual_norms(model, ids, layer=layer, has_window=False)[0, -shown:] for layer in layers]
+        found.append(torch.stack(norms).mean(0).numpy())
+    values = np.stack(found)
+    return values / values.mean()
+
+
+def element_profiles(loaded: Any, pairs: Sequence[tuple[str, str]], shown: int) -> dict[str, np.ndarray]:
+    """Values (texts, shown) at the last bases, first of all elements and then of their decoys."""
     texts = [text for which in (0, 1) for text in (pair[which] for pair in pairs)]
-    by_length: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray] = {}
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for _, group in itertools.groupby(order, key=lambda index: len(texts[index])):
         members = list(group)
-        for name, values in profiles(model, tokenizer, [texts[index] for index in members], scored).items():
-            by_length.setdefault(name, np.zeros(len(texts)))[members] = values.mean(1)
-    gc = [gc_share(text, len(text) - 50) for text in texts]
+        here = [texts[index] for index in members]
+        values = profiles(loaded.model, loaded.tokenizer, here, shown)
+        if "memory residual" in values:
+            values[WINDOWLESS] = windowless(loaded.model, loaded.tokenizer, here, shown)
+        for name, numbers in values.items():
+            found.setdefault(name, np.zeros((len(texts), shown)))[members] = numbers
+    return found
+
+
+def element_scores(pairs: Sequence[tuple[str, str]], found: dict[str, np.ndarray], scored: int) -> dict[str, Any]:
+    """AUC of the means over the last `scored` bases, elements against decoys."""
+    gc = [gc_share(text, len(text) - 50) for which in (0, 1) for text in (pair[which] for pair in pairs)]
     return {
         "pairs": len(pairs),
         "gc_share": [round(float(np.mean(half)), 4) for half in (gc[: len(pairs)], gc[len(pairs) :])],
         "auc": {
-            name: [round(value, 4) for value in auc_with_interval(values, len(pairs))]
-            for name, values in by_length.items()
+            name: [round(value, 4) for value in auc_with_interval(values[:, -scored:].mean(1), len(pairs))]
+            for name, values in found.items()
         },
     }
 
 
-def analyse(options: Any) -> dict[str, Any]:
-    loaded = load_model(options.model, "causal", dtype="auto", device="cpu")
-    model, tokenizer = loaded.model.float(), loaded.tokenizer
+def curves(found: dict[str, np.ndarray], half: int) -> dict[str, Any]:
+    """Mean and interval of each base: of elements, of decoys, and of the difference within pairs."""
+    return {
+        name: {
+            "elements": mean_and_interval(values[:half, -SHOWN:]).tolist(),
+            "decoys": mean_and_interval(values[half:, -SHOWN:]).tolist(),
+            "elements minus decoys": mean_and_interval(values[:half, -SHOWN:] - values[half:, -SHOWN:]).tolist(),
+        }
+        for name, values in found.items()
+    }
+
+
+def analyse(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results, and profiles by kind of element."""
+    models = {"model": load_model(options.model, "causal", dtype="auto", device="cpu")}
+    if options.twin is not None:
+        models["twin"] = load_model(options.twin, "causal", dtype="auto", device="cpu")
+    for loaded in models.values():
+        loaded.model.float()
+    model = models["model"].model
     sequences = {name: text.upper() for name, text in read_fasta(options.fasta)}
     name, text = next(iter(sequences.items()))
     elements: dict[str, list[tuple[str, str]]] = {}
@@ -269,51 +231,67 @@ def analyse(options: Any) -> dict[str, Any]:
         add_genes(elements, "yeast", yeast, options.yeast_gtf, options)
         for record, found in tata_boxes(yeast, options.tata).items():
             add_pairs(elements, "TATA box (yeast)", yeast[record], found, options)
-    starts = np.linspace(0, len(text) - options.length, options.texts, dtype=int)
-    texts = [text[start : start + options.length] for start in starts]
-    texts = [piece for piece in texts if set(piece) <= set(BASES)]
-    results: dict[str, Any] = {"readiness": {"model": readiness(model, tokenizer, texts)}}
-    if options.twin is not None:
-        twin = load_model(options.twin, "causal", dtype="auto", device="cpu")
-        results["readiness"]["twin"] = readiness(twin.model.float(), twin.tokenizer, texts)
-    results["symmetry"], results["codons"] = {}, {}
+    texts = random_pieces(options.fasta, options.texts, options.length)
+    results: dict[str, Any] = {"symmetry": {}, "codons": {}, "elements": {}}
+    results["readiness"] = summaries({name: readiness(loaded, texts) for name, loaded in models.items()})
     for layer, memory in memories_by_layer(model).items():
-        sizes = [size for size in memory.config.ngram_sizes if 3 <= size <= LONGEST_SIZE]
-        results["symmetry"][str(layer)] = {size: symmetry(memory, size, options.permutations) for size in sizes}
-        if 3 in memory.config.ngram_sizes:
-            results["codons"][str(layer)] = codons(memory, options.permutations)
-    results["elements"] = {
-        kind: element_scores(model, tokenizer, pairs, ISLAND if kind.startswith("CpG") else REACH)
-        for kind, pairs in elements.items()
-        if len(pairs) >= 10
-    }
-    return results
+        sizes = [size for size in sizes_of(memory) if size >= 3]
+        results["symmetry"][str(layer)] = {str(size): symmetry(memory, size, options.permutations) for size in sizes}
+        if 3 in sizes:
+            results["codons"][str(layer)] = codon_structure(memory, options.permutations)
+    shown = {}
+    for kind, pairs in elements.items():
+        if len(pairs) < 10:
+            continue
+        scored = ISLAND if kind.startswith("CpG") else REACH
+        found = element_profiles(models["model"], pairs, max(scored, SHOWN))
+        if "twin" in models:
+            twin = element_profiles(models["twin"], pairs, max(scored, SHOWN))
+            found["surprisal of the twin"] = twin["surprisal"]
+            found["surprisal less that of the twin"] = found["surprisal"] - twin["surprisal"]
+        results["elements"][kind] = element_scores(pairs, found, scored)
+        if not kind.startswith("CpG"):  # an island has no place to begin at
+            shown[kind] = curves(found, len(pairs))
+    return results, shown
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Readiness, symmetry and elements, with their intervals."""
     figure, axes = pyplot().subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for name, rows in results["readiness"].items():
-        mean, low, high = np.array(rows).T
-        axes[0].errorbar(range(len(rows)), mean, [mean - low, high - mean], marker="o", label=name, capsize=3)
-    axes[0].set(xlabel="layers read (0: the embedding)", ylabel="KL(final, layer), nats", title="Readiness")
-    axes[0].legend()
-    for layer, found in results["symmetry"].items():
-        value, low, high = np.array([size["effect_size"] for size in found.values()]).T
-        error = [value - low, high - value]
-        axes[1].errorbar([int(size) for size in found], value, error, marker="o", label=f"layer {layer}", capsize=3)
-    axes[1].axhline(0, color="black", linewidth=0.5)
-    axes[1].set(xlabel="k", ylabel="effect size", title="Likeness of reverse complements' rows")
-    axes[1].legend()
+    draw_readiness(axes[0], results["readiness"])
+    draw_symmetry(axes[1], results["symmetry"])
     kinds = list(results["elements"])
-    for index, quantity in enumerate(("memory gate", "memory residual")):
+    shown = ("memory gate", "memory residual", WINDOWLESS)
+    for index, quantity in enumerate(shown if kinds else ()):
         value, low, high = np.array([results["elements"][kind]["auc"][quantity] for kind in kinds]).T
-        places = np.arange(len(kinds)) + 0.15 * (2 * index - 1)
+        places = np.arange(len(kinds)) + 0.2 * (index - 1)
         axes[2].errorbar(value, places, xerr=[value - low, high - value], fmt="o", label=quantity, capsize=3)
     axes[2].axvline(0.5, color="black", linewidth=0.5, linestyle=":")
     axes[2].set_yticks(range(len(kinds)), [f"{kind} ({results['elements'][kind]['pairs']})" for kind in kinds])
     axes[2].set(xlabel="AUC against decoys", title="Elements (pairs)")
-    axes[2].legend()
+    if kinds:
+        axes[2].legend()
+    write_figure(path, figure)
+
+
+def draw_profiles(shown: dict[str, Any], path: Path) -> None:
+    """Gate and residual, with and without windows, base by base: a row for each kind of element."""
+    quantities = ("memory gate", "memory residual", WINDOWLESS)
+    figure, axes = pyplot().subplots(
+        len(shown), len(quantities), figsize=(13, 2.2 * len(shown)), sharex=True, squeeze=False, layout="constrained"
+    )
+    places = np.arange(-SHOWN, 0) + REACH + 1
+    for row, (kind, found) in enumerate(shown.items()):
+        for axis, quantity in zip(axes[row], quantities, strict=True):
+            for which, colour in (("decoys", "tab:gray"), ("elements", "tab:red")):
+                mean, low, high = np.array(found[quantity][which])
+                axis.plot(places, mean, color=colour, label=which, linewidth=1.2)
+                axis.fill_between(places, low, high, color=colour, alpha=0.25, linewidth=0)
+            axis.axvline(0, color="black", linewidth=0.5, linestyle=":")
+            axis.set_title(f"{kind}: {quantity}", size=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("bases from the element's last")
+    axes[0, 0].legend()
     write_figure(path, figure)
 
 
@@ -322,7 +300,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default=str(gengram.DEFAULT_MODEL), help="folder or Hub id; gengram-mini by default"
     )
-    parser.add_argument("--twin", help="the same model trained without its memory, for readiness")
+    parser.add_argument("--twin", help="the same model trained without its memory, for what the memory does")
     parser.add_argument("--fasta", type=Path, required=True, help="a sequence that the model was not trained on")
     parser.add_argument("--gtf", type=Path, required=True, help="its genes")
     parser.add_argument("--yeast", type=Path, help="the genome of yeast")
@@ -337,15 +315,23 @@ def main() -> None:
     options = parser.parse_args()
     if len({path is None for path in (options.yeast, options.yeast_gtf, options.tata)}) > 1:
         parser.error("--yeast, --yeast-gtf and --tata belong together")
+    if options.context < SHOWN:
+        parser.error(f"--context must be at least {SHOWN}, the bases that are shown")
     torch.set_num_threads(1)
     with whole_folder(options.output) as folder:
-        results = analyse(options)
+        results, shown = analyse(options)
         described = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
         record = {"options": described, "machine": describe_machine(), "results": results}
         (folder / "what_it_learned.json").write_text(json.dumps(record, indent=1) + "\n")
         draw(results, folder / "what_it_learned.svg")
-    for name, rows in results["readiness"].items():
-        print(f"readiness of the {name}: " + ", ".join(f"{mean:.2f}" for mean, _, _ in rows))
+        if shown:
+            (folder / "profiles.json").write_text(json.dumps(shown) + "\n")
+            draw_profiles(shown, folder / "profiles.svg")
+    for name, values in results["readiness"].items():
+        print(f"{name}: " + "{:.4f} bits per base ({:.4f} to {:.4f})".format(*values["bits_per_base"]))
+        if "divergence" in values:
+            rows = ("{:.2f} ({:.2f} to {:.2f})".format(*row) for row in values["divergence"])
+            print(f"readiness of {name}: " + ", ".join(rows))
     for layer, found in results["symmetry"].items():
         for size, values in found.items():
             words = "effect {:.2f} ({:.2f} to {:.2f})".format(*values["effect_size"])

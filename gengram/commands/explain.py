@@ -1,6 +1,7 @@
 """`gengram explain`: which k-mers made what a model does in a region, as one report and tables."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TAXON",
         help="compare with known motifs: vertebrates, fungi, plants, ...; all by default",
     )
+    parser.add_argument(
+        "--model-only",
+        action="store_true",
+        help="no regions: what the memory learned, and with a FASTA file how early the model knows its prediction",
+    )
+    parser.add_argument("--twin", metavar="MODEL", help="with --model-only: the same model trained without its memory")
     parser.add_argument("--no-mutate", action="store_true", help="do not change every base, which takes longest")
     add_job_options(parser, "folder to make, with report.html, tables and pictures")
 
@@ -54,17 +61,39 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.shard is not None:
         raise ValueError("--shard: a part has no report; leave it out.")
-    job = _job(arguments)
+    job = _model_job(arguments) if arguments.model_only else _job(arguments)
     summary = run_job(job, arguments.output, **run_options(arguments))
     report = summary.output / "report.html"
+    if arguments.model_only:
+        print_summary(arguments, summary, f"explained the memory, wrote {report}", report=str(report))
+        return 0
     words = f"explained {summary.items:,} bases, wrote {report}"
     print_summary(arguments, summary, words, bases=summary.items, report=str(report), targets=list(job.targets))
     return 0
 
 
+def _model_job(arguments: argparse.Namespace) -> Any:
+    from ..inference.jobs.explain_model import explain_model_job
+
+    of_regions = ("gtf", "context", "of_class", "knock_out", "knock_out_reverse_complement", "jaspar", "no_mutate")
+    for name in of_regions:
+        if getattr(arguments, name):
+            option = "class" if name == "of_class" else name.replace("_", "-")
+            raise ValueError(f"--{option} is of regions; leave it out with --model-only.")
+    given = [*arguments.regions, *([] if arguments.fasta is None else [arguments.fasta])]
+    if len(given) > 1:
+        words = " ".join(map(str, given))
+        raise ValueError(f"--model-only: expected one FASTA file of sequences at most, got {words}.")
+    options = model_options(arguments)
+    twin = None if arguments.twin is None else replace(options, model=arguments.twin, revision=None)
+    return explain_model_job(given[0] if given else None, model=options, twin=twin)
+
+
 def _job(arguments: argparse.Namespace) -> Any:
     from ..inference.jobs.explain import explain_job
 
+    if arguments.twin is not None:
+        raise ValueError("--twin belongs to --model-only.")
     fasta, regions = arguments.fasta, arguments.regions
     if fasta is None:
         if len(regions) != 1 or not Path(regions[0]).is_file():

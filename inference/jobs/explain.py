@@ -1,5 +1,6 @@
 """`gengram explain`: which k-mers of the memory made what a model does in a region, as tables and one report."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 
 from ...motif_memory.grafts.attach import IN_CONFIG
 from ...sequences.alphabet import check_letters, reverse_complement
+from ...sequences.annotation import Gene
 from ...sequences.intervals import Interval
 from ...support.default_model import model_name
 from ...support.errors import InputError
@@ -20,7 +22,7 @@ from ...support.whole_output import write_whole
 from ..base_tokens import BaseTokens
 from ..class_effects import ClassEffects
 from ..embeddings import STRANDS
-from ..explanation import Explanation, explain_memory, memories_by_layer
+from ..explanation import Explanation, explain_targets, memories_by_layer
 from ..kmer_totals import KmerTotals
 from ..knock_out import kmers_to_knock_out, knocked_out
 from ..loaded_model import LoadedModel
@@ -34,6 +36,7 @@ from .dependency import DependencyJob, DependencyWorker
 from .job import JobChunk, ModelOptions, Worker
 from .mutate import CLASSES, MutateJob, MutateWorker, mutate_job
 from .region_tables import RegionTableJob
+from .track_picture import read_genes_of
 
 LONGEST = 1_000  # bases of a region: a picture of its letters is still read
 LONGEST_MATRIX = 200  # of which dependencies are computed
@@ -142,17 +145,29 @@ class ExplainJob(RegionTableJob):
         wanted = self.wanted()
         if len(wanted) > MOST_REGIONS:
             raise InputError(f"expected at most {MOST_REGIONS} regions in one report, got {len(wanted):,}.")
+        _ = self.genes  # what is wrong with them is said before the work
         for region in wanted:
             longest = min(LONGEST, self.changes.context or self.changes.longest)
-            if not 2 <= len(region) <= longest:
+            if len(region) > longest:
                 raise InputError(
-                    f"region {region}: expected 2 to {longest:,} bases, so that they are read at once, got "
-                    f"{len(region):,}; give shorter regions, or a larger --context."
+                    f"region {region}: expected at most {longest:,} bases, so that they are read at once, got "
+                    f"{len(region):,}; give shorter regions{', or a larger --context' if longest < LONGEST else ''}."
                 )
             first, last = self.window(region)
+            if last - first < 2:
+                raise InputError(f"region {region}: a base that nothing stands beside cannot be explained.")
             letters = self.genome.fetch(region.record, first, last)
             check_letters(letters, f"{self.genome.name}, record {region.record}", first)
             yield JobChunk(len(region), (region.record, region.start, region.end))
+
+    @functools.cached_property
+    def genes(self) -> list[list[Gene]]:
+        """The genes of each region, for the pictures.
+
+        Raises:
+            InputError: if the file of genes is damaged.
+        """
+        return [read_genes_of(self.gtf, region) for region in self.wanted()]
 
     def window(self, region: Interval) -> tuple[int, int]:
         """Where the window starts and ends that a region is read in."""
@@ -252,22 +267,21 @@ class _Worker:
         """Contributions of k-mers, their sums by k-mer, and those of bases."""
         first, last = self._job.window(region)
         letters = self._job.genome.fetch(region.record, first, last)
-        rows, totals, shares = [], [], []
+        rows, shares = [], []
+        totals: dict[tuple[str, str], KmerTotals] = {}
         for layer in memories_by_layer(self._loaded.model):
-            for target in self._job.targets:
-                summed = KmerTotals()
-                for strand in STRANDS[self._job.model.strands]:
-                    text = letters if strand == "+" else reverse_complement(letters)
-                    found = explain_memory(self._loaded.model, self._ids(text), layer=layer, target=target)
-                    place = _Place(region, first, last, strand, len(self._tokens.before))
-                    inside = place.inside(found)
-                    summed.add(found, inside)
+            for strand in STRANDS[self._job.model.strands]:
+                ids = self._ids(letters if strand == "+" else reverse_complement(letters))
+                place = _Place(region, first, last, strand, len(self._tokens.before))
+                for found in explain_targets(self._loaded.model, ids, self._job.targets, layer):
+                    inside, target = place.inside(found), found.target
+                    totals.setdefault((str(layer), target), KmerTotals()).add(found, inside)
                     rows.append(place.rows(found, inside, str(layer), target))
                     shares.append(
                         self._long(region, f"contribution:{target}", str(layer), strand, place.by_base(found, inside))
                     )
-                totals.append(_kmer_rows(summed, str(layer), target))
-        return pa.concat_tables(rows), pa.concat_tables(totals), pa.concat_tables(shares)
+        kmers = [_kmer_rows(summed, *names) for names, summed in totals.items()]
+        return pa.concat_tables(rows), pa.concat_tables(kmers), pa.concat_tables(shares)
 
     def _ids(self, text: str) -> torch.Tensor:
         ids = [*self._tokens.before, *self._tokens.encode(text).tolist(), *self._tokens.after]

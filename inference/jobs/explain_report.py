@@ -1,7 +1,5 @@
 """The report of `gengram explain`: one HTML file that holds its pictures, opens offline and fits a phone."""
 
-import base64
-import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +12,8 @@ from ...support.default_model import model_name
 from ...support.whole_output import write_whole
 from ..motif_matches import Motif, known_motifs, matches, motifs_of
 from .explain_pictures import draw_contributions, draw_logos, draw_tracks_of, numbers_of
+from .html_report import html_figure, html_page, html_table, html_text
 from .mutate_picture import draw_dependencies, draw_mutations
-from .track_picture import read_genes_of
 
 if TYPE_CHECKING:
     from .explain import ExplainJob
@@ -25,19 +23,6 @@ MOST_KMERS = 15  # in a table
 MOST_IN_MOTIFS = 50  # k-mers that are put together to motifs
 MOST_MOTIFS = 10
 
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 75rem; padding: 0 1rem 3rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1.05rem; }
-figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.9rem; }
-.wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
-.wide img { display: block; width: 100%; min-width: 44rem; height: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.2rem 0.7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-code, td.kmer { font-family: ui-monospace, monospace; }
-nav a { margin-right: 1rem; }
-"""
 _TARGETS = {
     "gate_logit": "the gate's logit: above 0 the memory opens, below 0 it closes",
     "residual_norm": "how much the memory adds to the hidden state",
@@ -60,45 +45,32 @@ def write_html_report(job: "ExplainJob", tables: dict[str, pa.Table], folder: Pa
     regions = job.wanted()
     sections = [_section_of_region(job, tables, region, number, pictures) for number, region in enumerate(regions, 1)]
     sections.append(_section_of_kmers(job, tables, pictures))
-    name = model_name(job.model.model)
-    links = "".join(f'<a href="#region{number}">{_text(region)}</a>' for number, region in enumerate(regions, 1))
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(name)}: what its memory did</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>What the memory of {_text(name)} did</h1>
-<p>Every number is exact for this model: a k-mer's contribution is its share in what the memory computed, and the
-shares sum to the whole. What a model learned need not be biology.</p>
-<nav>{links}<a href="#kmers">k-mers</a></nav>
-{"".join(sections)}
-</body>
-</html>
-"""
-    write_whole(folder / REPORT, page)
+    introduction = (
+        "A k-mer's contribution is its share in what the memory computed; shares sum to the whole exactly. Where the "
+        "memory is not linear, a factor is held at the value that it has. What a model learned need not be biology."
+    )
+    links = {**{f"region{number}": _place(region) for number, region in enumerate(regions, 1)}, "kmers": "k-mers"}
+    title = f"What the memory of {model_name(job.model.model)} did"
+    write_whole(folder / REPORT, html_page(title, introduction, links, sections))
 
 
 def _section_of_region(
     job: "ExplainJob", tables: dict[str, pa.Table], region: Interval, number: int, pictures: Path
 ) -> str:
     name, letters = model_name(job.model.model), job.genome.fetch(region.record, region.start, region.end)
-    numbers, place = numbers_of(tables["bases"], region), f"{region.record}:{region.start + 1:,}-{region.end:,}"
-    parts = [f'<section id="region{number}">\n<h2>{_text(place)}</h2>\n']
+    numbers, place = numbers_of(tables["bases"], region), _place(region)
+    parts = [f'<section id="region{number}">\n<h2>{html_text(place)}</h2>\n']
 
     def add(kind: str, caption: str, draw: Any) -> None:
         path = pictures / f"region{number}_{kind}.svg"
         draw(path)
-        parts.append(_figure(path, caption))
+        parts.append(html_figure(path, caption))
 
     add(
         "tracks",
         "What the model made of every base: surprisal (2 bits is chance), how far the memory opened, and how much it "
         "added. Blue is the forward strand, orange the reverse one.",
-        lambda path: draw_tracks_of(numbers, region, letters, path, name, read_genes_of(job.gtf, region)),
+        lambda path: draw_tracks_of(numbers, region, letters, path, name, job.genes[number - 1]),
     )
     add(
         "contributions",
@@ -127,6 +99,10 @@ def _section_of_region(
     return "".join([*parts, "</section>\n"])
 
 
+def _place(region: Interval) -> str:
+    return f"{region.record}:{region.start + 1:,}-{region.end:,}"
+
+
 def _is_there(table: pa.Table, region: Interval) -> bool:
     inside = pc.and_(pc.greater(table["i"], region.start), pc.less_equal(table["i"], region.end))
     return bool(pc.any(pc.and_(pc.equal(table["chrom"], region.record), inside)).as_py())
@@ -140,7 +116,7 @@ def _knock_out(job: "ExplainJob", table: pa.Table, region: Interval) -> str:
     ]
     cells = [[row["value"], row["strand"], row["before"], row["after"], row["after"] - row["before"]] for row in rows]
     words = ", ".join(job.knock_out) + (" and their reverse complements" if job.reverse_complements else "")
-    return f"<h3>Without the rows of {_text(words)}</h3>\n" + _table(
+    return f"<h3>Without the rows of {html_text(words)}</h3>\n" + html_table(
         ["value", "strand", "with them", "without", "change"], cells
     )
 
@@ -154,15 +130,15 @@ def _section_of_kmers(job: "ExplainJob", tables: dict[str, pa.Table], pictures: 
     for layer, target in dict.fromkeys(zip(kmers["layer"].to_pylist(), kmers["target"].to_pylist(), strict=True)):
         chosen = kmers.filter(pc.and_(pc.equal(kmers["layer"], layer), pc.equal(kmers["target"], target)))
         listed = chosen.to_pylist()
-        parts.append(f"<h3>Layer {_text(layer)}, {_text(target)}: {_text(_meaning(job, target))}</h3>\n")
+        parts.append(f"<h3>Layer {html_text(layer)}, {html_text(target)}: {html_text(_meaning(job, target))}</h3>\n")
         cells = [[row["kmer"], row["occurrences"], row["contribution"]] for row in listed[:MOST_KMERS]]
-        parts.append(_table(["k-mer", "places", "contribution"], cells))
+        parts.append(html_table(["k-mer", "places", "contribution"], cells))
         weights = [(row["kmer"], row["contribution"]) for row in listed if row["contribution"] > 0]
         motifs = motifs_of(weights[:MOST_IN_MOTIFS])[:MOST_MOTIFS]
         if motifs:
             path = pictures / f"logos_{len(found) + 1}.svg"
             draw_logos(motifs, path)
-            parts.append(_figure(path, "Logos of the k-mers that contributed most, those alike put together."))
+            parts.append(html_figure(path, "Logos of the k-mers that contributed most, those alike put together."))
         found.append((layer, target, motifs))
         rows += [
             {"layer": layer, "target": target, "motif": motif.name, "members": list(motif.members)} for motif in motifs
@@ -192,34 +168,10 @@ def _known(job: "ExplainJob", found: Iterable[tuple[str, str, Sequence[Motif]]],
         "false discoveries is measured on the same motifs with shuffled places; above 0.1 a match is no finding.</p>\n"
     )
     headings = ["layer", "target", "motif", "most like", "matrix", "p-value", "false-discovery rate"]
-    return words + _table(headings, [[row[name] for name in names] for row in first])
+    return words + html_table(headings, [[row[name] for name in names] for row in first])
 
 
 def _meaning(job: "ExplainJob", target: str) -> str:
     if target.startswith("class:"):
         return f"the logit of {job.changes.label_name}, as the memory alone changes it (logit lens)"
     return _TARGETS[target]
-
-
-def _figure(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="{_text(caption)}" src="data:image/svg+xml;base64,{data}">'
-    return f'<figure><div class="wide">{image}</div><figcaption>{_text(caption)}</figcaption></figure>\n'
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = ["<tr>" + "".join(f'<th scope="col">{_text(heading)}</th>' for heading in headings) + "</tr>"]
-    lines += ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
-    return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>\n"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, int):
-        return f'<td class="number">{value:,}</td>'
-    if isinstance(value, float):
-        return f'<td class="number">{value:.4g}</td>'
-    return f"<td>{_text(value)}</td>"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))

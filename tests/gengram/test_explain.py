@@ -11,11 +11,11 @@ import pytest
 import torch
 from saved_models import tiny_folder  # noqa: F401  (a fixture)
 from tiny_models import tiny_model
-from tolerances import SAME_FP32, SHARES_FP64
+from tolerances import ROUNDED_MEANS, SAME_FP32, SHARES_FP64
 from transformers import AutoModelForCausalLM
 
 import gengram
-from gengram import GengramForSequenceClassification, GengramTokenizer
+from gengram import GengramForCausalLM, GengramForSequenceClassification, GengramTokenizer
 from gengram.cli import main
 from gengram.sequences.alphabet import reverse_complement
 from gengram.sequences.genome import open_genome
@@ -138,16 +138,65 @@ def test_sequences_of_a_file_and_a_class(explain, tmp_path):
     assert scores[0]["after"] == pytest.approx(float(after[1] - after[0]), abs=SAME_FP32)
 
 
+def test_a_base_alone_is_explained_where_others_stand_beside_it(explain, tmp_path):
+    (tmp_path / "x.fa").write_text(">x\nACGTTGCATTACGGNcat\n>y\nA\n")
+    words = ["--fasta", "x.fa", "--knock-out", "cat"]
+    assert explain("x:18-18", *words, "--output", "out") == (0, "", "")  # lower case, at the end
+    check_page(tmp_path / "out")
+    assert {row["pos"] for row in rows_of(tmp_path / "out", "contributions")} == {18}
+    assert {row["alt"] for row in rows_of(tmp_path / "out", "changes")} >= {"A", "C", "G"}
+    code, _, error = explain("y:1-1", *words, "--output", "other")
+    assert code == 1 and "a base that nothing stands beside" in error
+
+
+def test_the_whole_model_beside_its_twin(explain, tmp_path, tiny_folder):  # noqa: F811
+    pytest.importorskip("sklearn")
+    tiny_model(GengramForCausalLM, seed=3, memory_layers=[]).save_pretrained(tmp_path / "twin")
+    GengramTokenizer(model_max_length=48).save_pretrained(tmp_path / "twin")
+    code, out, _ = explain("--model-only", FASTA, "--twin", str(tmp_path / "twin"), "--output", "out")
+    assert (code, out) == (0, "")
+    page = check_page(tmp_path / "out")
+    assert page.of("section", "id") == ["readiness", "symmetry", "codons", "kmers"]
+    found = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert found["pieces"] == 40 and set(found["readiness"]) == {"model", "twin", "model less twin"}
+    for name in ("divergence", "bits_per_base"):
+        mean, twin, less = (np.array(found["readiness"][of][name])[..., 0] for of in found["readiness"])
+        np.testing.assert_allclose(mean - twin, less, atol=ROUNDED_MEANS)  # each is rounded to four digits
+    assert set(found["symmetry"]) == set(found["codons"]) == {"0", "2"}
+    rows = rows_of(tmp_path / "out", "kmers")
+    assert len(rows) == 2 * (4 + 16 + 64) and sum(row["occurrences"] or 0 for row in rows) > 0
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert set(record["inputs"]) == {"fasta", "twin/model.safetensors"}
+
+
+def test_a_classifier_has_tables_but_no_readiness(explain, tmp_path):
+    pytest.importorskip("sklearn")
+    tiny_model(GengramForSequenceClassification, max_position_embeddings=48).save_pretrained(tmp_path / "classifier")
+    GengramTokenizer(model_max_length=48).save_pretrained(tmp_path / "classifier")
+    code, _, error = explain("--model-only", "--output", "out", model=tmp_path / "classifier")
+    assert (code, error) == (0, "")
+    assert check_page(tmp_path / "out").of("section", "id") == ["symmetry", "codons", "kmers"]
+    assert all(row["contribution"] is None for row in rows_of(tmp_path / "out", "kmers"))
+    code, _, error = explain("--model-only", FASTA, "--output", "other", model=tmp_path / "classifier")
+    assert code == 1 and "predicts no bases" in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["chr21_25.7M:1-20"], "expected one FASTA file of sequences, or regions with --fasta"),
-        (["chr21_25.7M:1-2000", "--fasta", FASTA], "expected 2 to 48 bases, so that they are read at once"),
+        (["chr21_25.7M:1-2000", "--fasta", FASTA], "expected at most 48 bases, so that they are read at once"),
+        (["chr21_25.7M:1-20", "--fasta", FASTA, "--gtf", FASTA], "expected 9 tab-separated columns"),
         (["chr21_25.7M:1-20", "--fasta", FASTA, "--knock-out", "TATAAA"], "of a size that the memory has (1, 2, 3)"),
         (["chr21_25.7M:1-20", "--fasta", FASTA, "--knock-out-reverse-complement"], "name the k-mers with --knock-out"),
         (["chr21_25.7M:1-20", "--fasta", FASTA, "--shard", "1/2"], "--shard: a part has no report"),
         (["chr21_25.7M:1-20", "--fasta", FASTA, "--class", "x"], "is no classifier"),
         (["chr9:1-20", "--fasta", FASTA], "no record 'chr9'"),
+        (["--model-only", "--knock-out", "TAT"], "--knock-out is of regions; leave it out with --model-only"),
+        (["--model-only", FASTA, "chr9:1-20"], "expected one FASTA file of sequences at most"),
+        (["--model-only", "--twin", "x"], "name a FASTA file, too"),
+        (["--model-only", "missing.fa"], "missing.fa does not exist"),
+        (["chr21_25.7M:1-20", "--fasta", FASTA, "--twin", "x"], "--twin belongs to --model-only"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message_and_nothing_is_left(explain, tmp_path, words, message):

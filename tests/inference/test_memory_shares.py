@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import gengram
 from gengram import GengramForCausalLM, GengramForMaskedLM, GengramForSequenceClassification, explain_memory
 from gengram.conversion_scripts.convert_megatron_to_hf import convert_to_hf
+from gengram.inference.explanation import explain_targets, residual_norms
 
 TARGETS = ("gate_logit", "residual_norm", "base:actual", "base:G")
 
@@ -245,3 +246,26 @@ def test_a_model_in_training_or_without_memory_is_refused():
         explain_memory(tiny_model(GengramForCausalLM, memory_layers=[]), random_ids(1, 9))
     with pytest.raises(ValueError, match="no last norm"):
         explain_memory(grafted("bert"), random_tokens(), layer=1, target="base:A")
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_without_its_window_a_memory_reads_the_kmers_that_end_at_a_base(is_causal):
+    """A window as long as the k-mer holds this k-mer alone, so a memory of one size needs no other window for it."""
+    sizes = dict(memory_ngram_sizes=[3], memory_layers=[1])
+    model_class = GengramForCausalLM if is_causal else GengramForMaskedLM
+    model, ids = tiny_model(model_class, memory_window=3, **sizes).double(), random_ids(2, 30, non_letters=0.1)
+    alone = residual_norms(model, ids)
+    assert (alone > 0).float().mean() > 0.5
+    if is_causal:  # a centred window ends ahead of its base
+        torch.testing.assert_close(residual_norms(model, ids, has_window=False), alone, rtol=SHARES_FP64, atol=0)
+    wide = tiny_model(model_class, memory_window=9, **sizes).double()
+    assert not torch.allclose(residual_norms(wide, ids), residual_norms(wide, ids, has_window=False))
+    expected = explain_memory(wide, ids, target="residual_norm").total
+    torch.testing.assert_close(residual_norms(wide, ids), expected, rtol=SHARES_FP64, atol=0)
+
+
+def test_several_targets_are_those_that_are_asked_for_alone():
+    model, ids = tiny_model(GengramForCausalLM), random_ids(2, 20)
+    for target, found in zip(TARGETS, explain_targets(model, ids, TARGETS, layer=2), strict=True):
+        alone = explain_memory(model, ids, layer=2, target=target)
+        assert found.target == target and found.rules == alone.rules and found.table == alone.table

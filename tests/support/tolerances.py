@@ -131,3 +131,5 @@ MEAN_OF_EVEN_DRAWS = 0.05
 # over at most some hundred columns, each rounded by 6e-8; bfloat16 rounds weights and results to 2^-9 = 0.2 %.
 QUANTIZED_PRODUCT = 1e-5
 QUANTIZED_PRODUCT_BF16 = 1e-2
+# The difference of two means that are each written with four digits behind the point, and itself rounded so.
+ROUNDED_MEANS = 2e-4
