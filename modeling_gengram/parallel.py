@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .quantized_experts import WEIGHTS
+from .quantized_experts import NUMBERS, WEIGHTS, QuantizedLinear
 
 
 def prepare_to_spread(model: Any, distributed_config: Any) -> None:
@@ -23,14 +23,21 @@ def prepare_to_spread(model: Any, distributed_config: Any) -> None:
     quantized = [module for module in model.modules() if getattr(module, "quantization", None) is not None]
     if not quantized:
         return
+    cuts_attention = distributed_config.tp_size > 1 and any(isinstance(part, QuantizedLinear) for part in quantized)
+    if cuts_attention:  # by expert parallelism too
+        raise ValueError(
+            "tensor and expert parallelism cut the attention, which is quantised here, apart from its scales. "
+            "Quantise the experts only and use expert parallelism, or shard fully; see docs/running.md."
+        )
     if distributed_config.tp_size > 1 and not distributed_config.enable_expert_parallel:
         raise ValueError(
-            "tensor parallelism would cut quantised experts apart from their scales. Use expert parallelism, which "
+            "tensor parallelism would cut quantised weights apart from their scales. Use expert parallelism, which "
             "gives each process whole experts; see docs/running.md."
         )
-    if distributed_config.fsdp_size > 1 and getattr(quantized[0], WEIGHTS[0]).is_floating_point():  # no numbers yet
+    weights = (weight for module in quantized for name, weight in module.named_parameters() if name in NUMBERS)
+    if distributed_config.fsdp_size > 1 and any(weight.is_floating_point() for weight in weights):  # no numbers yet
         raise ValueError(
-            "experts cannot be quantised while a model is loaded into fully sharded processes. Save a quantised "
+            "weights cannot be quantised while a model is loaded into fully sharded processes. Save a quantised "
             "folder first (load in one process and save_pretrained, or use `gengram convert to-hf --experts`)."
         )
     plan = model._ep_plan

@@ -15,7 +15,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantized_experts import GROUP, WEIGHTS, QuantizedLinear, check_kind, make_room, quantize, scale_name, undo
+from .quantized_experts import (
+    GROUP,
+    NUMBERS,
+    WEIGHTS,
+    QuantizedLinear,
+    check_kind,
+    make_room,
+    quantize,
+    scale_name,
+    undo,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -68,7 +78,7 @@ class GengramQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is a weight of experts, or of attention if that is quantised."""
         path, _, name = param_name.rpartition(".")
-        return name in (*WEIGHTS, "qweight") and getattr(model.get_submodule(path), "quantization", None) is not None
+        return name in NUMBERS and getattr(model.get_submodule(path), "quantization", None) is not None
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """Names in files and in the model; see `QuantizedLinear`. They are undone when the model is saved."""

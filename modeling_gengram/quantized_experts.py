@@ -24,6 +24,7 @@ from ..motif_memory.ways.native import status
 
 KINDS = ("int8", "int4")
 WEIGHTS = ("gate_up_proj", "down_proj")
+NUMBERS = (*WEIGHTS, "qweight")  # of experts and of linear layers
 GROUP = 32  # columns that share a scale in "int4"
 _HALF = GROUP // 2
 # Divisors of a group's largest number that are tried for the scale; the one with the least squared error is kept.

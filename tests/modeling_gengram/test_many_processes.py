@@ -34,6 +34,7 @@ SPREAD_QUANTISED = {
 if HAS_EP_SIZE:
     SPREAD["experts, experts and shards"] = ("experts", SHARDS | EXPERTS)
     SPREAD_QUANTISED["experts and shards"] = SHARDS | EXPERTS
+QUANTISED = {kind: GengramQuantizationConfig(kind) for kind in ("int8", "int4")}
 CHANGES = {
     "dense": {"num_local_experts": 0},
     "tied": {"num_local_experts": 0, "tie_word_embeddings": True},
@@ -90,19 +91,23 @@ def in_each_process(rank, folder):
     with torch.no_grad():
         found["masked"] = model.eval()(ids_of(TENSORS, rank)).logits
     for name, options in SPREAD_QUANTISED.items():
-        for kind in ("int8", "int4"):
+        for kind in QUANTISED:
             model = GengramForCausalLM.from_pretrained(folder / kind, distributed_config=DistributedConfig(**options))
             with torch.no_grad():
                 ids = ids_of(options, rank)
                 found[kind, name] = {"logits": model.eval()(ids).logits, "generated": generate(model, ids)}
             model.save_pretrained(folder / f"{kind}, {name}")
-    for kind in ("int8", "int4"):  # quantised while it is spread
+    for kind, config in QUANTISED.items():  # while it is spread
         model = GengramForCausalLM.from_pretrained(
             folder / "experts",
-            quantization_config=GengramQuantizationConfig(kind),
+            quantization_config=config,
             distributed_config=DistributedConfig(**SPREAD_QUANTISED["experts"]),
         )
         model.save_pretrained(folder / f"{kind}, at once")
+    model = GengramForCausalLM.from_pretrained(folder / "attention", distributed_config=DistributedConfig(**SHARDS))
+    with torch.no_grad():
+        ids = ids_of(SHARDS, rank)
+        found["attention"] = {"logits": model.eval()(ids).logits, "generated": generate(model, ids)}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -113,11 +118,14 @@ def spread(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread")
     for kind in CHANGES:
         model_of(kind).save_pretrained(folder / kind)
-    for kind in ("int8", "int4"):
-        config = GengramQuantizationConfig(kind)
+    for kind, config in QUANTISED.items():
         GengramForCausalLM.from_pretrained(folder / "experts", quantization_config=config).save_pretrained(
             folder / kind
         )
+    config = GengramQuantizationConfig("int4", attention="int8")
+    GengramForCausalLM.from_pretrained(folder / "experts", quantization_config=config).save_pretrained(
+        folder / "attention"
+    )
     torch.multiprocessing.spawn(in_each_process, (folder,), nprocs=PROCESSES)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
@@ -169,7 +177,7 @@ def test_a_head_that_shares_the_cut_embedding_is_cut_too(spread):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", QUANTISED)
 @pytest.mark.parametrize("name", SPREAD_QUANTISED)
 def test_two_processes_with_quantised_experts_are_one(spread, kind, name):
     folder, processes = spread
@@ -181,18 +189,24 @@ def test_two_processes_with_quantised_experts_are_one(spread, kind, name):
         assert all(torch.equal(saved[weight], value) for weight, value in model.state_dict().items())
 
 
+@pytest.mark.slow
+def test_two_sharded_processes_with_quantised_attention_are_one(spread):
+    folder, processes = spread
+    model = GengramForCausalLM.from_pretrained(folder / "attention").eval()
+    check_same([process["attention"] for process in processes], model, SHARDS)
+
+
 def spread_over_two(model, **options):
     sizes = {"tp_size": 1, "fsdp_size": 1, "pp_size": 1, "enable_expert_parallel": False}
     mesh = object()  # nothing is asked of it: the model is refused first
     return GengramForCausalLM.maybe_distribute_model(model, SimpleNamespace(**{**sizes, **options}), mesh)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", QUANTISED)
 def test_what_quantised_experts_cannot_do_is_refused_while_loading(kind, tmp_path):
     model_of("experts").save_pretrained(tmp_path)
-    config = GengramQuantizationConfig(kind)
-    model = GengramForCausalLM.from_pretrained(tmp_path, quantization_config=config)
-    with pytest.raises(ValueError, match=r"would cut quantised experts apart .* Use expert parallelism"):
+    model = GengramForCausalLM.from_pretrained(tmp_path, quantization_config=QUANTISED[kind])
+    with pytest.raises(ValueError, match=r"would cut quantised weights apart .* Use expert parallelism"):
         spread_over_two(model, tp_size=2)
     with torch.device("meta"):
         unread = GengramForCausalLM(model.config)
@@ -200,6 +214,15 @@ def test_what_quantised_experts_cannot_do_is_refused_while_loading(kind, tmp_pat
     model.hf_quantizer.preprocess_model(unread)
     with pytest.raises(ValueError, match=r"fully sharded processes\. Save a quantised folder first"):
         spread_over_two(unread, fsdp_size=2)
+
+
+def test_a_quantised_attention_is_not_cut(tmp_path):
+    model_of("experts").save_pretrained(tmp_path)
+    config = GengramQuantizationConfig("int8", attention="int8")
+    model = GengramForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    for options in ({}, {"enable_expert_parallel": True}):
+        with pytest.raises(ValueError, match=r"cut the attention, which is quantised .* Quantise the experts only"):
+            spread_over_two(model, tp_size=2, **options)
 
 
 def test_pipeline_parallelism_is_refused_for_a_memory():
