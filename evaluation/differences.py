@@ -77,7 +77,7 @@ def _difference(pairs: Sequence[_Pair]) -> dict[str, float | None]:
     value = np.mean([own - other for own, other in values])
     with warnings.catch_warnings():  # a metric may be nan in all samples
         warnings.simplefilter("ignore")
-        ends = percentile_interval(np.mean([np.subtract(*pair) for pair in drawn], axis=0))
+        ends = percentile_interval(np.mean([np.subtract(own, other) for own, other in drawn], axis=0))
     return {
         name: float(found) if np.isfinite(found) else None
         for name, found in zip(("value", "low", "high"), (value, *ends), strict=True)

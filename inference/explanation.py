@@ -346,7 +346,8 @@ class _Call:
 
         with _hooked(self.memory.register_forward_pre_hook(stop)), contextlib.suppress(_MemoryReachedError):
             self._run()
-        return work_out(self.memory, *seen, has_window)
+        hidden_states, plan = seen
+        return work_out(self.memory, hidden_states, plan, has_window)
 
     def gradient_behind(self, norm: torch.nn.Module, label: int) -> torch.Tensor:
         """Gradient of a class's logit by the last norm's output, (batch, length, hidden): the head's direction."""

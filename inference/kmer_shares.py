@@ -153,12 +153,14 @@ def _weights(memory: Any) -> Weights:
     with _plain_weight(memory.key_proj, nn.Linear) as key, _plain_weight(memory.value_proj, nn.Linear) as value:
         matrices = key, value
     conv = None if memory.short_conv is None else memory.short_conv.conv
-    small = []
-    for module in (memory.norm_q, memory.norm_k, *(() if conv is None else (conv,))):
-        with weight_at_hand(module) as weight:
-            small.append(weight.double())
-    taps, dilation = (None, 1) if conv is None else (small[2], conv.dilation)
-    return Weights([], *matrices, *small[:2], taps, memory.norm_q.eps, dilation)
+    norm_q, norm_k = _small_weight(memory.norm_q), _small_weight(memory.norm_k)
+    taps, dilation = (None, 1) if conv is None else (_small_weight(conv), conv.dilation)
+    return Weights([], *matrices, norm_q, norm_k, taps, memory.norm_q.eps, dilation)
+
+
+def _small_weight(module: Any) -> torch.Tensor:
+    with weight_at_hand(module) as weight:
+        return weight.double()
 
 
 def _plain_weight(module: Any, kind: Any) -> Any:

@@ -69,7 +69,8 @@ def symmetry(memory: Any, size: int, permutations: int = 1000) -> dict[str, Any]
     classes = [np.flatnonzero(content == value) for value in np.unique(content)]
     first, second = rows[pairs[:, 0]], rows[pairs[:, 1]]
     own = np.einsum("ij,ij->i", first, second)
-    means, others = [], []
+    means: list[float] = []
+    others: list[np.ndarray] = []
     for _ in range(permutations):
         partner = np.arange(len(pairs))
         for members in classes:
@@ -77,11 +78,11 @@ def symmetry(memory: Any, size: int, permutations: int = 1000) -> dict[str, Any]
         others = [*others[-9:], np.einsum("ij,ij->i", first, second[partner])]
         means.append(others[-1].mean())
     spread = np.concatenate(others).std()
-    middle = np.mean(means)
+    middle = float(np.mean(means))
     return {
         "pairs": len(pairs),
         "cosine_within_pairs": bootstrap(lambda chosen: own[chosen].mean(), len(own)).round(4).tolist(),
-        "cosine_of_matched_partners": [round(float(value), 4) for value in (middle, *_interval(means))],
+        "cosine_of_matched_partners": [round(value, 4) for value in (middle, *_interval(means))],
         "effect_size": bootstrap(lambda chosen: (own[chosen].mean() - middle) / spread, len(own)).round(3).tolist(),
         "p_value": _p_value(float(own.mean()), means),
     }

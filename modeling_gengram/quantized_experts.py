@@ -245,6 +245,9 @@ class QuantizedLinear(nn.Linear):
         has_numbers: whether quantised numbers will be loaded; otherwise floats are, and are quantised then.
     """
 
+    qweight: Tensor
+    weight_scale: Tensor
+
     def __init__(self, linear: nn.Linear, kind: str, has_numbers: bool):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features

@@ -44,7 +44,8 @@ def bootstrap(statistic: Callable[[np.ndarray], Any], rows: int, samples: int = 
 def estimate(statistic: Callable[[np.ndarray], float], rows: int, samples: int = 1000) -> Estimate:
     """`bootstrap` of a statistic that is one number."""
     drawn = np.array(_drawn(statistic, rows, samples), dtype=float)
-    return Estimate(float(statistic(np.arange(rows))), *percentile_interval(drawn).tolist(), drawn)
+    low, high = percentile_interval(drawn).tolist()
+    return Estimate(float(statistic(np.arange(rows))), low, high, drawn)
 
 
 def percentile_interval(drawn: Any, shape: tuple[int, ...] = ()) -> np.ndarray:

@@ -39,7 +39,7 @@ class ConversionJob:
         if kinds.experts is not None:
             if self.config.num_local_experts <= 1:
                 raise ConversionError(f"the model has no experts that --experts {kinds.experts} could quantise")
-            self.config.quantization_config = GengramQuantizationConfig(*kinds).to_dict()
+            self.config.quantization_config = GengramQuantizationConfig(kinds.experts, kinds.attention).to_dict()
         outputs = {out.name: out for out in self.plan.outputs}
         self.specs = list(stored_specs(self.plan.outputs, kinds, self.dtype))
         self.outputs = {spec.name: outputs[numbers_name(spec.name) or spec.name] for spec in self.specs}
