@@ -149,13 +149,16 @@ def matches(motifs: Sequence[Motif], known: dict[str, tuple[str, np.ndarray]], b
 def discovery_rates(p_values: np.ndarray, by_chance: np.ndarray) -> np.ndarray:
     """False-discovery rate at each p-value, which does not fall as the p-value grows: (queries,).
 
+    It is never 0: of N shuffled motifs of which none is as alike, up to one in N + 1 may be (Phipson and Smyth 2010).
+
     Args:
         p_values: (queries,), of the best matches.
         by_chance: (shuffled queries,), likewise.
     """
     order = np.argsort(p_values, kind="stable")
     ranks = np.arange(1, len(p_values) + 1)
-    expected = (by_chance[None] <= p_values[order, None]).mean(1) * len(p_values)
+    as_alike = (by_chance[None] <= p_values[order, None]).sum(1)
+    expected = (1 + as_alike) / (1 + len(by_chance)) * len(p_values)
     rates = np.minimum(1, expected / ranks)
     rates = np.minimum.accumulate(rates[::-1])[::-1]
     found = np.empty(len(p_values))
