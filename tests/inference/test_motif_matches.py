@@ -26,8 +26,8 @@ def test_kmers_with_n_and_short_ones_are_left_out():
 
 def test_false_discovery_rates_are_expected_over_found():
     own, chance = np.array([0.001, 0.5, 0.02]), np.array([0.01, 0.3, 0.4, 0.45, 0.9, 0.9, 0.9, 0.9, 0.9])
-    # Three queries times: at 0.001 none of nine, so one in ten, over one found; at 0.02 two in ten over two; at 0.5 five
-    # in ten over three.
+    # Three queries times: at 0.001 none of nine, so one in ten, over one found; at 0.02 two in ten over two; at 0.5
+    # five in ten over three.
     assert discovery_rates(own, chance).tolist() == pytest.approx([0.3 / 1, 1.5 / 3, 0.6 / 2])
     assert discovery_rates(np.array([0.2, 0.1]), np.array([0.15] * 3)).tolist() == [1, 0.5]
     assert (discovery_rates(np.array([0.9, 0.9]), np.array([0.1])) <= 1).all()
