@@ -1,7 +1,8 @@
 """Which bases the tokens of a vocabulary spell, and what that makes of a batch of ids."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,7 +63,8 @@ def _as_dna(text: str) -> str:
     return text.upper().replace("U", "T")
 
 
-class Spelling(NamedTuple):
+@dataclass(frozen=True)  # torch.compile of PyTorch 2.9 reads no property of a NamedTuple
+class Spelling:
     """The letters of a vocabulary's tokens as tensors."""
 
     codes: torch.Tensor  # (tokens, longest): 1..5 for A, C, G, T, N, 0 behind the end
