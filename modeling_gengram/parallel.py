@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .quantized_experts import NUMBERS, WEIGHTS, QuantizedLinear
+from .quantized_experts import NUMBERS, WEIGHTS, QuantizedLinear, scale_name
 
 
 def prepare_to_spread(model: Any, distributed_config: Any) -> None:
@@ -41,4 +41,4 @@ def prepare_to_spread(model: Any, distributed_config: Any) -> None:
             "folder first (load in one process and save_pretrained, or use `gengram convert to-hf --experts`)."
         )
     plan = model._ep_plan
-    plan.update({f"{name}_scale": style for name, style in plan.items() if name.rpartition(".")[2] in WEIGHTS})
+    plan.update({scale_name(name): style for name, style in plan.items() if name.rpartition(".")[2] in WEIGHTS})

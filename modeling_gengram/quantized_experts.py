@@ -293,7 +293,7 @@ def quantized_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Te
             "(target_parameters) would. Put the adapter on the attention (target_modules), or load the model "
             "unquantised."
         )
-    matrices = [(getattr(experts, name), getattr(experts, f"{name}_scale")) for name in WEIGHTS]
+    matrices = [(getattr(experts, name), getattr(experts, scale_name(name))) for name in WEIGHTS]
     tokens, chosen = top_k_index.shape
     sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
     x = hidden_states[order // chosen]  # (tokens * k, hidden), by expert
@@ -329,8 +329,8 @@ def _make_room(module: nn.Module, names: tuple[str, ...], kind: str, has_numbers
 def undo(experts: Any, dtype: torch.dtype) -> None:
     """Give quantised experts ordinary weights again."""
     for name in WEIGHTS:
-        weight = dequantize(getattr(experts, name), getattr(experts, f"{name}_scale"), dtype)
-        delattr(experts, f"{name}_scale")
+        weight = dequantize(getattr(experts, name), getattr(experts, scale_name(name)), dtype)
+        delattr(experts, scale_name(name))
         setattr(experts, name, nn.Parameter(weight))
     experts.quantization = None
 

@@ -15,6 +15,7 @@ from ...support.default_model import model_name
 from ...support.errors import InputError
 from ...support.whole_output import write_whole
 from ..explanation import explain_memory, memories_by_layer
+from ..kmer_totals import SCHEMA as TOTALS_SCHEMA
 from ..kmer_totals import KmerTotals
 from ..loaded_model import LoadedModel, head_of
 from ..readiness import SHORTEST, Readiness, random_pieces, readiness
@@ -26,18 +27,8 @@ PIECES = 40
 LONGEST_PIECE = 512  # bases
 
 ROWS, TEXTS = "rows", "texts"
-SCHEMA = pa.schema(
-    [
-        ("layer", pa.string()),
-        ("kmer", pa.string()),
-        ("value_norm", pa.float64()),
-        ("sequences", pa.int64()),
-        ("occurrences", pa.int64()),
-        ("contribution", pa.float64()),
-        ("mean", pa.float64()),
-        ("standard_error", pa.float64()),
-    ]
-)
+KMER, *TOTALS = TOTALS_SCHEMA
+SCHEMA = pa.schema([("layer", pa.string()), KMER, ("value_norm", pa.float64()), *TOTALS])
 
 
 @dataclass
@@ -138,7 +129,7 @@ class _Worker:
             for size in sizes_of(memory):
                 kmers = kmers_of(size)
                 columns = [pa.repeat(str(layer), len(kmers)), pa.array(kmers), pa.array(value_norms(memory, size))]
-                columns += [pa.nulls(len(kmers), kind.type) for kind in list(SCHEMA)[3:]]
+                columns += [pa.nulls(len(kmers), kind.type) for kind in TOTALS]
                 parts.append(pa.table(columns, schema=SCHEMA))
         return numbers, pa.concat_tables(parts) if parts else SCHEMA.empty_table()
 
@@ -178,8 +169,8 @@ def _joined(rows: pa.Table, contributions: pa.Table) -> pa.Table:
     places = {names: index for index, names in enumerate(zip(*_names(contributions), strict=True))}
     chosen = pa.array([places.get(names) for names in zip(*_names(rows), strict=True)], pa.int64())
     found = rows.select(["layer", "kmer", "value_norm"])
-    for name in SCHEMA.names[3:]:
-        found = found.append_column(name, contributions[name].combine_chunks().take(chosen))
+    for kind in TOTALS:
+        found = found.append_column(kind.name, contributions[kind.name].combine_chunks().take(chosen))
     order = np.argsort(-np.nan_to_num(np.abs(found["contribution"].to_numpy())), kind="stable")
     return found.take(pa.array(order)).cast(SCHEMA)
 
