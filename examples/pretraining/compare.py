@@ -88,10 +88,8 @@ def with_best_rates(plan: dict[str, Any], output: Path) -> list[dict[str, Any]]:
     if "learning_rates" not in plan:
         return runs
     tried: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in tuning_runs(plan):
-        if (output / f"{run_name(run)}.json").exists():
-            result = json.loads((output / f"{run_name(run)}.json").read_text())
-            tried.setdefault((run["architecture"], run["arm"]), []).append(result)
+    for result in results_of(tuning_runs(plan), output):
+        tried.setdefault((result["architecture"], result["arm"]), []).append(result)
     found = []
     for run in runs:
         results = tried.get((run["architecture"], run["arm"]), [])
@@ -106,6 +104,20 @@ def run_name(run: dict[str, Any]) -> str:
     return f"{run['architecture']}--{run['arm']}--{run['seed']}{tuned}".replace(", ", "-").replace(" ", "_")
 
 
+def is_done(run: dict[str, Any], output: Path) -> bool:
+    """Whether the run has left a result of the same model and learning rate (a larger grid may find a better one)."""
+    path = output / f"{run_name(run)}.json"
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text())
+    return all(result.get(name) == run.get(name) for name in ("fields", "learning_rate"))
+
+
+def results_of(runs: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
+    """The results of those of the runs that are done."""
+    return [json.loads((output / f"{run_name(run)}.json").read_text()) for run in runs if is_done(run, output)]
+
+
 def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path) -> dict[str, Any]:
     """One call of `pretrain.py`; leaves `RUN.json` when it has ended well, and returns what is in it.
 
@@ -113,7 +125,11 @@ def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path)
         RuntimeError: if it has not.
     """
     folder = output / "work" / run_name(run)
+    begun = folder / "run.json"
+    if folder.exists() and not (begun.exists() and json.loads(begun.read_text()) == run):  # by another plan
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(run))
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / "trainer_state.json").exists():  # what is written last
             shutil.rmtree(checkpoint)
@@ -162,10 +178,8 @@ def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
 
     `pooled` has that difference over all architectures and seeds.
     """
-    names = [f"{run_name(run)}.json" for run in planned_runs(plan)]
-    results = [json.loads((output / name).read_text()) for name in sorted(names) if (output / name).exists()]
-    tuning = [f"{run_name(run)}.json" for run in tuning_runs(plan)]
-    tried = [json.loads((output / name).read_text()) for name in tuning if (output / name).exists()]
+    results = results_of(sorted(with_best_rates(plan, output), key=run_name), output)
+    tried = results_of(tuning_runs(plan), output)
     by_key = {(r["architecture"], r["arm"], r["seed"]): r for r in results}
 
     def minus_memory(runs: list[dict[str, Any]]) -> list[float]:
@@ -292,7 +306,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def train_missing(runs: list[dict[str, Any]], plan: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Do those of the runs that have left no result."""
-    missing = [run for run in runs if not (arguments.output / f"{run_name(run)}.json").exists()]
+    missing = [run for run in runs if not is_done(run, arguments.output)]
     if not arguments.dataset:
         if missing:
             print(f"{len(missing)} of {len(runs)} runs are missing; give --dataset to do them")

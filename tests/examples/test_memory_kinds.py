@@ -179,11 +179,11 @@ def test_no_arm_sees_later_bases(kinds, arm):
 def test_plans_train_every_arm_with_every_rate_and_then_the_best(compare, tmp_path, monkeypatch):
     """The losses are made up: what is asked for, in which order, and what is chosen."""
     asked = []
+    best = {"baseline": 1.0, "memory": 2.4}
 
     def train(run, plan, dataset, output):
         asked.append(run)
-        best = {"baseline": 1.0, "memory": 2.0}[run["arm"]]
-        result = {**run, "bits_per_base": abs(run["learning_rate"] - best) + run["seed"], "parameters": 1}
+        result = {**run, "bits_per_base": abs(run["learning_rate"] - best[run["arm"]]) + run["seed"], "parameters": 1}
         result |= {"parameters_used_per_token": 1, "trained_tokens": 1, "log": [{"step": 1}]}
         (output / f"{compare.run_name(run)}.json").write_text(json.dumps(result))
         return result
@@ -201,6 +201,28 @@ def test_plans_train_every_arm_with_every_rate_and_then_the_best(compare, tmp_pa
     assert chosen == [("baseline", 1, 1.0), ("memory", 1, 2.0), ("baseline", 2, 1.0), ("memory", 2, 2.0)]
     found = json.loads((tmp_path / "report.json").read_text())
     assert [row["learning_rate"] for row in found["rows"]] == [1.0, 2.0] and len(found["tuning"]) == 6
-    assert np.isclose(found["rows"][0]["minus_memory"], 0)
+    assert np.isclose(found["rows"][0]["minus_memory"], -0.4)
     compare.main()
     assert len(asked) == 10
+
+    plan["learning_rates"].append(2.5)  # better than what the memory's runs have had; the baseline's stay
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "training": {}}))
+    compare.main()
+    again = [(run["arm"], run["seed"], run["learning_rate"]) for run in asked[10:]]
+    tuned = [("baseline", 9, 2.5), ("memory", 9, 2.5)]
+    assert again == [*tuned, ("memory", 1, 2.5), ("memory", 2, 2.5)]
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [row["learning_rate"] for row in found["rows"]] == [1.0, 2.5]
+    assert np.isclose(found["rows"][0]["minus_memory"], -0.1)
+
+
+def test_a_run_of_another_plan_is_not_continued(compare, tmp_path, monkeypatch):
+    run = {"architecture": "one", "arm": "memory", "seed": 1, "fields": {}, "learning_rate": 1.0}
+    left = tmp_path / "work" / compare.run_name(run) / "checkpoint-50"
+    monkeypatch.setattr(compare, "HERE", tmp_path)  # without a `pretrain.py`: it fails
+    for rate, continued in ((1.0, False), (1.0, True), (2.0, False)):
+        left.mkdir(parents=True, exist_ok=True)
+        (left / "trainer_state.json").write_text("{}")
+        with pytest.raises(RuntimeError, match="one--memory--1 failed"):
+            compare.train(run | {"learning_rate": rate}, {"training": {}}, "somewhere", tmp_path)
+        assert left.exists() == continued
