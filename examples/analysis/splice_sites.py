@@ -249,6 +249,12 @@ def draw(results: dict[str, Any], flank: int, path: Path) -> None:
     write_figure(path, figure)
 
 
+def without_folders(value: Any) -> Any:
+    """An option as it is recorded: of a path on this machine only the name."""
+    is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).is_dir())
+    return Path(value).name if is_path else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -267,7 +273,7 @@ def main() -> None:
     loaded = load_model(options.model, "causal", dtype="auto", device="cpu")
     with whole_folder(options.output) as folder:
         results = analyse(loaded.model, loaded.tokenizer, sequences, transcripts, options)
-        described = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
+        described = {name: without_folders(value) for name, value in vars(options).items()}
         record = {"options": described, "machine": describe_machine()}
         (folder / "splice_sites.json").write_text(json.dumps({**record, "results": results}) + "\n")
         draw(results, options.flank, folder / "splice_sites.svg")

@@ -39,6 +39,7 @@ try:
         nearest_decoy,
         oriented,
         profiles,
+        without_folders,
     )
 except ImportError as error:
     sys.exit(f"{sys.argv[0]} needs {error.name}: pip install -e '.[evaluation]' in the root of the repository")
@@ -270,7 +271,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[2].set_yticks(range(len(kinds)), [f"{kind} ({results['elements'][kind]['pairs']})" for kind in kinds])
     axes[2].set(xlabel="AUC against decoys", title="Elements (pairs)")
     if kinds:
-        axes[2].legend()
+        axes[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize="small")
     write_figure(path, figure)
 
 
@@ -320,7 +321,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with whole_folder(options.output) as folder:
         results, shown = analyse(options)
-        described = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
+        described = {name: without_folders(value) for name, value in vars(options).items()}
         record = {"options": described, "machine": describe_machine(), "results": results}
         (folder / "what_it_learned.json").write_text(json.dumps(record, indent=1) + "\n")
         draw(results, folder / "what_it_learned.svg")
