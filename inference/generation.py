@@ -176,13 +176,7 @@ class BaseGenerator:
     def _padded(self, prompts: Sequence[str], draws: np.ndarray, new: np.ndarray) -> list[str]:
         """The new bases of texts that fit into one window: padded in front, and left out when they are whole."""
         texts = [[*self.tokens.before, *self.tokens.encode(prompt)] for prompt in prompts]
-        longest = max(map(len, texts))
-        ids = np.full((len(texts), longest), self.reader.filler)
-        mask = torch.zeros(ids.shape, dtype=torch.int64, device=self.reader.device)
-        for row, text in enumerate(texts):
-            ids[row, longest - len(text) :] = text
-            mask[row, longest - len(text) :] = 1
-        found = self._read_masked(ids, mask)
+        found, mask = self.reader.read_side_by_side(texts)
         rows = np.arange(len(texts))
         bases = np.array(self.tokens.bases)
         for step in range(int(new.max())):
@@ -201,12 +195,10 @@ class BaseGenerator:
                 cache, mask = branched(cache, places), mask[places]
             rows = rows[kept]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            found = self._read_masked(bases[chosen[kept], None], mask, cache)
+            ids = torch.from_numpy(bases[chosen[kept], None]).to(self.reader.device)
+            found = self.reader.read(ids, cache, keeps_cache=True, mask=mask)
         ends = [len(self.tokens.before) + len(prompt) for prompt in prompts]
         return [self._text(np.array(text[end:], dtype=np.int64)) for text, end in zip(texts, ends, strict=True)]
-
-    def _read_masked(self, ids: np.ndarray, mask: torch.Tensor, cache: Any = None) -> Pass:
-        return self.reader.read(torch.from_numpy(ids).to(self.reader.device), cache, keeps_cache=True, mask=mask)
 
     def _moving(self, prompts: Sequence[str], draws: np.ndarray, wanted: np.ndarray) -> list[str]:
         """The new bases of texts of any length, read in windows that move; the places of all move on together."""

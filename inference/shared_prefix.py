@@ -3,8 +3,10 @@
 import copy
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .base_tokens import BaseTokens
@@ -17,6 +19,7 @@ _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # dtype, but no more than this.
 _ROUNDINGS, _MOST_APART = 256, 0.05
 _PROBE_LENGTH, _PROBE_SPLIT, _PROBE_PADDED = 45, 29, 11
+_PASS = 512  # one more pass is made if it spares so many tokens of padding
 
 
 class Pass(NamedTuple):
@@ -72,6 +75,37 @@ class CausalReader:
         kept = next((outputs[name] for name in _CACHE_NAMES if name in outputs), None) if keeps_cache else None
         return Pass(logits, kept)
 
+    def read_side_by_side(self, texts: Sequence[Sequence[int]]) -> tuple[Pass, torch.Tensor]:
+        """Texts of any lengths, padded in front: what follows their last tokens, with a cache; and the mask.
+
+        Short texts begin later: the first passes read the longest texts only, beside one row of nothing but padding,
+        whose cache is handed to those that come in.
+
+        Args:
+            texts: ids of each, one or more.
+        """
+        return self._side_by_side(texts, _PASS)
+
+    def _side_by_side(self, texts: Sequence[Sequence[int]], worth: int) -> tuple[Pass, torch.Tensor]:
+        longest = max(map(len, texts))
+        first = np.array([longest - len(text) for text in texts])
+        ids = np.full((len(texts) + 1, longest), self.filler)
+        for row, text in enumerate(texts):
+            ids[row, first[row] :] = text
+        mask = torch.from_numpy(np.arange(longest) >= np.append(first, longest)[:, None]).long()
+        columns, places = torch.from_numpy(ids).to(self.device), mask.to(self.device)
+        ends = _ends_of_passes(first, longest, worth)
+        cache, earlier = None, [len(texts)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            rows = np.flatnonzero(first < end).tolist() + ([] if end == longest else [len(texts)])
+            if cache is not None:
+                of_padding = earlier.index(len(texts))
+                owners = [earlier.index(row) if row in earlier else of_padding for row in rows]
+                cache = branched(cache, torch.tensor(owners, device=self.device))
+            found = self.read(columns[rows, start:end], cache, keeps_cache=True, mask=places[rows, :end])
+            cache, earlier = found.cache, rows
+        return found, places[:-1]
+
     @property
     def can_continue(self) -> bool:
         """Whether a text that is continued from a cache gets the logits of the whole text; tried once."""
@@ -102,20 +136,21 @@ class CausalReader:
         ids = torch.tensor(self.tokens.bases)[torch.randint(4, (2, _PROBE_LENGTH), generator=generator)].to(
             self.device
         )
-        alone = self.read(ids[1:, _PROBE_PADDED:]).logits
-        mask = torch.ones_like(ids)
-        mask[1, :_PROBE_PADDED] = 0
-        ids[1, :_PROBE_PADDED] = self.filler
+        alone = self.read(ids[1:, _PROBE_PADDED:]).logits[:, _PROBE_SPLIT - _PROBE_PADDED - 1 :]
+        texts = [ids[0, :_PROBE_SPLIT].tolist(), ids[1, _PROBE_PADDED:_PROBE_SPLIT].tolist()]
         self._padding = padding
+        found = []
         try:
-            start = self.read(ids[:, :_PROBE_SPLIT], keeps_cache=True, mask=mask[:, :_PROBE_SPLIT])
-            end = self.read(ids[:, _PROBE_SPLIT:], start.cache, mask=mask)
+            for worth in (1, _PROBE_LENGTH * _PROBE_LENGTH):  # in two passes, and in one
+                start, mask = self._side_by_side(texts, worth)
+                mask = torch.cat([mask, mask.new_ones(2, _PROBE_LENGTH - _PROBE_SPLIT)], dim=1)
+                end = self.read(ids[:, _PROBE_SPLIT:], start.cache, mask=mask)
+                found.append(torch.cat([start.logits[1:, -1:], end.logits[1:]], dim=1))
         except Exception:  # of any kind: what a model of others does with a mask is up to its code
             return False
         finally:
             self._padding = None
-        found = torch.cat([start.logits, end.logits], dim=1)[1:, _PROBE_PADDED:]
-        return _are_alike(found, alone)
+        return _are_alike(torch.stack(found), alone)
 
     @property
     def filler(self) -> int:
@@ -144,6 +179,19 @@ class CausalReader:
         if not _are_alike(torch.stack(again), whole[:, _PROBE_SPLIT:]):
             return "its logits are others when a text is continued from a cache"
         return ""
+
+
+def _ends_of_passes(first: np.ndarray, length: int, worth: int) -> list[int]:
+    """Before which columns the passes end over rows whose texts begin at `first`; the last one at `length`.
+
+    A pass ends where rows begin, if those that have not begun would have had so many columns of padding in it.
+    """
+    ends, start = [], 0
+    for place in np.unique(first).tolist():
+        if (place - start) * int((first >= place).sum()) >= worth:
+            ends.append(place)
+            start = place
+    return [*ends, length]
 
 
 def _are_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from tolerances import MEAN_OF_EVEN_DRAWS, SAMPLED_SHARE
 from transformers.modeling_outputs import CausalLMOutput
 
 from gengram import GengramConfig, GengramForCausalLM, GengramTokenizer
+from gengram.inference import shared_prefix
 from gengram.inference.generation import BaseGenerator, Sampling, all_but_bases, random_draws
 from gengram.inference.loaded_model import load_model
 
@@ -138,6 +139,27 @@ def test_new_bases_are_those_drawn_one_by_one(name):
     assert some == [bases[:new] for bases, new in zip(found, [7, 12, 1, 40], strict=True)]
     generator.reader._can_continue = False
     assert generator.continued(PROMPTS, draws) == found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("worth", [1, 20, 10_000])
+def test_short_prompts_come_in_later(name, worth, monkeypatch):
+    """However many passes read the prompts, and whatever their order: in the last column a row begins, too."""
+    model, tokenizer, _ = MODELS[name]()
+    prompts = ["GATTACAG", "C", "ACGTTGCAAGTCCAGTA", "TTGNCA", "C", "GATTACAGCATTACGA", "GG"]
+    draws = np.stack([random_draws(3, prompt, 1, 6) for prompt in prompts])
+    generator = BaseGenerator(model, tokenizer, Sampling())
+    alone = [generator.continued([prompt], own[None])[0] for prompt, own in zip(prompts, draws, strict=True)]
+    read = []
+    real = generator.reader.read
+    assert generator.reader.padding
+    monkeypatch.setattr(shared_prefix, "_PASS", worth)
+    monkeypatch.setattr(
+        generator.reader, "read", lambda ids, *rest, **named: (read.append(ids.numel()), real(ids, *rest, **named))[1]
+    )
+    assert generator.continued(prompts, draws) == alone
+    passes, bases = {1: (6, 67), 20: (2, 83), 10_000: (1, 7 * 17)}[worth]  # by hand, a row of padding included
+    assert sum(read[:passes]) == bases + len(prompts) * len(generator.tokens.before)
 
 
 class RoundsInBatches(torch.nn.Module):
