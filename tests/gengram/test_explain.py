@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from graft_hosts import DECODERS, grafted
 from saved_models import tiny_folder  # noqa: F401  (a fixture)
 from tiny_models import tiny_model
 from tolerances import ROUNDED_MEANS, SAME_FP32, SHARES_FP64
@@ -167,6 +168,27 @@ def test_the_whole_model_beside_its_twin(explain, tmp_path, tiny_folder):  # noq
     assert len(rows) == 2 * (4 + 16 + 64) and sum(row["occurrences"] or 0 for row in rows) > 0
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert set(record["inputs"]) == {"fasta", "twin/model.safetensors"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_whole_of_another_model_with_a_memory(dtype, explain, tmp_path):
+    """Beside the model that it was attached to: what is in front of the memory is the same."""
+    pytest.importorskip("sklearn")
+    tokenizer = GengramTokenizer(model_max_length=512)
+    letters = [token if token in set("ACGTN") else "" for token in tokenizer.convert_ids_to_tokens(range(16))]
+    for name, model in (("graft", grafted("llama", letters)), ("host", DECODERS["llama"].make())):
+        model.to(dtype).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    words = ["--model-only", FASTA, "--twin", str(tmp_path / "host")]
+    assert explain(*words, "--output", "out", model=tmp_path / "graft")[0] == 0
+    found = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert set(found["symmetry"]) == set(found["codons"]) == {"layers.1", "layers.3"}
+    assert len(found["readiness"]["model"]["divergence"]) == 4
+    less = np.array(found["readiness"]["model less twin"]["bits_per_base"])
+    assert less[0] != 0 and less[1] <= less[0] <= less[2]
+    rows = rows_of(tmp_path / "out", "kmers")
+    assert {row["layer"] for row in rows} == {"layers.1", "layers.3"}
+    assert all(np.isfinite(row["value_norm"]) and row["value_norm"] > 0 for row in rows)
 
 
 def test_a_classifier_has_tables_but_no_readiness(explain, tmp_path):

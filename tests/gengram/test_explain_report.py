@@ -3,8 +3,10 @@
 import pytest
 from browsers import DESKTOP, PHONE, chromium, visit  # noqa: F401  (a fixture)
 from saved_models import tiny_folder  # noqa: F401  (a fixture)
+from tiny_models import tiny_model
 
 import gengram
+from gengram import GengramForCausalLM, GengramTokenizer
 from gengram.cli import main
 
 for library in ("matplotlib", "pysam"):
@@ -50,3 +52,21 @@ def test_what_is_wider_than_a_phone_can_be_scrolled_and_says_so(chromium, report
         assert found.page.is_visible(".hint")
     with visit(chromium, report.as_uri(), DESKTOP, offline=True) as found:
         assert not found.page.is_visible(".hint")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_the_page_of_a_whole_model(chromium, tiny_folder, tmp_path, width):  # noqa: F811
+    pytest.importorskip("sklearn")
+    tiny_model(GengramForCausalLM, seed=3, memory_layers=[]).save_pretrained(tmp_path / "twin")
+    GengramTokenizer(model_max_length=48).save_pretrained(tmp_path / "twin")
+    words = [str(gengram.DEMO_DATA / "region.fa.gz"), "--model", str(tiny_folder), "--twin", str(tmp_path / "twin")]
+    words += ["--output", str(tmp_path / "out"), "--device", "cpu", "--quiet"]
+    assert main(["explain", "--model-only", *words]) == 0
+    page = tmp_path / "out" / "report.html"
+    with visit(chromium, page.as_uri(), width, offline=True) as found:
+        assert found.requests == [page.as_uri()]
+        found.check_width()
+        assert found.check_pictures() == len(list((tmp_path / "out" / "pictures").iterdir())) == 2
+        assert found.check_text("td, th") > 100 and found.check_text("p, figcaption, h1, h2, h3, a") > 10
+        assert found.faults == []
