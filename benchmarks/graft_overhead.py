@@ -25,7 +25,7 @@ from gengram.motif_memory import fold_memory
 
 LAYERS = {"llama": 12, "gengram": 6}
 MEMORY_LAYERS = {"llama": (2, 5, 9), "gengram": (1, 2, 4)}
-DECODED = 16  # tokens of one measurement
+TOKENS = 16  # of decoding, a turn each, where other work has one turn
 
 
 def build(kind: str, hidden: int, has_memory: bool) -> Any:
@@ -82,11 +82,10 @@ def decoding(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     token = torch.tensor([[LETTERS[0]]], device=ids.device)
 
     @torch.inference_mode()
-    def steps() -> None:
-        for _ in range(DECODED):
-            model(input_ids=token, past_key_values=cache)
+    def step() -> None:
+        model(input_ids=token, past_key_values=cache)
 
-    return steps
+    return step
 
 
 WORK = {"training step": training_step, "prefill": prefill, "decoding": decoding}
@@ -109,7 +108,8 @@ def measure(kind: str, hidden: int, length: int, dtype: str, device: torch.devic
         calls = {name: of(models[name], ids) for name in taking_part}
         for call in calls.values():
             call()
-        seconds = [{name: seconds_of(call, clock=clock) for name, call in calls.items()} for _ in range(rounds)]
+        turns = rounds * TOKENS if of is decoding else rounds
+        seconds = [{name: seconds_of(call, clock=clock) for name, call in calls.items()} for _ in range(turns)]
         case[work] = {"bare_seconds": statistics.median(turn["bare"] for turn in seconds)}
         for name in taking_part[1:]:
             ratios = [turn[name] / turn["bare"] for turn in seconds]

@@ -1,7 +1,9 @@
 """Single tokens: what decoding calls, where a loop in Python beats the many operations of PyTorch that it replaces."""
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,18 +56,49 @@ def scaled_gate(
     return signed_square_root_gate(g.unsqueeze(-1).expand(*g.shape, 32).contiguous())[..., 0]
 
 
+def gate_of_few(query: torch.Tensor, key: torch.Tensor, norm_weight: torch.Tensor, norm_eps: float) -> torch.Tensor:
+    """Gate (batch, 1) of one token per sequence: three sums, and the rest as Python's numbers."""
+    left, right = torch.cat([query * norm_weight, query, key], dim=1), torch.cat([key, query, key], dim=1)
+    hidden, gates = query.shape[-1], []
+    for product, query_square, key_square in (left * right).sum(-1).tolist():
+        norms = (query_square / hidden + norm_eps) * (key_square / hidden + norm_eps)
+        g = product / math.sqrt(hidden) * (1 / math.sqrt(norms) if norms != 0 else math.inf)
+        small = math.exp(-math.sqrt(max(abs(g), 1e-6)))
+        gates.append(0.5 if g == 0 else 1 / (1 + small) if g > 0 else small / (1 + small))  # NaN stays NaN
+    return torch.tensor(gates, dtype=query.dtype).unsqueeze(1)
+
+
 def one_token_features(
     tables: Sequence[torch.Tensor], plan: NgramPlan, layer: MemoryLayer, history: torch.Tensor | None
 ) -> torch.Tensor | None:
     """`window_features` of one causal token per sequence whose window is full of letters; None for any other."""
     if not _is_one_full_window(plan, layer, history):
         return None
-    grams, work = plan.grams[:, plan.context + 1 - plan.window :], at_least_float32(tables[0].dtype)
-    means = []
-    for size, table in zip(plan.ngram_sizes, tables, strict=True):
-        rows = torch.embedding(table, grams[:, size - 1 :] % 5**size)
-        means.append(rows.to(work).sum(1, keepdim=True) / rows.shape[1])
-    return torch.cat(means, dim=-1).to(tables[0].dtype)
+    work = at_least_float32(tables[0].dtype)
+    sums = [
+        torch.embedding(table, rows).to(work).sum(1, keepdim=True)
+        for table, rows in zip(tables, _rows_of_one(plan), strict=True)
+    ]
+    counts = _counts_of_full_window(plan.ngram_sizes, plan.window, tables[0].shape[1], work)
+    return (torch.cat(sums, dim=-1) / counts).to(tables[0].dtype)
+
+
+def _rows_of_one(plan: NgramPlan) -> list[torch.Tensor]:
+    """Rows (batch, n-grams) of each size in a full window of one token; all memories of a pass share them."""
+    grams: Any = plan.grams
+    kept: list[torch.Tensor] | None = getattr(grams, "rows_of_one", None)  # lives as long as the plan
+    if kept is None:
+        inside = grams[:, plan.context + 1 - plan.window :]
+        grams.rows_of_one = kept = [inside[:, size - 1 :] % 5**size for size in plan.ngram_sizes]
+    return kept
+
+
+@functools.cache
+def _counts_of_full_window(sizes: tuple[int, ...], window: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """How many n-grams are in each feature's mean: (sizes * width,)."""
+    with torch.inference_mode(False):
+        counts = torch.tensor([window - size + 1 for size in sizes], dtype=dtype, device="cpu")
+        return counts.repeat_interleave(width)
 
 
 def one_token_memory(
@@ -92,7 +125,9 @@ def one_token_memory(
     sums = [F.embedding_bag(ids, slab, mode="sum") for slab in tables.rows]
     both = (sums[0] if len(sums) == 1 else torch.cat(sums, dim=-1)).to(at_least_float32(tables.rows.dtype))
     key, value = both.unsqueeze(1).chunk(2, dim=-1)
-    return gated_token(hidden_states, key, value, layer, history, tables.scale)
+    scaled_norm = layer.norm_weight.to(key.dtype) / math.sqrt(hidden_states.shape[-1])
+    gate = scaled_gate(hidden_states.to(key.dtype), key, scaled_norm, layer.norm_eps, tables.scale).contiguous()
+    return _gated_token(hidden_states, gate, value / tables.scale, layer, history)
 
 
 def _is_one_full_window(plan: NgramPlan, layer: MemoryLayer, history: torch.Tensor | None) -> bool:
@@ -113,14 +148,22 @@ def gated_token(
     value: torch.Tensor,
     layer: MemoryLayer,
     history: torch.Tensor | None,
-    scale: float = 1.0,
 ) -> MemoryOutput:
-    """`gated_memory` of one causal token per sequence, no padding, from key and value times `scale`."""
+    """`gated_memory` of one causal token per sequence, no padding."""
     work = at_least_float32(key.dtype)
-    key, value = key.to(work), value.to(work)
-    scaled_norm = layer.norm_weight.to(work) / math.sqrt(hidden_states.shape[-1])
-    gate = scaled_gate(hidden_states.to(work), key, scaled_norm, layer.norm_eps, scale).contiguous()
-    gated = (gate / scale).unsqueeze(-1) * value
+    gate = gate_of_few(hidden_states.to(work), key.to(work), layer.norm_weight.to(work), layer.norm_eps)
+    return _gated_token(hidden_states, gate, value.to(work), layer, history)
+
+
+def _gated_token(
+    hidden_states: torch.Tensor,
+    gate: torch.Tensor,
+    value: torch.Tensor,
+    layer: MemoryLayer,
+    history: torch.Tensor | None,
+) -> MemoryOutput:
+    """What follows the gate, in the gate's dtype."""
+    work, gated = gate.dtype, gate.unsqueeze(-1) * value
     if layer.taps is None:
         return MemoryOutput(gated.to(hidden_states.dtype), gate, gated[:, 1:].clone())
     taps, parts = layer.taps.to(work).unbind(1), [gated.squeeze(1)]

@@ -17,7 +17,9 @@ from gengram.motif_memory import (
     memory_path,
     plan_ngrams,
 )
+from gengram.motif_memory.definition import memory_gate, rms_norm
 from gengram.motif_memory.ways import compute, folded
+from gengram.motif_memory.ways.one_token import gate_of_few
 
 LETTERS = (3, 1, 4, 0, 2)
 CONFIGS = {
@@ -94,3 +96,18 @@ def test_a_decoding_step_of_a_graft_takes_few_operations(is_folded):
             model(ids[:, 55:56], past_key_values=cache)
         counts.append(sum(event.cpu_parent is None for event in profile.events() if event.name.startswith("aten::")))
     assert (counts[1] - counts[0]) / 2 < 130
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_the_gate_in_numbers_of_python_is_the_definition(eps):
+    """Also where nothing is looked up, where numbers are large, and where they are none."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 9, 1, 16, generator=generator, dtype=torch.float64)
+    weight = torch.randn(16, generator=generator, dtype=torch.float64)
+    query[1], key[2], query[3], key[4] = 1e-9, 0, 1e6, -1e6
+    key[5], query[6], key[7, 0, 3], query[8, 0, 2] = query[5] * 1e3 * weight, 0, torch.nan, torch.inf
+    norms = [rms_norm(part, torch.ones(16, dtype=torch.float64), eps) for part in (query, key)]
+    expected = memory_gate(norms[0] * weight * 1e4, norms[1])
+    found = gate_of_few(query, key, weight * 1e4, eps)
+    assert found.shape == expected.shape == (9, 1) and 3 < len(found.unique()) and found[7].isnan()
+    torch.testing.assert_close(found, expected, rtol=RANDOM_MEMORY_FP64, atol=RANDOM_MEMORY_FP64, equal_nan=True)
