@@ -319,7 +319,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {method} | {found['error']} |")
             continue
         sizes = [megabytes(found.get(f"{name}_bytes")) for name in ("disk", "resident", "peak")]
-        abilities = [short(found[name]) for name in ("saved_and_loaded", "generates", "lora")]
+        abilities = [short(found[name]) for name in ("loads_again", "generates", "lora")]
         numbers = [f"{found['bits_per_base']:.5f}", f"{found['llr_correlation']:.5f}"]
         lines.append(f"| {' | '.join([method, *sizes, *abilities, *numbers])} |")
     return "\n".join(lines)
@@ -352,12 +352,12 @@ def main() -> None:
     for found in results.values():
         if "llr" in found:
             found["llr_correlation"] = float(np.corrcoef(reference, found.pop("llr"))[0, 1])
-    print(table(results))
     facts = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
     del facts["one"]
     facts["mixture_steps"] = torch.load(options.mixture / "training.pt", weights_only=True)["step"]
     record = {"machine": describe_machine(), "options": facts, "results": results}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":
