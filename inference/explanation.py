@@ -289,7 +289,10 @@ def _direction_of_base(model: Any, found: WorkedOut, target: str) -> torch.Tenso
     digits = (found.letters.grams % 5).masked_fill(found.letters.runs == 0, len(BASES))
     if digits.shape != found.last.shape:
         raise InputError("base:actual needs a tokenizer of single bases; ask for base:A, base:C, base:G or base:T.")
-    if found.tokens.is_causal:  # each position predicts the next
+    if found.tokens.is_causal:  # each position predicts the next, if that is not the first of another sequence
+        behind = found.tokens.behind_current()
+        if behind is not None:
+            digits = digits.masked_fill(behind == 0, len(BASES))
         digits = torch.nn.functional.pad(digits[:, 1:], (0, 1), value=len(BASES))
     by_digit = torch.cat([contrasts, torch.zeros_like(contrasts[:1])])  # nothing of what is no base
     return through_norm(last_norm(model), seen, by_digit[digits.long().clamp_max(len(BASES))])

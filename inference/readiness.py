@@ -12,6 +12,7 @@ from ..sequences.fasta import read_fasta
 from ..support.bootstrap import bootstrap
 from ..support.errors import InputError
 from ..support.progress import progress_bar
+from .base_tokens import BaseTokens
 from .likelihood import next_token_log_probabilities
 from .loaded_model import LoadedModel
 from .logit_lens import last_norm
@@ -23,9 +24,10 @@ class Readiness(NamedTuple):
     """Of each text, what its layers predict.
 
     Args:
-        divergence: (texts, layers): KL(final, layer) in nats, mean over positions; column n is after n layers, 0 of
-            the embedding.
-        surprisal: (texts,): bits per base, of a causal model; nan of others.
+        divergence: (texts, layers): KL(final, layer) in nats, mean over bases; column n is after n layers, 0 of the
+            embedding.
+        surprisal: (texts,): bits per base, of a causal model, without a first base that nothing stands before; nan of
+            others.
     """
 
     divergence: np.ndarray
@@ -53,25 +55,28 @@ def readiness(loaded: LoadedModel, texts: Sequence[str], progress: str | None = 
         progress: name of a progress bar, none by default.
 
     Raises:
-        InputError: if the model predicts no tokens, or has no last norm that is known.
+        ValueError: if the model predicts no tokens, has no last norm that is known, or reads no single bases.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     norm, head = last_norm(model), model.get_output_embeddings()
     if head is None:
         raise InputError(f"{type(model).__name__} predicts no tokens, so its layers have no readiness.")
     is_causal = bool(getattr(model.config, "is_causal", True)) and "MaskedLM" not in type(model).__name__
+    tokens = BaseTokens.of(tokenizer)
+    start = len(tokens.before)
     rows, surprisal = [], []
     for text in progress_bar(progress, "text", over=texts):
-        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(loaded.device)
+        whole = [*tokens.before, *tokens.encode(text).tolist(), *tokens.after]
+        ids, letters = torch.tensor([whole], device=loaded.device), slice(start, start + len(text))
         outputs = model(input_ids=ids, output_hidden_states=True)
-        final = outputs.logits.double().log_softmax(-1)
+        final = outputs.logits[:, letters].double().log_softmax(-1)
         row = []
         for states in outputs.hidden_states[:-1]:
-            layer = head(norm(states)).double().log_softmax(-1)
+            layer = head(norm(states[:, letters])).double().log_softmax(-1)
             row.append(float((final.exp() * (final - layer)).sum(-1).mean()))
         rows.append(row)
-        nats = -next_token_log_probabilities(outputs.logits, ids).double().sum()
-        surprisal.append(float(nats) / np.log(2) / (len(text) - 1) if is_causal else np.nan)
+        own = next_token_log_probabilities(outputs.logits, ids)[0, max(start - 1, 0) : letters.stop - 1]
+        surprisal.append(-float(own.double().mean()) / np.log(2) if is_causal else np.nan)
     return Readiness(np.array(rows), np.array(surprisal))
 
 
@@ -84,7 +89,7 @@ def random_pieces(fasta: str | Path, count: int, length: int) -> list[str]:
         length: bases of each.
 
     Raises:
-        InputError: if there is none of at least 16 bases.
+        InputError: if there are not two of at least 16 bases.
     """
     kept: list[str] = []
     seen, generator = 0, np.random.default_rng(0)
@@ -98,8 +103,11 @@ def random_pieces(fasta: str | Path, count: int, length: int) -> list[str]:
                 kept.append(piece)
             elif (place := int(generator.integers(seen))) < count:  # reservoir sampling (Vitter 1985)
                 kept[place] = piece
-    if not kept:
-        raise InputError(f"{fasta}: expected sequences with {SHORTEST} bases of A, C, G and T on end, got none.")
+    if len(kept) < 2:
+        raise InputError(
+            f"{fasta}: expected two pieces or more of at least {SHORTEST} bases of A, C, G and T on end, of which "
+            f"means and their intervals are made; got {len(kept) or 'none'}."
+        )
     return kept
 
 

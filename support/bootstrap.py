@@ -35,7 +35,8 @@ def bootstrap(statistic: Callable[[np.ndarray], Any], rows: int, samples: int = 
     Args:
         statistic: from indices of rows, (rows,), to a number or an array.
         rows: number of rows.
-        samples: 0 gives no interval (nan). A sample for which the statistic is nan does not count.
+        samples: 0 gives no interval (nan), nor does a single row. A sample for which the statistic is nan does not
+            count.
     """
     value = np.asarray(statistic(np.arange(rows)))
     return np.stack([value, *percentile_interval(_drawn(statistic, rows, samples), value.shape)])
@@ -55,6 +56,7 @@ def percentile_interval(drawn: Any, shape: tuple[int, ...] = ()) -> np.ndarray:
 
 def _drawn(statistic: Callable[[np.ndarray], Any], rows: int, samples: int) -> list[Any]:
     generator = np.random.default_rng(0)
+    samples = samples if rows > 1 else 0
     return [statistic(generator.integers(rows, size=rows)) for _ in range(samples)]
 
 

@@ -101,4 +101,10 @@ def draw_stacked_letters(axis: Any, columns: Sequence[Sequence[tuple[str, float]
             colour = BASE_COLOURS.get(letter.upper(), OTHER_COLOUR)
             axis.add_patch(PathPatch(glyphs[letter].transformed(to_place), color=colour, linewidth=0))
         low, high = min(low, below), max(high, above)
-    axis.set_ylim(low * 1.05, high * 1.05 or 1.0)
+    axis.set_ylim(limits_of_letters(low, high))
+
+
+def limits_of_letters(low: float, high: float) -> tuple[float, float]:
+    """Limits of an axis with letters from `low`, 0 or less, to `high`, 0 or more."""
+    room = 0.05 * max(high, -low)
+    return low - (room if low < 0 else 0), high + (room or 1.0)

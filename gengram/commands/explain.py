@@ -80,6 +80,8 @@ def _model_job(arguments: argparse.Namespace) -> Any:
         if getattr(arguments, name):
             option = "class" if name == "of_class" else name.replace("_", "-")
             raise ValueError(f"--{option} is of regions; leave it out with --model-only.")
+    if arguments.strands != "both":
+        raise ValueError("--strands is of regions; leave it out with --model-only.")
     given = [*arguments.regions, *([] if arguments.fasta is None else [arguments.fasta])]
     if len(given) > 1:
         words = " ".join(map(str, given))
@@ -100,6 +102,11 @@ def _job(arguments: argparse.Namespace) -> Any:
             given = " ".join(regions) or "nothing"
             raise ValueError(f"expected one FASTA file of sequences, or regions with --fasta GENOME; got {given}.")
         fasta, regions = Path(regions[0]), []
+    elif not regions:
+        raise ValueError(
+            f"expected regions of {fasta}, such as chr9:10,000-10,100, or BED files; or sequences without --fasta: "
+            "gengram explain FILE."
+        )
     words = [] if arguments.knock_out is None else arguments.knock_out.split(",")
     return explain_job(
         fasta,

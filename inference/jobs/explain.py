@@ -151,7 +151,8 @@ class ExplainJob(RegionTableJob):
             if len(region) > longest:
                 raise InputError(
                     f"region {region}: expected at most {longest:,} bases, so that they are read at once, got "
-                    f"{len(region):,}; give shorter regions{', or a larger --context' if longest < LONGEST else ''}."
+                    f"{len(region):,} (regions that touch are one); give shorter regions"
+                    f"{', or a larger --context' if longest < LONGEST else ''}."
                 )
             first, last = self.window(region)
             if last - first < 2:
@@ -207,7 +208,7 @@ class _Worker:
         loaded.model.config.use_cache = False
         self._tokens = BaseTokens.of(loaded.tokenizer)
         values = OF_MEMORY if job.is_classifier else VALUES
-        context = job.changes.context or job.changes.longest
+        context = max(LONGEST, job.changes.context or 0)  # never less than the window of a region
         self._tracks = TrackModel(
             loaded.model, self._tokens, job.changes.head == "masked", values, job.model.strands, context,
             checked_overlap(context, None), job.model.batch_tokens,
@@ -235,10 +236,11 @@ class _Worker:
         )
 
     def _values(self, region: Interval) -> dict[tuple[str, str, str], np.ndarray]:
-        """Values (length,) of bases by their name, layer and strand."""
-        length = self._job.genome.contigs[region.record]
+        """Values (length,) of bases by their name, layer and strand, in the window that contributions are of."""
+        first, last = self._job.window(region)
+        letters = self._job.genome.fetch(region.record, first, last)
         found = self._tracks.of_part(
-            lambda start, end: self._job.genome.fetch(region.record, start, end), length, region.start, region.end
+            lambda start, end: letters[start:end], len(letters), region.start - first, region.end - first
         )
         return {
             (track.value, "" if track.layer is None else self._names[track.layer], track.strand): found[track.name]
@@ -275,6 +277,7 @@ class _Worker:
                 place = _Place(region, first, last, strand, len(self._tokens.before))
                 for found in explain_targets(self._loaded.model, ids, self._job.targets, layer):
                     inside, target = place.inside(found), found.target
+                    _check_inside(region, found, inside)
                     totals.setdefault((str(layer), target), KmerTotals()).add(found, inside)
                     rows.append(place.rows(found, inside, str(layer), target))
                     shares.append(
@@ -389,6 +392,20 @@ class _Place:
         chosen = (places >= self.region.start) & (places < self.region.end)
         values[places[chosen] - self.region.start] = letters[chosen]
         return values
+
+
+def _check_inside(region: Interval, found: Explanation, inside: np.ndarray) -> None:
+    """Refuse a region in which nothing of a class is computed, though something is beside it.
+
+    Raises:
+        InputError: if so: of a class by the lens, only what the head reads counts, such as the last base.
+    """
+    is_something = (found.total != 0).cpu().numpy()
+    if found.target.startswith("class:") and is_something.any() and not is_something[inside].any():
+        raise InputError(
+            f"region {region}: the classifier's head reads bases outside the region only, as one does that pools the "
+            "last base of the window; leave --context out, so that the region alone is read."
+        )
 
 
 def _kmer_rows(summed: KmerTotals, layer: str, target: str) -> pa.Table:

@@ -183,6 +183,22 @@ def _no_memory(model: ModelOptions) -> InputError:
     return InputError(f"{model_name(model.model)} has no motif memory, so there is nothing to explain.")
 
 
+def _check_twin(config: Any, twin: ModelOptions) -> None:
+    """Refuse a twin that has a memory, too, or other layers.
+
+    Raises:
+        InputError: if it does.
+    """
+    other = twin.load_config()
+    if getattr(other, "memory_layers", None) or getattr(other, IN_CONFIG, None):
+        raise InputError(
+            f"--twin: expected the same model trained without its memory; {twin.model} has a motif memory."
+        )
+    layers = [getattr(each, "num_hidden_layers", None) for each in (config, other)]
+    if layers[0] != layers[1]:
+        raise InputError(f"--twin: expected a model of {layers[0]} layers, as many as the other has, got {layers[1]}.")
+
+
 def explain_model_job(
     fasta: str | Path | None = None,
     *,
@@ -218,14 +234,15 @@ def explain_model_job(
         raise _no_memory(model)
     if fasta is None and twin is not None:
         raise InputError("--twin: readiness is compared on sequences; name a FASTA file, too.")
+    if twin is not None:
+        _check_twin(config, twin)
     if fasta is not None:
         for each in (model, *(() if twin is None else (twin,))):
             if head_of(each.load_config()) is None:
                 raise InputError(
                     f"{model_name(each.model)} predicts no bases, so it has no readiness; leave the FASTA file out."
                 )
-            longest = each.bases_at_once()
-            length = min(length or LONGEST_PIECE, longest)
+            length = min(length or LONGEST_PIECE, each.bases_at_once(unknown=LONGEST_PIECE))
         if length is None or length < SHORTEST:
             raise InputError(f"length of a piece: expected at least {SHORTEST} bases, got {length}.")
     path = None if fasta is None else Path(fasta)

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from ...sequences.alphabet import BASES, reverse_complement
 from ...sequences.annotation import Gene
 from ...sequences.intervals import Interval
-from ...support.figures import STRAND_COLOURS, draw_stacked_letters, pyplot, write_figure
+from ...support.figures import STRAND_COLOURS, draw_stacked_letters, limits_of_letters, pyplot, write_figure
 from ..motif_matches import Motif
 from ..tracks import VALUES
 from .track_picture import MOST_LETTERS, draw_panels
@@ -78,7 +78,7 @@ def draw_contributions(numbers: Numbers, region: Interval, letters: str, path: P
                 for letter, number in zip(shown[part], found[part], strict=True)
             ]
             draw_stacked_letters(axis, columns, first)
-            axis.set_ylim(1.05 * low, 1.05 * high or 1.0)
+            axis.set_ylim(limits_of_letters(low, high))
             axis.set_xlim(first - 0.5, first + min(_PER_LINE, len(region)) - 0.5)
             axis.axhline(0, color="black", linewidth=0.5)
             name = value.removeprefix("contribution:")

@@ -49,6 +49,11 @@ def write_html_report(job: "ExplainJob", tables: dict[str, pa.Table], folder: Pa
         "A k-mer's contribution is its share in what the memory computed; shares sum to the whole exactly. Where the "
         "memory is not linear, a factor is held at the value that it has. What a model learned need not be biology."
     )
+    if getattr(job.model.load_config(), "memory_pooling", None) == "as_trained":
+        introduction += (
+            " This model pools as_trained, with the roundings of its training. Contributions are of exact means: they "
+            "differ a little from what it adds in 32 bits, and more in 16."
+        )
     links = {**{f"region{number}": _place(region) for number, region in enumerate(regions, 1)}, "kmers": "k-mers"}
     title = f"What the memory of {model_name(job.model.model)} did"
     write_whole(folder / REPORT, html_page(title, introduction, links, sections))
@@ -172,6 +177,8 @@ def _known(job: "ExplainJob", found: Iterable[tuple[str, str, Sequence[Motif]]],
 
 
 def _meaning(job: "ExplainJob", target: str) -> str:
+    if target == "base:actual" and job.changes.head == "masked":
+        return "the log-odds of the base that is there, as the memory alone changes them (logit lens)"
     if target.startswith("class:"):
         return f"the logit of {job.changes.label_name}, as the memory alone changes it (logit lens)"
     return _TARGETS[target]

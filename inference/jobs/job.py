@@ -127,8 +127,8 @@ class ModelOptions:
         """The model's tokenizer alone."""
         return load_tokenizer(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
-    def bases_at_once(self, context: int | None = None) -> int:
-        """`context`, or as many bases as the model can read at once.
+    def bases_at_once(self, context: int | None = None, unknown: int | None = None) -> int:
+        """`context`, or as many bases as the model can read at once, or `unknown` if nothing says how many that are.
 
         Raises:
             ValueError: if it is more than that, or nothing says how many that are.
@@ -136,6 +136,8 @@ class ModelOptions:
         tokenizer = self.load_tokenizer()
         most_tokens = context_length(self.load_config(), tokenizer)
         if context is None and most_tokens >= UNKNOWN_CONTEXT:
+            if unknown is not None:
+                return unknown
             raise ValueError(
                 f"neither configuration nor tokenizer of {self.model} says how many bases it reads at once; give the "
                 "length that it was trained with as --context."

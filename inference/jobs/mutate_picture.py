@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from ...sequences.alphabet import BASES
 from ...sequences.intervals import Interval
 from ...support.default_model import model_name
-from ...support.figures import draw_stacked_letters, pyplot, write_figure
+from ...support.figures import draw_stacked_letters, limits_of_letters, pyplot, write_figure
 from ..mutations import DELETED
 from .dependency import SCHEMA, DependencyJob
 from .mutate import MutateJob
@@ -165,7 +165,7 @@ def _limits(columns: Sequence[Sequence[tuple[str, float]]]) -> tuple[float, floa
     """Of all lines: from 0, or the lowest letter, to the top of the highest column."""
     ups = [sum(max(0.0, height) for _, height in column) for column in columns]
     downs = [sum(min(0.0, height) for _, height in column) for column in columns]
-    return 1.05 * min(downs, default=0.0), 1.05 * max(ups, default=0.0) or 1.0
+    return limits_of_letters(min(downs, default=0.0), max(ups, default=0.0))
 
 
 def _draw_map(axis: Any, values: np.ndarray, reference: str, first: int, largest: float) -> Any:

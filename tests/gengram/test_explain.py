@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import gengram
 from gengram import GengramForCausalLM, GengramForSequenceClassification, GengramTokenizer
 from gengram.cli import main
+from gengram.inference.explanation import residual_norms
 from gengram.sequences.alphabet import reverse_complement
 from gengram.sequences.genome import open_genome
 
@@ -109,6 +110,17 @@ def test_a_region_with_a_knock_out(explain, tmp_path, tiny_folder):  # noqa: F81
                 there = window[row["start"] - 35051 : row["end"] - 35050]
                 assert (there if strand == "+" else reverse_complement(there)).upper() == row["kmer"]
         np.testing.assert_allclose(sums, expected.total[0, places], rtol=SHARES_FP64)
+    shown = [row for row in rows_of(folder, "bases") if row["value"] in ("residual", "contribution:residual_norm")]
+    assert {row["pos"] for row in shown} == set(range(35061, 35081))
+    for strand in "+-":  # one window for all: what is drawn is what k-mers share in
+        for layer in "02":
+            text = window if strand == "+" else reverse_complement(window)
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            norms = residual_norms(model, ids, layer=int(layer))[0]
+            norms = norms[10:30] if strand == "+" else norms.flip(0)[10:30]
+            wanted = (strand, layer, "residual")
+            drawn = [row["number"] for row in shown if (row["strand"], row["layer"], row["value"]) == wanted]
+            np.testing.assert_allclose(drawn, norms, atol=SAME_FP32)
     knock_out = rows_of(folder, "knock_out")
     assert {row["strand"] for row in knock_out} == {"+", "-"}
     assert any(row["before"] != row["after"] for row in knock_out)
@@ -137,6 +149,10 @@ def test_sequences_of_a_file_and_a_class(explain, tmp_path):
         after = model(ids).logits[0]
     assert scores[0]["before"] == pytest.approx(float(before[1] - before[0]), abs=SAME_FP32)
     assert scores[0]["after"] == pytest.approx(float(after[1] - after[0]), abs=SAME_FP32)
+    words = ["chr21_25.7M:35,061-35,080", "--fasta", FASTA, "--class", "promoter", "--output", "beside"]
+    code, _, error = explain(*words, "--context", "40", model=tmp_path / "classifier")
+    assert code == 1 and "the classifier's head reads bases outside the region only" in error
+    assert not (tmp_path / "beside").exists()
 
 
 def test_a_base_alone_is_explained_where_others_stand_beside_it(explain, tmp_path):
@@ -168,6 +184,11 @@ def test_the_whole_model_beside_its_twin(explain, tmp_path, tiny_folder):  # noq
     assert len(rows) == 2 * (4 + 16 + 64) and sum(row["occurrences"] or 0 for row in rows) > 0
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert set(record["inputs"]) == {"fasta", "twin/model.safetensors"}
+    code, _, error = explain("--model-only", FASTA, "--twin", str(tiny_folder), "--output", "same")
+    assert code == 1 and "trained without its memory" in error and "has a motif memory" in error
+    tiny_model(GengramForCausalLM, memory_layers=[], num_hidden_layers=1).save_pretrained(tmp_path / "short")
+    code, _, error = explain("--model-only", FASTA, "--twin", str(tmp_path / "short"), "--output", "same")
+    assert code == 1 and "layers, as many as the other has, got 1" in error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -218,6 +239,8 @@ def test_a_classifier_has_tables_but_no_readiness(explain, tmp_path):
         (["--model-only", FASTA, "chr9:1-20"], "expected one FASTA file of sequences at most"),
         (["--model-only", "--twin", "x"], "name a FASTA file, too"),
         (["--model-only", "missing.fa"], "missing.fa does not exist"),
+        (["--model-only", "--strands", "forward"], "--strands is of regions; leave it out with --model-only"),
+        (["--fasta", FASTA], "or sequences without --fasta: gengram explain FILE"),
         (["chr21_25.7M:1-20", "--fasta", FASTA, "--twin", "x"], "--twin belongs to --model-only"),
     ],
 )

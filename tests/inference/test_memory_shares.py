@@ -86,6 +86,16 @@ def test_shares_stay_inside_the_sequences_of_a_packed_row():
     assert all(segments[start] == segments[position] for position, _, start in rows)
 
 
+def test_the_last_base_of_a_packed_sequence_is_followed_by_none():
+    model = tiny_model(GengramForCausalLM).eval()
+    ids, lengths = random_ids(1, 30), (13, 17)
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    packed = explain_memory(model, ids, layer=2, target="base:actual", position_ids=positions).total[0]
+    alone = [explain_memory(model, part, layer=2, target="base:actual").total[0] for part in ids.split(lengths, 1)]
+    assert packed[12] == packed[29] == 0
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=SAME_FP32)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_shares_sum_to_the_whole_in_every_dtype(target, dtype):

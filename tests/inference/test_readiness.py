@@ -32,6 +32,22 @@ def test_divergence_is_summed_over_the_vocabulary_and_averaged_over_positions():
     assert found.surprisal == pytest.approx(bits, abs=LOG_LIKELIHOOD_FP32)
 
 
+def test_tokens_around_the_bases_do_not_count():
+    """A first token gives the first base something to be predicted from; a last one is no base."""
+    model, tokenizer = tiny_model(GengramForCausalLM), GengramTokenizer(add_bos_token=True, add_eos_token=True)
+    found = readiness(LoadedModel(model, tokenizer), TEXTS)
+    ids = tokenizer(TEXTS[1], return_tensors="pt")["input_ids"]
+    assert len(ids[0]) == 18
+    with torch.no_grad():
+        outputs = model(ids, output_hidden_states=True)
+        lens = model.lm_head(model.model.norm(outputs.hidden_states[2]))[0, 1:17].log_softmax(-1)
+    final = outputs.logits[0].log_softmax(-1)
+    own = [float(final[place, ids[0, place + 1]]) for place in range(16)]
+    assert found.surprisal[1] == pytest.approx(-sum(own) / 16 / math.log(2), abs=LOG_LIKELIHOOD_FP32)
+    expected = (final[1:17].exp() * (final[1:17] - lens)).sum(-1).mean()
+    assert found.divergence[1, 2] == pytest.approx(float(expected), abs=SAME_FP32)
+
+
 def test_a_masked_model_has_no_bits_per_base():
     found = readiness(LoadedModel(tiny_model(GengramForMaskedLM), GengramTokenizer()), TEXTS)
     assert found.divergence.shape == (3, 4) and np.isnan(found.surprisal).all()
@@ -62,5 +78,8 @@ def test_random_pieces(tmp_path):
     every = random_pieces(tmp_path / "x.fa", 1000, 100)
     assert len(every) == 50 - 3 + 1 and "ACGTACGTACGTACGTACGT" in every
     (tmp_path / "none.fa").write_text(">one\nNNNN\n")
-    with pytest.raises(ValueError, match="16 bases of A, C, G and T on end, got none"):
+    with pytest.raises(ValueError, match=r"two pieces or more of at least 16 bases of A, C, G and T .* got none"):
         random_pieces(tmp_path / "none.fa", 10, 100)
+    (tmp_path / "one.fa").write_text(f">one\n{'ACGT' * 20}\n")
+    with pytest.raises(ValueError, match=r"two pieces or more .* got 1"):
+        random_pieces(tmp_path / "one.fa", 10, 100)

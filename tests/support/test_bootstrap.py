@@ -30,6 +30,8 @@ def test_samples_without_the_statistic_do_not_count():
     assert math.isnan(found.value) and (found.low, found.high) == (5, 5)
     none = estimate(lambda rows: 1.0, 5, samples=0)
     assert none.value == 1 and math.isnan(none.low) and math.isnan(none.high)
+    one = bootstrap(lambda rows: np.array([[3.0, 4.0]])[rows].mean(0), 1)  # a row says nothing of how others differ
+    assert one[0].tolist() == [3, 4] and np.isnan(one[1:]).all() and one.shape == (3, 2)
 
 
 def test_the_interval_over_seeds_is_that_of_the_t_test():
