@@ -143,7 +143,11 @@ def _section_of_kmers(job: "ExplainJob", tables: dict[str, pa.Table], pictures: 
         if motifs:
             path = pictures / f"logos_{len(found) + 1}.svg"
             draw_logos(motifs, path)
-            parts.append(html_figure(path, "Logos of the k-mers that contributed most, those alike put together."))
+            parts.append(
+                html_figure(
+                    path, "Logos of the k-mers of five bases or more that contributed most, those alike put together."
+                )
+            )
         found.append((layer, target, motifs))
         rows += [
             {"layer": layer, "target": target, "motif": motif.name, "members": list(motif.members)} for motif in motifs
