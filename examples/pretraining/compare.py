@@ -241,67 +241,100 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Held-out bits per base of every run, means with intervals; ablations; the routers' load-balancing loss."""
-    architectures, arms = list(found["plan"]["architectures"]), list(found["plan"]["arms"])
+    """Every run beside its means; ablations, or differences from the arm with memory; losses of routers, if any."""
+    arms = list(found["plan"]["arms"])
     colours = {arm: f"C{place}" for place, arm in enumerate(arms)}
-    figure, (left, middle, right) = pyplot().subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    second = _draw_ablations if "ablations" in found["plan"] else _draw_differences
+    has_routers = any("router_load_balancing_loss" in line for run in found["runs"] for line in run["log"])
+    panels = [_draw_runs, second, *([_draw_routers] if has_routers else [])]
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 4.5), layout="constrained")
+    for panel, axis in zip(panels, axes, strict=True):
+        panel(axis, found, colours)
+    write_figure(path, figure)
 
-    for arm in arms:
-        shift = 0.25 * (arms.index(arm) - (len(arms) - 1) / 2)
+
+def _draw_runs(axis: Any, found: dict[str, Any], colours: dict[str, str]) -> None:
+    architectures, arms = list(found["plan"]["architectures"]), list(colours)
+    for arm, colour in colours.items():
+        shift = 0.8 / len(arms) * (arms.index(arm) - (len(arms) - 1) / 2)
         runs = [run for run in found["runs"] if run["arm"] == arm]
         places = [architectures.index(run["architecture"]) + shift for run in runs]
-        left.plot(places, [run["bits_per_base"] for run in runs], ".", color=colours[arm], alpha=0.6)
+        axis.plot(places, [run["bits_per_base"] for run in runs], ".", color=colour, alpha=0.6)
         rows = [row for row in found["rows"] if row["arm"] == arm]
-        left.errorbar(
-            [architectures.index(row["architecture"]) + shift + 0.06 for row in rows],
+        axis.errorbar(
+            [architectures.index(row["architecture"]) + shift + 0.2 / len(arms) for row in rows],
             [row["bits_per_base"] for row in rows],
             [0.0 if math.isnan(row["half_width_95"]) else row["half_width_95"] for row in rows],
             fmt="_",
             capsize=4,
-            color=colours[arm],
+            color=colour,
             label=arm,
         )
-    left.set_xticks(range(len(architectures)), architectures)
-    left.set_ylabel("held-out bits per base")
-    left.set_title("every seed, and the mean with its 95 % interval over seeds", fontsize=10)
-    left.legend()
+    axis.set_xticks(range(len(architectures)), architectures)
+    axis.set_ylabel("held-out bits per base")
+    axis.set_title("every seed, and the mean with its 95 % interval over seeds", fontsize=10)
+    axis.legend(fontsize=8)
 
-    first = {"architecture": architectures[0], "seeds": found["plan"]["seeds"]}
-    chosen = found["plan"].get("ablations", first)
+
+def _draw_ablations(axis: Any, found: dict[str, Any], colours: dict[str, str]) -> None:
+    chosen = found["plan"]["ablations"]
     shown = [
         run
         for run in found["runs"]
         if run["architecture"] == chosen["architecture"] and run["seed"] in chosen["seeds"]
     ]
-    shown.sort(key=lambda run: (run["arm"] not in arms, run["arm"]))
+    shown.sort(key=lambda run: (run["arm"] not in colours, run["arm"]))
     names = list(dict.fromkeys(run["arm"] for run in shown))
     places = [names.index(run["arm"]) for run in shown]
-    middle.plot([run["bits_per_base"] for run in shown], places, "o", color="tab:gray")
-    middle.set_yticks(range(len(names)), names)
-    middle.invert_yaxis()
-    middle.locator_params(axis="x", nbins=5)
-    middle.grid(axis="x", alpha=0.3)
-    middle.set_xlabel("held-out bits per base")
-    seeds = ", ".join(map(str, chosen["seeds"]))
-    middle.set_title(f"{chosen['architecture']}, seed {seeds}", fontsize=10)
+    axis.plot([run["bits_per_base"] for run in shown], places, "o", color="tab:gray")
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.locator_params(axis="x", nbins=5)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("held-out bits per base")
+    axis.set_title(f"{chosen['architecture']}, seed {', '.join(map(str, chosen['seeds']))}", fontsize=10)
 
-    for arm in arms:
+
+def _draw_differences(axis: Any, found: dict[str, Any], colours: dict[str, str]) -> None:
+    rows = [row for row in found["rows"] if row["arm"] != "memory"]
+    by_key = {(run["architecture"], run["arm"], run["seed"]): run["bits_per_base"] for run in found["runs"]}
+    for place, row in enumerate(rows):
+        architecture, colour = row["architecture"], colours[row["arm"]]
+        pairs = [(by_key[architecture, row["arm"], seed], (architecture, "memory", seed)) for seed in row["seeds"]]
+        each = [bits - by_key[other] for bits, other in pairs if other in by_key]
+        axis.plot(each, [place - 0.15] * len(each), ".", color=colour, alpha=0.6)
+        half = row["minus_memory_half_width_95"]
+        axis.errorbar(
+            row["minus_memory"], place, xerr=0.0 if math.isnan(half) else half, fmt="|", capsize=4, color=colour
+        )
+    axis.axvline(0, color="black", linewidth=0.5, linestyle=":")
+    has_many = len(found["plan"]["architectures"]) > 1
+    axis.set_yticks(
+        range(len(rows)), [f"{row['architecture']}: {row['arm']}" if has_many else row["arm"] for row in rows]
+    )
+    axis.invert_yaxis()
+    axis.locator_params(axis="x", nbins=5)
+    axis.set_xlabel("bits per base more than with memory")
+    axis.set_title("paired by seed, with 95 % intervals", fontsize=10)
+
+
+def _draw_routers(axis: Any, found: dict[str, Any], colours: dict[str, str]) -> None:
+    for arm, colour in colours.items():
         curves = [
             [(line["step"], line["router_load_balancing_loss"]) for line in run["log"]]
             for run in found["runs"]
             if run["arm"] == arm and all("router_load_balancing_loss" in line for line in run["log"])
         ]
         for curve in curves:
-            right.plot(*zip(*curve, strict=True), color=colours[arm], alpha=0.3, linewidth=0.8)
+            axis.plot(*zip(*curve, strict=True), color=colour, alpha=0.3, linewidth=0.8)
         if curves:
             steps = [step for step, _ in curves[0]]
             means = [sum(loss for _, loss in point) / len(point) for point in zip(*curves, strict=True)]
-            right.plot(steps, means, color=colours[arm], linewidth=2, label=arm)
-            right.legend()
-    right.set_xlabel("step")
-    right.set_ylabel("load-balancing loss")
-    right.set_title("routers of the MoE runs, and their means", fontsize=10)
-    write_figure(path, figure)
+            axis.plot(steps, means, color=colour, linewidth=2, label=arm)
+            axis.legend(fontsize=8)
+    axis.set_xlabel("step")
+    axis.set_ylabel("load-balancing loss")
+    axis.set_title("routers of the MoE runs, and their means", fontsize=10)
 
 
 def train_missing(runs: list[dict[str, Any]], plan: dict[str, Any], arguments: argparse.Namespace) -> None:
