@@ -12,7 +12,7 @@ they are installed. Every method runs in a process of its own, on two models:
   of variants of BRCA1 (`../shared`) the log-likelihood ratio of 257 bases around each, mean of both strands, and its
   Pearson correlation with that of float32.
 
-Prints a table, and writes `quantised_methods.json` into `benchmarks/results`.
+Prints a table, and writes `benchmarks/results/quantised_methods.json`.
 """
 
 import argparse
