@@ -12,11 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-from ...motif_memory.grafts.attach import IN_CONFIG
 from ...sequences.alphabet import check_letters, reverse_complement
 from ...sequences.annotation import Gene
 from ...sequences.intervals import Interval
-from ...support.default_model import model_name
 from ...support.errors import InputError
 from ...support.whole_output import write_whole
 from ..base_tokens import BaseTokens
@@ -33,6 +31,7 @@ from ..mutations import Block, region_blocks, shared_window
 from ..tracks import OF_MEMORY, VALUES, TrackModel
 from .dependency import SCHEMA as DEPENDENCY_SCHEMA
 from .dependency import DependencyJob, DependencyWorker
+from .explain_model import no_memory, says_memory
 from .job import JobChunk, ModelOptions, Worker
 from .mutate import CLASSES, MutateJob, MutateWorker, mutate_job
 from .region_tables import RegionTableJob
@@ -203,7 +202,7 @@ class _Worker:
         self._job = job
         self._loaded = loaded = job.model.load(job.changes.head, device)
         if not memories_of(loaded.model):
-            raise InputError(f"{model_name(job.model.model)} has no motif memory, so there is nothing to explain.")
+            raise no_memory(job.model)
         self._wanted = kmers_to_knock_out(loaded.model, job.knock_out, job.reverse_complements)
         loaded.model.config.use_cache = False
         self._tokens = BaseTokens.of(loaded.tokenizer)
@@ -487,8 +486,8 @@ def explain_job(
         fasta, "changes.parquet", regions, whole_genome=whole_genome, model=model, context=context, of_class=of_class
     )
     config = model.load_config()
-    if not (getattr(config, "memory_layers", None) or getattr(config, IN_CONFIG, None)):
-        raise InputError(f"{model_name(model.model)} has no motif memory, so there is nothing to explain.")
+    if not says_memory(config):
+        raise no_memory(model)
     targets = ["gate_logit", "residual_norm"]
     if changes.label is not None:
         targets.append(f"class:{changes.label}")

@@ -106,7 +106,7 @@ class _Worker:
         self._loaded = job.model.load(head_of(job.model.load_config()), device)
         self._memories = memories_by_layer(self._loaded.model)
         if not self._memories:
-            raise _no_memory(job.model)
+            raise no_memory(job.model)
 
     def __call__(self, part: str) -> pa.Table:
         numbers, table = self._of_rows() if part == ROWS else self._of_texts()
@@ -179,7 +179,13 @@ def _names(table: pa.Table) -> tuple[list[str], list[str]]:
     return table["layer"].to_pylist(), table["kmer"].to_pylist()
 
 
-def _no_memory(model: ModelOptions) -> InputError:
+def says_memory(config: Any) -> bool:
+    """Whether a model of this configuration has memories, its own or attached ones."""
+    return bool(getattr(config, "memory_layers", None) or getattr(config, IN_CONFIG, None))
+
+
+def no_memory(model: ModelOptions) -> InputError:
+    """What is said of a model without one."""
     return InputError(f"{model_name(model.model)} has no motif memory, so there is nothing to explain.")
 
 
@@ -190,7 +196,7 @@ def _check_twin(config: Any, twin: ModelOptions) -> None:
         InputError: if it does.
     """
     other = twin.load_config()
-    if getattr(other, "memory_layers", None) or getattr(other, IN_CONFIG, None):
+    if says_memory(other):
         raise InputError(
             f"--twin: expected the same model trained without its memory; {twin.model} has a motif memory."
         )
@@ -230,8 +236,8 @@ def explain_model_job(
     check_clustering()
     model = model or ModelOptions()
     config = model.load_config()
-    if not (getattr(config, "memory_layers", None) or getattr(config, IN_CONFIG, None)):
-        raise _no_memory(model)
+    if not says_memory(config):
+        raise no_memory(model)
     if fasta is None and twin is not None:
         raise InputError("--twin: readiness is compared on sequences; name a FASTA file, too.")
     if twin is not None:
