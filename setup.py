@@ -8,6 +8,8 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from setuptools import setup
@@ -19,7 +21,7 @@ INSTRUCTION_SETS = {
     "baseline": [],
 }
 # Ampere and Hopper, and a form that later GPUs translate for themselves.
-CUDA_ARGUMENTS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC"]
+CUDA_ARGUMENTS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "--threads", "0"]  # a thread for each GPU below
 CUDA_CODE = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)] + ["-gencode=arch=compute_90,code=compute_90"]
 
 
@@ -46,21 +48,31 @@ def native_kernels() -> dict:
             self.force = True  # setuptools does not see what the sources include
 
         def build_extension(self, extension) -> None:
-            for name, flags in sets.items():
-                objects = self.compiler.compile(
-                    ["csrc/cpu/kernels.cpp"],
-                    output_dir=str(temporary / name),
-                    extra_postargs=[*ARGUMENTS, *flags, f"-DGENGRAM_CAPABILITY={name}", "-Wno-psabi", "-fPIC"],
-                )
-                extension.extra_objects += objects
-            if has_cuda:
-                output = temporary / "cuda" / "kernels.o"
-                output.parent.mkdir(parents=True, exist_ok=True)
-                command = [nvcc, *CUDA_ARGUMENTS, *CUDA_CODE, "-c", "csrc/cuda/kernels.cu", "-o", str(output)]
-                print(*command)
-                subprocess.run(command, check=True)
-                extension.extra_objects.append(str(output))
+            tasks = [partial(self.compile_for_cpu, name, flags) for name, flags in sets.items()]
+            tasks += [self.compile_for_cuda] if has_cuda else []
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # a compiler each
+                extension.extra_objects += pool.map(lambda task: task(), tasks)
             super().build_extension(extension)
+
+        def compile_for_cpu(self, name: str, flags: list[str]) -> str:
+            arguments = [
+                *ARGUMENTS,
+                *flags,
+                f"-DGENGRAM_CAPABILITY={name}",
+                "-Wno-psabi",
+                "-Wno-maybe-uninitialized",
+                "-fPIC",
+            ]
+            folder = str(temporary / name)
+            return self.compiler.compile(["csrc/cpu/kernels.cpp"], output_dir=folder, extra_postargs=arguments)[0]
+
+        def compile_for_cuda(self) -> str:
+            output = temporary / "cuda" / "kernels.o"
+            output.parent.mkdir(parents=True, exist_ok=True)
+            command = [nvcc, *CUDA_ARGUMENTS, *CUDA_CODE, "-c", "csrc/cuda/kernels.cu", "-o", str(output)]
+            print(*command)
+            subprocess.run(command, check=True)
+            return str(output)
 
     # Apple's compiler has no OpenMP; without it PyTorch's parallel_for, which is written with it, takes one thread.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]

@@ -50,7 +50,7 @@ def memory_of(case: dict[str, Any]) -> Memory:
     if "model" in case:
         model = gengram.GengramForCausalLM.from_pretrained(gengram.DEFAULT_MODEL)
         layer = model.model.layers[model.config.memory_layers[0]].motif_memory
-        return Memory(layer.eval(), layer.config)
+        return Memory(layer.to(random_bases(0).device).eval(), layer.config)
     memory = prepare(case)
     memory.layer.to(getattr(torch, case["dtype"])).eval()
     return memory

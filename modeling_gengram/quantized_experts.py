@@ -98,12 +98,12 @@ def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(largest).all()):
         raise ValueError("weights hold numbers that are not finite, which cannot be quantised.")
     if kind == "int8":
-        scale = (largest / 127).to(weight.dtype)
+        scale = _divided(largest, 127).to(weight.dtype)
         return _rounded(work, scale, -127, 127).to(torch.int8), scale.squeeze(-1)
     groups = _groups(work)  # (..., rows, columns / 32, 32)
     least, best = None, None
     for divisor in _INT4_DIVISORS:
-        scale = (largest / divisor).to(weight.dtype)
+        scale = _divided(largest, divisor).to(weight.dtype)
         numbers = _rounded(groups, scale, -8, 7)
         error = (numbers * scale - groups).square().sum(-1, keepdim=True)
         if least is None or best is None:
@@ -115,6 +115,11 @@ def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     numbers = (_rounded(groups, best, -8, 7) + 8).to(torch.uint8)
     packed = numbers[..., :_HALF] | (numbers[..., _HALF:] << 4)
     return packed.flatten(-2), best.squeeze(-1)
+
+
+def _divided(largest: Tensor, divisor: float) -> Tensor:
+    """The quotient, the same on every device: a GPU multiplies by one over a Python number, which rounds otherwise."""
+    return largest / torch.full_like(largest, divisor)
 
 
 def _groups(work: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -114,6 +115,8 @@ class CacheState(MemoryState):
         self.cache, self.layers = cache, tuple(layers)
         if config.states:
             _make_room(cache, self.layers, len(config.states))
+            if getattr(cache, "offloading", False):
+                _keep_states_in_place([cache.layers[layer] for layer in self.layers])
 
     @property
     def keeps_all(self) -> bool:
@@ -148,6 +151,20 @@ class CacheState(MemoryState):
     def _write(self, name: str, layer: int, new: torch.Tensor, most: int) -> None:
         index = self.config.states.index(name)
         self.cache.update_conv_state(new.transpose(1, 2), layer, state_idx=index, conv_kernel_size=most)
+
+
+def _keep_states_in_place(layers: Sequence[Any]) -> None:
+    """Let layers of a cache that wait in the CPU's memory take keys and values there only.
+
+    Such a cache brings a layer back for its attention, and the memory reads its states before that.
+    """
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    for layer in layers:
+        of_states = LinearAttentionCacheLayerMixin
+        kinds: list[Any] = [kind for kind in type(layer).__mro__ if not issubclass(kind, of_states)]
+        if kind := next((kind for kind in kinds if hasattr(kind, "offload")), None):  # none: it keeps no keys
+            layer.offload, layer.prefetch = MethodType(kind.offload, layer), MethodType(kind.prefetch, layer)
 
 
 def _make_room(cache: Any, layers: Sequence[int], states: int) -> None:

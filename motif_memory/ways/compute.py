@@ -7,6 +7,7 @@ import torch
 from ..as_trained import memory_as_trained
 from ..definition import MemoryOutput, NgramPlan
 from ..state import MemoryState
+from .bags import features_by_bags
 from .choose import Way, choose_kernels, choose_way, packed_layout
 from .folded import folded_key_value
 from .one_token import gated_token, one_token_features
@@ -78,7 +79,7 @@ def _token_major(work: _Pass, way: Way) -> MemoryOutput:
     if weights is None:
         return memory.by_definition(hidden_states, plan, state)
     if way.kernels == "torch" or _keeps_more(work):
-        return _one_token(work) or memory.by_definition(hidden_states, plan, state)
+        return _one_token(work) or _by_bags(work) or memory.by_definition(hidden_states, plan, state)
     table = weights.tables[0]
     fits = table.shape[1] % 16 == 0  # the width that native kernels need
     native = fits and choose_kernels(table.device, (table.dtype,), table.shape[1])[0] == "native"
@@ -104,6 +105,18 @@ def _one_token(work: _Pass) -> MemoryOutput | None:
         return None
     key, value = memory.key_proj(features), memory.value_proj(features)
     return gated_token(hidden_states, key, value, layer, history)
+
+
+def _by_bags(work: _Pass) -> MemoryOutput | None:
+    """The definition on a GPU, its features by fewer operations; None where it runs elsewhere, or is traced."""
+    memory, hidden_states, plan, state, weights, _ = work
+    assert weights is not None
+    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if is_traced or not all(table.is_cuda for table in weights.tables):
+        return None
+    features = features_by_bags(weights.tables, plan)
+    key, value = memory.key_proj(features), memory.value_proj(features)
+    return memory.from_key_and_value(hidden_states, key, value, plan, state)
 
 
 def _table_major(work: _Pass, way: Way) -> MemoryOutput:

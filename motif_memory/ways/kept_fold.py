@@ -31,6 +31,8 @@ ROW_COST = 700.0  # of packing a row: adding up its sections and writing it into
 LOOKUP_COST = 11.0  # of adding one row of packed tables
 POOLING_COST = 100.0  # of everything about an unfolded token but its matrix products
 CHECK_COST = 60.0  # of reading one weight for its fingerprint
+# Elsewhere products cost next to nothing, so that folding is made on request only, and repays its check from here on.
+TOKENS_TO_CHECK_ON_A_GPU = 4096
 
 # Tables that would be larger than so many times the memory's weights are made on request only.
 LARGEST_GROWTH = 16
@@ -154,8 +156,10 @@ def _mostly_regular(plan: NgramPlan) -> bool:
 def tokens_to_repay(weights: Weights, plan: NgramPlan) -> float:
     """Tokens after which folding has cost less than projecting each.
 
-    Infinite if a token is cheaper unfolded, or the tables would be too large to be made unasked.
+    Infinite if a token is cheaper unfolded, as on a GPU, or the tables would be too large to be made unasked.
     """
+    if weights.key.device.type != "cpu":
+        return math.inf
     columns, width = 2 * weights.key.shape[0], weights.tables[0].shape[1]
     projected = sum(5**size for size in plan.ngram_sizes)
     packed = table_sections(max(plan.ngram_sizes)).rows
@@ -167,6 +171,8 @@ def tokens_to_repay(weights: Weights, plan: NgramPlan) -> float:
 
 def tokens_to_check(weights: Weights, plan: NgramPlan) -> float:
     """Tokens below which reading all weights costs more than folded tables save."""
+    if weights.key.device.type != "cpu":
+        return TOKENS_TO_CHECK_ON_A_GPU
     saved = _saved_per_token(weights, plan) * 2 * weights.key.shape[0]
     return CHECK_COST * _elements(weights) / saved if saved > 0 else math.inf
 
@@ -183,7 +189,8 @@ def _elements(weights: Weights) -> int:
 
 # ---- fingerprints
 
-_LANES = 2**17  # 32-bit numbers at a time: their products stay in a CPU's cache
+_LANES = 2**17  # 32-bit numbers of a block: their products stay in a CPU's cache
+_BLOCKS_ON_A_GPU = 64  # at a time
 
 
 def fingerprint(weights: Weights) -> list[torch.Tensor]:
@@ -200,14 +207,15 @@ def _fingerprint(weight: torch.Tensor) -> torch.Tensor:
     lanes = weight.contiguous().view(-1)
     size = lanes.element_size() * lanes.numel()
     lanes = lanes.view(torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.int8)
-    factors = _factors(lanes.device)[: lanes.numel()]
-    products = torch.empty_like(factors)
-    sums = []
-    for block in lanes.split(_LANES):
-        part = products[: block.numel()]
-        torch.mul(block, factors[: block.numel()], out=part)
-        sums.append(part.sum())
-    return torch.stack(sums)
+    factors = _factors(lanes.device)
+    whole = lanes.numel() // _LANES * _LANES
+    sums = [
+        (blocks * factors).sum(1)
+        for blocks in lanes[:whole].view(-1, _LANES).split(1 if lanes.device.type == "cpu" else _BLOCKS_ON_A_GPU)
+    ]
+    if whole < lanes.numel():
+        sums.append((lanes[whole:] * factors[: lanes.numel() - whole]).sum().unsqueeze(0))
+    return torch.cat(sums)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from gengram import (
     GengramForTokenClassification,
     GengramModel,
 )
-from gengram.motif_memory import plan_ngrams
+from gengram.motif_memory import MemoryState, plan_ngrams
 
 HEADS = [
     GengramModel,
@@ -523,6 +523,35 @@ def test_a_failed_draft_leaves_no_trace(monkeypatch):
         model.generate(ids, assistant_early_exit=1, **GENERATION)
     monkeypatch.undo()
     assert torch.equal(model.generate(ids, **GENERATION), expected)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_offloaded_keeps_the_memorys_states_in_place():
+    """A layer's memory reads them before its attention, for which alone such a cache brings a layer back."""
+    model = tiny_model(GengramForCausalLM)
+    cache = DynamicCache(config=model.config)
+    model(random_ids(1, 20), cache=cache, use_cache=True)
+
+    class MovedError(Exception):
+        pass
+
+    class Fixed:
+        device = "elsewhere"
+
+        def to(self, *place, **how):
+            raise MovedError
+
+    layer = cache.layers[model.config.memory_layers[0]]
+    layer.conv_states = [Fixed() for _ in layer.conv_states]
+    with pytest.raises(MovedError):
+        layer.offload()
+    cache.offloading = True  # as of a GPU's cache
+    MemoryState.of(cache, model.config.memory, model.config.memory_layers)
+    layer.offload()
+    layer.prefetch()
+    layer.keys = Fixed()
+    with pytest.raises(MovedError):
+        layer.offload()
 
 
 @torch.no_grad()

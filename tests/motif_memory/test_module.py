@@ -45,7 +45,7 @@ def plan_for(config: MotifMemoryConfig, ids: torch.Tensor, letters=LETTERS, **ar
 
 
 def run(config: MotifMemoryConfig, weights: dict, hidden: torch.Tensor, ids: torch.Tensor, letters=LETTERS):
-    module = MotifMemory(config, hidden.shape[-1]).to(hidden.dtype)
+    module = MotifMemory(config, hidden.shape[-1]).to(hidden)
     wanted = {name: value.to(hidden.dtype) for name, value in weights.items() if name in module.state_dict()}
     module.load_state_dict(wanted)
     with torch.no_grad():
@@ -89,8 +89,11 @@ def test_plan_equals_the_authors_ngram_ids():
 
 
 @needs_fixtures
-def test_as_trained_equals_the_authors_in_bfloat16():
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_as_trained_equals_the_authors_in_bfloat16(device):
     """`as_trained` repeats the original's bf16 on CUDA: within rounding of it, where exact pooling is far away."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
     kwargs = fixture_json("module_gengram", "index.json")["variants"]["w21_conv"]["kwargs"]
     weights = fixture_tensors("module_gengram", "weights.safetensors")
     inputs = fixture_tensors("module_gengram", "inputs.safetensors")
@@ -100,9 +103,9 @@ def test_as_trained_equals_the_authors_in_bfloat16():
     for pooling in ("as_trained", "exact"):
         config = memory_config(kwargs, pooling=pooling)
         for case in cases:
-            hidden = inputs[f"{case}/hidden_states"].transpose(0, 1).bfloat16()
+            hidden = inputs[f"{case}/hidden_states"].transpose(0, 1).bfloat16().to(device)
             expected = outputs[f"{case}/out_bf16_cuda_emulated"].transpose(0, 1).double()
-            ours = run(config, weights, hidden, inputs[f"{case}/input_ids"]).double()
+            ours = run(config, weights, hidden, inputs[f"{case}/input_ids"].to(device)).double().cpu()
             errors[pooling, case] = ((ours - expected).norm() / expected.norm().clamp_min(1e-30)).item()
     for case in cases:
         assert errors["as_trained", case] < AS_TRAINED_BF16, (case, errors)

@@ -22,6 +22,7 @@ def fixture_json(*parts: str):
 
 
 def fixture_tensors(*parts: str) -> dict:
+    import torch
     from safetensors.torch import load_file
 
-    return load_file(FIXTURES.joinpath(*parts))
+    return load_file(FIXTURES.joinpath(*parts), device=str(torch.get_default_device()))

@@ -9,7 +9,7 @@ from tolerances import FINITE_DIFFERENCES, FINITE_DIFFERENCES_RELATIVE, GRADIENT
 from torch.library import opcheck
 
 from gengram.motif_memory import definition
-from gengram.motif_memory.ways import folded, operators
+from gengram.motif_memory.ways import bags, folded, operators
 from gengram.motif_memory.ways.table_major import packed_rows, used_rows
 
 
@@ -27,6 +27,11 @@ def token_major(case):
     features = operators.window_features(case.tables, case.plan)
     key, value = features @ case.key_weight.T, features @ case.value_weight.T
     return operators.gated_memory(case.hidden_states, key, value, case.plan, case.layer)[:2]
+
+
+def by_bags(case):
+    features = bags.features_by_bags(case.tables, case.plan)
+    return composed(case, features @ case.key_weight.T, features @ case.value_weight.T)
 
 
 def table_major(case, only_used=True, slab_width=None):
@@ -53,17 +58,33 @@ def values_and_gradients(case, way):
     return [residual, gate, *gradients]
 
 
-@pytest.mark.parametrize("way", [token_major, table_major, table_major_of_all_rows, table_major_in_slabs])
+@pytest.mark.parametrize("way", [token_major, by_bags, table_major, table_major_of_all_rows, table_major_in_slabs])
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("chunk", [7, 256])
 def test_values_and_gradients_equal_the_definition(way, seed, chunk, monkeypatch):
     monkeypatch.setattr(folded, "_positions_at_a_time", lambda device, hidden: chunk)
+    monkeypatch.setattr(bags, "_TOKENS_AT_A_TIME", chunk)
     case = random_case(seed)
     case.history = None
     ours, truth = values_and_gradients(case, way), values_and_gradients(case, by_definition)
     for mine, theirs in zip(ours, truth, strict=True):
         scale = 1 + theirs.abs().max().item() if theirs.numel() else 1
         torch.testing.assert_close(mine, theirs, rtol=0, atol=TABLE_MAJOR_FP64 * scale)
+
+
+def test_a_row_that_is_no_number_stays_in_the_windows_that_hold_it():
+    """A window that is not full reads the first row of no table in its place."""
+    case = random_case(2, largest=3, length=40)
+    for table in case.tables:
+        table[0] = torch.nan
+    ours, truth = bags.features_by_bags(case.tables, case.plan), definition.window_features(case.tables, case.plan)
+    assert torch.equal(ours.isnan(), truth.isnan()) and 0 < truth.isnan().sum() < truth.numel()
+
+
+def test_bags_of_nothing_are_empty():
+    case = random_case(4, length=0)
+    found = bags.features_by_bags(case.tables, case.plan)
+    assert found.shape == definition.window_features(case.tables, case.plan).shape
 
 
 def test_gradients_are_those_of_finite_differences():
