@@ -27,7 +27,9 @@ from memory_setup import (
 from gengram import MotifMemory, memory_path
 from gengram.motif_memory.ways.native import status
 
-CASES = [dict(hidden=1024, width=256, length=length, dtype="float32") for length in (512, 1024, 2048, 4096, 8192)]
+CASES = [
+    dict(hidden=1024, width=256, length=length, dtype="float32") for length in (512, 1024, 2048, 4096, 8192, 32768)
+]
 
 
 def gradients(memory: torch.nn.Module, states: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -18,7 +18,8 @@ def integer_ids(name: str, ids: Any, rows: int | None = None) -> torch.Tensor:
         rows: how many ids there are; None if any will do.
 
     Raises:
-        ValueError: for anything else, and for ids out of range (on a CPU, where looking at them is cheap).
+        ValueError: for anything else, and for ids out of range (on a GPU only those of several tokens are looked at,
+            since that waits for it; another one ends the program there).
     """
     if not isinstance(ids, torch.Tensor):
         raise ValueError(
@@ -30,7 +31,8 @@ def integer_ids(name: str, ids: Any, rows: int | None = None) -> torch.Tensor:
         raise ValueError(f"{name} must be integers, got {ids.dtype}.")
     if ids.dtype not in (torch.int32, torch.int64):
         ids = ids.long()
-    if rows is not None and ids.numel() and _can_be_read(ids) and ids.device.type == "cpu":
+    is_cheap = ids.device.type == "cpu" or ids.shape[1] > 1
+    if rows is not None and ids.numel() and is_cheap and _can_be_read(ids):
         least, most = (int(bound) for bound in ids.aminmax())
         if least < 0 or most >= rows:
             raise ValueError(f"{name} must lie in 0..{rows - 1} (the rows of the embedding), got {least}..{most}.")
@@ -137,8 +139,10 @@ def _check_mask(attention_mask: Any, batch: int, length: int, cache: Cache | Non
 
 
 def _can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether looking at values is possible: not while tracing, and not without data."""
-    return not torch.compiler.is_compiling() and type(tensor) is torch.Tensor and tensor.device.type != "meta"
+    """Whether looking at values is possible: not while tracing or recording, and not without data."""
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type == "meta":
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def sequence_starts(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..motif_memory.ways.native import status
+from .quantized_on_gpu import are_few_on_gpu, products_of_few
 
 KINDS = ("int8", "int4")
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -178,7 +179,11 @@ def _parts(experts: Tensor, count: int) -> list[tuple[int, slice]]:
     return parts
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear", mutates_args=())
+# Counting the tokens of each expert waits for a GPU, which a CUDA graph cannot record.
+_COUNTS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::linear", mutates_args=(), tags=_COUNTS)
 def _linear(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
     x = x.contiguous()
     result = x.new_zeros(len(x), numbers.shape[1])
@@ -192,7 +197,7 @@ def _linear_shapes(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -
     return x.new_empty(x.shape[0], numbers.shape[1])
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::linear_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::linear_backward", mutates_args=(), tags=_COUNTS)
 def _linear_backward(grad: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
     halving = 1 if numbers.dtype == torch.int8 else 2
     result = grad.new_zeros(len(grad), numbers.shape[2] * halving)
@@ -217,6 +222,24 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _linear.register_autograd(_differentiate, setup_context=_keep)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::few", mutates_args=())
+def _few(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
+    return products_of_few(x.contiguous(), numbers, scale, experts)
+
+
+@_few.register_fake
+def _few_shapes(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], numbers.shape[1])
+
+
+_few.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _products(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
+    """Each token (tokens, columns) times the transpose of its expert's matrix, (tokens, rows)."""
+    return (_few if are_few_on_gpu(x) else _linear)(x, numbers, scale, experts)
 
 
 # ---- the modules
@@ -271,7 +294,7 @@ class QuantizedLinear(nn.Linear):
         x = input.reshape(-1, self.in_features)
         all_of_one = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         numbers, scale = self.qweight.unsqueeze(0), self.weight_scale.unsqueeze(0)
-        return _linear(x, numbers, scale, all_of_one).view(*input.shape[:-1], self.out_features)
+        return _products(x, numbers, scale, all_of_one).view(*input.shape[:-1], self.out_features)
 
     def as_floats(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary layer with the weights that the numbers stand for."""
@@ -302,9 +325,9 @@ def quantized_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Te
     tokens, chosen = top_k_index.shape
     sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
     x = hidden_states[order // chosen]  # (tokens * k, hidden), by expert
-    gate, up = _linear(x, *matrices[0], sorted_experts).chunk(2, dim=-1)
+    gate, up = _products(x, *matrices[0], sorted_experts).chunk(2, dim=-1)
     act: Any = experts.act_fn
-    out = _linear(act(gate) * up, *matrices[1], sorted_experts)
+    out = _products(act(gate) * up, *matrices[1], sorted_experts)
     out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return out[back].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)

@@ -48,23 +48,87 @@ class _Pieces:
         """Change every piece."""
         self.pieces = [change(piece) for piece in self.pieces]
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether there are any."""
+        return bool(self.pieces)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.pieces, self.length = [], 0
+
+
+class _Window:
+    """The last positions of a tensor (batch, positions, width), always as many and at the same place in memory.
+
+    So a compiled step, or a CUDA graph, finds them where it left them.
+    """
+
+    def __init__(self, positions: int, empty: int):
+        self.length, self.empty = positions, empty  # `empty` stands where nothing came yet
+        self.is_begun = False
+        self.tensor: torch.Tensor | None = None
+
+    def append(self, new: torch.Tensor, kept: int) -> None:
+        """Add positions; the oldest go."""
+        if self.tensor is None or self.tensor.shape[0] != new.shape[0]:
+            self._place(new.new_full((new.shape[0], self.length, new.shape[2]), self.empty))
+        assert self.tensor is not None
+        joined = torch.cat([self.tensor, new.to(self.tensor.dtype)], dim=1)
+        self.tensor.copy_(joined[:, joined.shape[1] - self.length :])
+        self.is_begun = True
+
+    def last(self, needed: int) -> torch.Tensor | None:
+        """All positions; None before the first."""
+        return self.tensor if self.is_begun else None
+
+    def crop(self, tokens: int) -> None:
+        """Only nothing can be forgotten."""
+        if tokens:
+            raise ValueError(
+                f"a motif memory beside a static cache was asked to forget {tokens} tokens, which are not kept; use a "
+                "DynamicCache."
+            )
+
+    def change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Change the rows."""
+        if self.tensor is None:
+            return
+        changed = change(self.tensor)
+        if changed.shape == self.tensor.shape:
+            self.tensor.copy_(changed)
+        else:
+            self._place(changed)
+
+    def reset(self) -> None:
+        """Begin again, at the same place."""
+        self.is_begun = False
+        if self.tensor is not None:
+            self.tensor.fill_(self.empty)
+
+    def _place(self, tensor: torch.Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(tensor)
+        self.tensor = tensor
+
 
 class GraftState(MemoryState):
     """Token ids and inputs of the convolutions of the last tokens.
 
-    A decoding step costs the same, however much is kept.
+    A decoding step costs the same, however much is kept. Beside a static cache no more is kept than is read.
     """
 
-    def __init__(self, config: MotifMemoryConfig):
+    def __init__(self, config: MotifMemoryConfig, is_static: bool = False):
         super().__init__(config)
-        self._pieces: dict[tuple[int, str], _Pieces] = {}
+        self.is_static = is_static
+        self._pieces: dict[tuple[int, str], Any] = {}
 
     @property
     def keeps_all(self) -> bool:
-        return True  # a cache may be cropped at any time
+        return not self.is_static  # another cache may be cropped at any time
 
     def has_history(self, layer: int) -> bool:
-        return any(key[0] in (layer, 0) for key in self._pieces)
+        return any(key[0] in (layer, 0) and pieces.is_begun for key, pieces in self._pieces.items())
 
     def ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of the `window - 1` tokens before `ids` (batch, length), -1 where there is none."""
@@ -88,7 +152,10 @@ class GraftState(MemoryState):
         return {"ids": self.config.context, "conv_inputs": self.config.conv_context}.get(name, self.config.window)
 
     def _write(self, name: str, layer: int, new: torch.Tensor, most: int) -> None:
-        self._pieces.setdefault((layer, name), _Pieces()).append(new, most + MOST_CROPPED)
+        if (layer, name) not in self._pieces:
+            empty = -1 if name == "ids" else 0
+            self._pieces[layer, name] = _Window(self._needed(name), empty) if self.is_static else _Pieces()
+        self._pieces[layer, name].append(new, most + MOST_CROPPED)
 
     def select(self, rows: torch.Tensor) -> None:
         """Rows of the batch, in this order."""
@@ -117,7 +184,8 @@ class GraftState(MemoryState):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._pieces.clear()
+        for pieces in self._pieces.values():
+            pieces.reset()
 
 
 class _FollowedCache:
@@ -163,6 +231,6 @@ def state_in(cache: Any, config: MotifMemoryConfig) -> GraftState | None:
     if cache is None:
         return None
     if not isinstance(cache, _FollowedCache):
-        setattr(cache, _ATTRIBUTE, GraftState(config))
+        setattr(cache, _ATTRIBUTE, GraftState(config, is_static=bool(getattr(cache, "is_compileable", False))))
         cache.__class__ = _followed(type(cache))
     return getattr(cache, _ATTRIBUTE)

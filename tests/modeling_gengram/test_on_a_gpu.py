@@ -11,7 +11,14 @@ from graft_hosts import ALL, DECODERS, grafted
 from graft_hosts import random_ids as graft_ids
 from peft import LoraConfig, get_peft_model
 from tiny_models import random_ids, tiny_model
-from tolerances import MODEL_GRADIENTS_FP32, MODEL_GRADIENTS_FP32_RELATIVE, SAME_FP32, SAME_MODEL_FP32
+from tolerances import (
+    MODEL_GRADIENTS_FP32,
+    MODEL_GRADIENTS_FP32_RELATIVE,
+    QUANTIZED_PRODUCT,
+    QUANTIZED_PRODUCT_BF16,
+    SAME_FP32,
+    SAME_MODEL_FP32,
+)
 
 from gengram import (
     GengramForCausalLM,
@@ -25,7 +32,8 @@ from gengram import (
     memory_path,
 )
 from gengram.cli import main
-from gengram.modeling_gengram.quantized_experts import quantize
+from gengram.modeling_gengram.quantized_experts import _few, _linear, quantize
+from gengram.modeling_gengram.quantized_on_gpu import are_few_on_gpu
 from gengram.motif_memory import folded_inference, letter_codes, plan_ngrams
 from gengram.motif_memory.ways import kept_fold
 from gengram.motif_memory.ways.native import status
@@ -257,8 +265,25 @@ def test_quantised_weights_compute_the_same_and_generate(kind, attention, tmp_pa
         on_gpu = GengramForCausalLM.from_pretrained(tmp_path, **options, **way).eval().cuda()
         same(on_gpu(ids.cuda()).logits, on_cpu(ids).logits, SAME_MODEL_FP32)
         mask = torch.ones_like(ids)
-        ours = on_gpu.generate(ids.cuda(), attention_mask=mask.cuda(), **GENERATION)
-        assert torch.equal(ours.cpu(), on_cpu.generate(ids, attention_mask=mask, **GENERATION))
+        expected = on_cpu.generate(ids, attention_mask=mask, **GENERATION)
+        for how in ({}, dict(cache_implementation="static")):  # the second compiles
+            ours = on_gpu.generate(ids.cuda(), attention_mask=mask.cuda(), **GENERATION, **how)
+            assert torch.equal(ours.cpu(), expected), how
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_few_tokens_are_multiplied_as_many_are(kind, dtype):
+    """A kernel of its own takes them; its last expert is not there."""
+    generator = torch.Generator("cpu").manual_seed(21)
+    numbers, scale = (part.cuda() for part in quantize(torch.randn(5, 200, 1120, generator=generator).to(dtype), kind))
+    x = torch.randn(64, 1120, generator=generator).to(dtype).cuda()
+    experts = torch.randint(6, (64,), generator=generator).sort().values.cuda()
+    found, expected = _few(x, numbers, scale, experts), _linear(x, numbers, scale, experts)
+    assert are_few_on_gpu(x) and not are_few_on_gpu(x.repeat(2, 1)) and not are_few_on_gpu(x.double())
+    assert found[experts == 5].eq(0).all() and (experts == 5).any()
+    error = (found - expected).double().norm() / expected.double().norm()
+    assert error < (QUANTIZED_PRODUCT if dtype == torch.float32 else QUANTIZED_PRODUCT_BF16)
 
 
 def test_lora_trains_on_quantised_weights(tmp_path):
@@ -290,6 +315,22 @@ def test_layers_that_do_not_fit_lie_in_the_computers_memory(tmp_path):
     same(spread(ids.cuda()).logits, model(ids).logits)
     ours = spread.generate(ids.cuda(), attention_mask=torch.ones_like(ids).cuda(), **GENERATION)
     assert torch.equal(ours.cpu(), model.generate(ids, attention_mask=torch.ones_like(ids), **GENERATION))
+
+
+def test_ids_that_are_no_tokens_are_refused_and_not_looked_up():
+    _, on_gpu = both(GengramForCausalLM)
+    with pytest.raises(ValueError, match=r"input_ids must lie in 0..127 .*, got 3..500"):
+        on_gpu(torch.tensor([[3, 8, 500]]).cuda())
+    assert torch.isfinite(on_gpu(torch.tensor([[3, 8, 5]]).cuda()).logits).all()  # the GPU still works
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_grafted_host_generates_by_a_recorded_step(name):
+    model, ids = grafted(name), graft_ids(length=12)
+    expected = model.generate(ids, **GENERATION)
+    model.cuda()
+    for _ in range(2):
+        assert torch.equal(model.generate(ids.cuda(), **GENERATION, cache_implementation="static").cpu(), expected)
 
 
 @torch.no_grad()

@@ -137,6 +137,34 @@ def test_the_native_product_refuses_what_does_not_fit():
     assert product(torch.randn(0, 32), numbers, scale).shape == (0, 4)
 
 
+def test_the_kernel_for_gpus_multiplies_as_the_stored_weights_do():
+    """Triton's interpreter runs it here; `test_on_a_gpu.py` runs it on a GPU."""
+    pytest.importorskip("triton")
+    code = """if True:
+        import torch
+        from gengram.modeling_gengram.quantized_experts import dequantize, quantize
+        from gengram.modeling_gengram.quantized_on_gpu import products_of_few
+
+        torch.manual_seed(0)
+        for kind, dtype, rows, columns in [
+            ("int8", torch.float32, 33, 80), ("int8", torch.bfloat16, 16, 600), ("int4", torch.float32, 33, 96),
+            ("int4", torch.float16, 7, 1120), ("int4", torch.bfloat16, 16, 32),
+        ]:
+            numbers, scale = quantize(torch.randn(3, rows, columns, dtype=dtype), kind)
+            x, experts = torch.randn(5, columns, dtype=dtype), torch.tensor([2, 0, 3, 1, 2])
+            found = products_of_few(x, numbers, scale, experts).double()
+            weights = torch.cat([dequantize(numbers, scale.double(), torch.float64), torch.zeros(1, rows, columns)])
+            truth = torch.einsum("tc,trc->tr", x.double(), weights[experts])
+            error = (found - truth).norm() / truth.norm()
+            assert found[2].eq(0).all() and error < 4 * torch.finfo(dtype).eps, (kind, dtype, error)
+        assert products_of_few(x[:0], numbers, scale, experts[:0]).shape == (0, rows)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_operator_has_shapes_and_gradients_for_the_compiler(kind):
     numbers, scale = quantize(torch.randn(3, 8, 32), kind)

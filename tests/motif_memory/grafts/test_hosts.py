@@ -18,7 +18,8 @@ from graft_hosts import (
     random_ids,
 )
 from tolerances import SAME_FP32, SAME_MODEL_FP32
-from transformers import DynamicCache
+from torch._dynamo.testing import CompileCounter
+from transformers import DynamicCache, StaticCache
 
 from gengram.motif_memory import attached_memories, detach_memory, load_memory, save_memory
 
@@ -320,6 +321,30 @@ def test_a_compiled_host_is_one_graph(name):
     torch.compiler.reset()
     options = {} if name == "bert" else {"use_cache": False}
     close(torch.compile(model, fullgraph=True)(ids, **options).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@torch.no_grad()
+def test_a_step_beside_a_static_cache_is_compiled_once_and_leaves_its_state_in_place(name):
+    """A CUDA graph, which `generate` records on a GPU, finds what the step before wrote only at the same address."""
+    model, ids = grafted(name), random_ids(length=20)
+    expected = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    close(model(ids[:, :9], past_key_values=cache).logits, expected[:, :9])
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled, found, places = torch.compile(model, backend=counter), [], set()
+    for place in range(9, 20):
+        found.append(compiled(ids[:, place : place + 1], past_key_values=cache).logits)
+        windows = cache.motif_memory_state._pieces.values()
+        places.add(tuple(window.tensor.data_ptr() for window in windows))
+    close(torch.cat(found, dim=1), expected[:, 9:])
+    assert counter.frame_count == 1 and len(places) == 1
+    cache.reset()  # a new text at the same place
+    close(model(ids[:, 4:], past_key_values=cache).logits, model(ids[:, 4:]).logits)
+    assert {tuple(window.tensor.data_ptr() for window in windows)} == places
+    with pytest.raises(ValueError, match="use a DynamicCache"):
+        cache.motif_memory_state.crop(1)
 
 
 def test_two_threads_do_not_read_each_others_letters():
