@@ -324,8 +324,8 @@ def quantized_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Te
     matrices = [(getattr(experts, name), getattr(experts, scale_name(name))) for name in WEIGHTS]
     tokens, chosen = top_k_index.shape
     sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
-    x = hidden_states[order // chosen]  # (tokens * k, hidden), by expert
-    gate, up = _products(x, *matrices[0], sorted_experts).chunk(2, dim=-1)
+    # (tokens * k, hidden), by expert; not kept, since what the products make of it is large
+    gate, up = _products(hidden_states[order // chosen], *matrices[0], sorted_experts).chunk(2, dim=-1)
     act: Any = experts.act_fn
     out = _products(act(gate) * up, *matrices[1], sorted_experts)
     out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)

@@ -29,7 +29,7 @@ def are_few_on_gpu(x: Tensor) -> bool:
 if triton is not None:
 
     @triton.jit
-    def _int8_kernel(  # type: ignore[no-untyped-def]
+    def _int8_kernel(
         x,
         numbers,
         scale,
@@ -61,7 +61,7 @@ if triton is not None:
         tl.store(result + token * rows + row, sums.to(result.dtype.element_ty), mask=is_row)
 
     @triton.jit
-    def _int4_kernel(  # type: ignore[no-untyped-def]
+    def _int4_kernel(
         x,
         numbers,
         scale,

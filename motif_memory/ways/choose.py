@@ -7,6 +7,7 @@ of operations. Kernels: `torch` or `native`. All but the last give the same numb
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -21,9 +22,9 @@ ALGORITHMS = ("auto", "token_major", "table_major", "folded")
 KERNELS = ("auto", "torch", "native")
 
 # Table-major from this many tokens per table row on: the crossover measured by `benchmarks/memory_training.py`. On a
-# GPU products cost less beside the rest.
+# GPU products cost less beside the rest; in PyTorch's operations token-major was faster at any length there.
 TABLE_MAJOR_TOKENS_PER_ROW = 0.15
-TABLE_MAJOR_TOKENS_PER_ROW_ON_A_GPU = 1.5
+TABLE_MAJOR_TOKENS_PER_ROW_ON_A_GPU = {"native": 1.5, "torch": math.inf}
 
 
 _HISTORY_HAS_GRADIENTS = "only the definition has gradients through the history that a pass continues"
@@ -173,7 +174,7 @@ def choose_way(
         algorithm, reason = wanted, f"{wanted} is asked for"
     elif needs_grad and not torch.compiler.is_exporting():  # whose graph serves any number of tokens
         on_cpu = hidden_states.device.type == "cpu"
-        least = TABLE_MAJOR_TOKENS_PER_ROW if on_cpu else TABLE_MAJOR_TOKENS_PER_ROW_ON_A_GPU
+        least = TABLE_MAJOR_TOKENS_PER_ROW if on_cpu else TABLE_MAJOR_TOKENS_PER_ROW_ON_A_GPU[kernels]
         pays = tokens >= least * table_rows
         algorithm = "table_major" if pays else "token_major"
         reason = f"{'at least' if pays else 'fewer than'} {least} tokens per table row"

@@ -12,8 +12,12 @@ from graft_hosts import random_ids as graft_ids
 from peft import LoraConfig, get_peft_model
 from tiny_models import random_ids, tiny_model
 from tolerances import (
+    MODEL_BF16,
+    MODEL_FP16,
     MODEL_GRADIENTS_FP32,
     MODEL_GRADIENTS_FP32_RELATIVE,
+    MODEL_GRADIENTS_OTHER_DEVICE_FP32,
+    MODEL_LOSS_BF16,
     QUANTIZED_PRODUCT,
     QUANTIZED_PRODUCT_BF16,
     SAME_FP32,
@@ -113,7 +117,11 @@ def test_gradients_are_the_cpus_and_the_same_every_time(algorithm, kernels):
     assert ours.keys() == expected.keys()
     for name, grad in ours.items():
         torch.testing.assert_close(
-            grad.cpu(), expected[name], rtol=MODEL_GRADIENTS_FP32_RELATIVE, atol=10 * MODEL_GRADIENTS_FP32, msg=name
+            grad.cpu(),
+            expected[name],
+            rtol=MODEL_GRADIENTS_FP32_RELATIVE,
+            atol=MODEL_GRADIENTS_OTHER_DEVICE_FP32,
+            msg=name,
         )
         if "motif_memory" in name:
             torch.testing.assert_close(
@@ -212,7 +220,7 @@ def test_experts_on_a_gpu(experts, dtype):
         same(ours, expected)
     else:
         error = (ours.cpu().float() - expected).norm() / expected.norm()
-        assert error < 64 * torch.finfo(dtype).eps  # routers may choose another expert at a tie
+        assert error < (MODEL_BF16 if dtype == torch.bfloat16 else MODEL_FP16)
 
 
 @pytest.mark.parametrize("experts", ["batched_mm", "grouped_mm"])
@@ -224,7 +232,7 @@ def test_a_step_of_training_in_bfloat16_has_finite_gradients_near_float32(expert
     with torch.autocast("cuda", dtype=torch.bfloat16):
         ours = on_gpu(ids.cuda(), labels=ids.cuda()).loss
     ours.backward()
-    assert abs(ours.item() - loss.item()) < 0.05 * loss.item()
+    assert abs(ours.item() - loss.item()) < MODEL_LOSS_BF16 * loss.item()
     assert all(torch.isfinite(w.grad).all() for w in on_gpu.parameters() if w.grad is not None)
 
 
@@ -240,7 +248,9 @@ def test_checkpointing_changes_no_gradient():
         on_gpu(ids, labels=ids).loss.backward()
         found.append([weight.grad.clone() for weight in on_gpu.parameters() if weight.grad is not None])
     for before, after in zip(*found, strict=True):
-        torch.testing.assert_close(after, before, rtol=MODEL_GRADIENTS_FP32_RELATIVE, atol=10 * MODEL_GRADIENTS_FP32)
+        torch.testing.assert_close(
+            after, before, rtol=MODEL_GRADIENTS_FP32_RELATIVE, atol=MODEL_GRADIENTS_OTHER_DEVICE_FP32
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -35,6 +35,12 @@ FOLDED_FP64 = 1e-11
 # and the largest share: 1e-15 was measured.
 SHARES_FP64 = 1e-10
 
+# Relative, of norms, or of a loss: a small model in 16 bits beside float32. Ten layers' roundings, and now and then a
+# router that chooses another expert at a tie.
+MODEL_BF16 = 0.5
+MODEL_FP16 = 0.0625
+MODEL_LOSS_BF16 = 0.05
+
 # Share of the largest value: table-major values and gradients beside the definition in float64. The gate's square root
 # is steep near 0.
 TABLE_MAJOR_FP64 = 1e-10
@@ -67,6 +73,9 @@ ZERO_NORM = 1e-12
 # Relative, then absolute: gradients of a whole model through two ways of the memory, both in float32.
 MODEL_GRADIENTS_FP32_RELATIVE = 1e-4
 MODEL_GRADIENTS_FP32 = 1e-6
+
+# Absolute, beside the relative row above: gradients of a whole model on a GPU and on a CPU, float32 on both.
+MODEL_GRADIENTS_OTHER_DEVICE_FP32 = 1e-5
 
 # Outputs and probabilities in float32 that differ in the order of additions only: other batches, pieces, padding,
 # caches, ways of the memory, kernels for experts. They are of the order of 1, where one rounding is 1.2e-7.
