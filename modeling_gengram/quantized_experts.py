@@ -239,7 +239,11 @@ _few.register_autograd(_differentiate, setup_context=_keep)
 
 def _products(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
     """Each token (tokens, columns) times the transpose of its expert's matrix, (tokens, rows)."""
-    return (_few if are_few_on_gpu(x) else _linear)(x, numbers, scale, experts)
+    if not are_few_on_gpu(x):
+        return _linear(x, numbers, scale, experts)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _few(x, numbers, scale, experts)
+    return products_of_few(x.contiguous(), numbers, scale, experts)  # past the dispatcher, which costs as much
 
 
 # ---- the modules
@@ -323,14 +327,20 @@ def quantized_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Te
         )
     matrices = [(getattr(experts, name), getattr(experts, scale_name(name))) for name in WEIGHTS]
     tokens, chosen = top_k_index.shape
-    sorted_experts, order = top_k_index.reshape(-1).sort(stable=True)
-    # (tokens * k, hidden), by expert; not kept, since what the products make of it is large
-    gate, up = _products(hidden_states[order // chosen], *matrices[0], sorted_experts).chunk(2, dim=-1)
+    used, order = top_k_index.reshape(-1), None
+    if are_few_on_gpu(hidden_states, chosen):
+        pairs = hidden_states.repeat_interleave(chosen, dim=0)  # (tokens * k, hidden)
+    else:  # the tokens of an expert stand together
+        used, order = used.sort(stable=True)
+        pairs = hidden_states[order // chosen]
+    gate, up = _products(pairs, *matrices[0], used).chunk(2, dim=-1)
+    del pairs  # what the products make of them is large
     act: Any = experts.act_fn
-    out = _products(act(gate) * up, *matrices[1], sorted_experts)
-    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return out[back].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+    out = _products(act(gate) * up, *matrices[1], used)
+    if order is not None:
+        out = out[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))]
+    out = out * top_k_weights.reshape(-1, 1)
+    return out.view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
 
 
 def make_room(experts: Any, kind: str, has_numbers: bool) -> None:

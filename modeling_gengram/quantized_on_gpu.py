@@ -20,10 +20,10 @@ MOST_TOKENS = 64
 _ROWS, _PLACES = 16, 256  # of a matrix, that a program takes at a time
 
 
-def are_few_on_gpu(x: Tensor) -> bool:
-    """Whether `products_of_few` takes these tokens (tokens, columns)."""
+def are_few_on_gpu(x: Tensor, copies: int = 1) -> bool:
+    """Whether `products_of_few` takes these tokens (tokens, columns), each so many times."""
     has_kernel = triton is not None and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return has_kernel and x.is_cuda and x.shape[0] <= MOST_TOKENS
+    return has_kernel and x.is_cuda and x.shape[0] * copies <= MOST_TOKENS
 
 
 if triton is not None:

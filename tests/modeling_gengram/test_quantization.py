@@ -181,6 +181,22 @@ def test_gradients_equal_finite_differences(kind):
     assert torch.autograd.gradcheck(lambda x: _linear(x, numbers, scale, experts), x)
 
 
+def test_few_tokens_on_a_gpu_are_not_sorted_by_expert_and_give_the_same(quantized, monkeypatch):
+    """The kernel's place is taken by the products of any number of tokens, which want them sorted."""
+    _, model, _ = quantized
+    ids = random_ids(2, 7)
+    expected = model(ids).logits
+
+    def one_by_one(x, numbers, scale, experts):
+        rows = [_linear(x[i : i + 1], numbers, scale, experts[i : i + 1]) for i in range(len(x))]
+        return torch.cat(rows)
+
+    monkeypatch.setattr(quantized_experts, "are_few_on_gpu", lambda x, copies=1: True)
+    monkeypatch.setattr(quantized_experts, "products_of_few", one_by_one)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=SAME_FP32)
+
+
 def test_a_quantised_model_computes_what_its_weights_say(quantized):
     kind, model, saved = quantized
     plain = AutoModelForCausalLM.from_pretrained(saved).dequantize().eval()
