@@ -226,7 +226,7 @@ _linear.register_autograd(_differentiate, setup_context=_keep)
 
 @torch.library.custom_op(f"{_NAMESPACE}::few", mutates_args=())
 def _few(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Tensor:
-    return products_of_few(x.contiguous(), numbers, scale, experts)
+    return products_of_few(x, numbers, scale, experts)
 
 
 @_few.register_fake
@@ -243,7 +243,7 @@ def _products(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) -> Ten
         return _linear(x, numbers, scale, experts)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _few(x, numbers, scale, experts)
-    return products_of_few(x.contiguous(), numbers, scale, experts)  # past the dispatcher, which costs as much
+    return products_of_few(x, numbers, scale, experts)  # past the dispatcher, which costs as much
 
 
 # ---- the modules

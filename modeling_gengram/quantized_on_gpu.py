@@ -101,15 +101,16 @@ def products_of_few(x: Tensor, numbers: Tensor, scale: Tensor, experts: Tensor) 
     """Each token times the transpose of its expert's matrix, (tokens, rows); 0 for an expert that is not there.
 
     Args:
-        x: (tokens, columns), contiguous.
+        x: (tokens, columns).
         numbers, scale: stacked matrices in 8 or 4 bits (see `quantized_experts.py`).
         experts: (tokens,), which matrix each takes.
     """
-    is_int8 = numbers.dtype == torch.int8
+    x, numbers, scale, experts = (part.contiguous() for part in (x, numbers, scale, experts))
     rows, columns = numbers.shape[1], x.shape[1]
     result = x.new_empty(len(x), rows)
-    kernel: Any = _int8_kernel if is_int8 else _int4_kernel
-    grid = (len(x), triton.cdiv(rows, _ROWS))
+    kernel: Any = _int8_kernel if numbers.dtype == torch.int8 else _int4_kernel
     if len(x):
-        kernel[grid](x, numbers, scale, experts, result, len(numbers), rows, columns, _ROWS, _PLACES)
+        grid = (len(x), triton.cdiv(rows, _ROWS))
+        with torch.cuda.device_of(x):  # the current one may be another
+            kernel[grid](x, numbers, scale, experts, result, len(numbers), rows, columns, _ROWS, _PLACES)
     return result
