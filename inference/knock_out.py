@@ -11,7 +11,7 @@ from .memory_use import memories_of
 
 
 def kmers_to_knock_out(model: Any, kmers: Sequence[str], reverse_complements: bool = False) -> list[str]:
-    """The k-mers in upper case, each once, with their reverse complements if these are wanted.
+    """The k-mers in upper case, U as T, each once, with their reverse complements if these are wanted.
 
     Raises:
         InputError: if the model has no memory, or one that has no rows for a k-mer.
@@ -19,7 +19,7 @@ def kmers_to_knock_out(model: Any, kmers: Sequence[str], reverse_complements: bo
     memories = memories_of(model)
     if not memories:
         raise InputError(f"{type(model).__name__} has no motif memory to knock k-mers out of.")
-    wanted = [kmer.strip().upper() for kmer in kmers]
+    wanted = [kmer.strip().upper().replace("U", "T") for kmer in kmers]
     for kmer in wanted:
         for memory in memories:
             try:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,9 +84,18 @@ def load_model(
 
 
 def load_config(name: str, **loading: Any) -> Any:
-    """A model's configuration; errors name the file that is wrong."""
+    """A model's configuration; errors name the file that is wrong.
+
+    Raises:
+        OSError, ValueError: of Transformers, if there is none, or none of a kind that it knows.
+    """
     check_model_folder(name)
-    return AutoConfig.from_pretrained(name, **loading)
+    try:
+        return AutoConfig.from_pretrained(name, **loading)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(f"{printable(name)}: there is no such folder here, and on the Hub: {error}") from None
 
 
 def load_tokenizer(name: str, **loading: Any) -> Any:

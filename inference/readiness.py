@@ -105,8 +105,8 @@ def random_pieces(fasta: str | Path, count: int, length: int) -> list[str]:
                 kept[place] = piece
     if len(kept) < 2:
         raise InputError(
-            f"{fasta}: expected two pieces or more of at least {SHORTEST} bases of A, C, G and T on end, of which "
-            f"means and their intervals are made; got {len(kept) or 'none'}."
+            f"{fasta}: expected DNA: two pieces or more of at least {SHORTEST} bases of A, C, G and T on end, of "
+            f"which means and their intervals are made; got {len(kept) or 'none'}."
         )
     return kept
 

@@ -63,6 +63,10 @@ def read_bed(path: str | Path, lengths: Mapping[str, int] | None = None) -> Iter
         if not line.strip() or line.startswith("#") or line.split(None, 1)[0] in ("track", "browser"):
             continue
         here = f"{source}, line {number}"
+        if not columns and line.startswith((">", "@")):
+            raise InputError(
+                f"{here}: expected regions (BED), got sequences; give these without a genome beside them."
+            )
         cells = line.split("\t") if "\t" in line else line.split()
         if not columns:
             columns, number_of_first = len(cells), number
@@ -140,7 +144,9 @@ def _length(record: str, lengths: Mapping[str, int], here: str) -> int:
     other = record.removeprefix("chr") if record.startswith("chr") else f"chr{record}"
     if other in lengths:
         raise InputError(f"{here}: no record {shortened(record)}, but there is {other!r}; are these of one assembly?")
-    raise InputError(f"{here}: no record {quoted([record], list(lengths))}.")
+    raise InputError(
+        f"{here}: no record {quoted([record], list(lengths))}; the genome has {quoted(list(lengths), limit=3)}."
+    )
 
 
 def _within(interval: Interval, lengths: Mapping[str, int], here: str) -> Interval:

@@ -61,6 +61,8 @@ def plain_words(error: OSError) -> str:
     if has_own_text and error.errno not in DISK_IS_FULL:
         return str(error.strerror)
     words = _PLAIN_WORDS.get(error.errno) or error.strerror or str(error)
+    if error.errno == errno.EEXIST and len(names) == 1 and os.path.isfile(str(error.filename)):
+        words = "this is a file, expected a folder"
     return f"{' and '.join(names)}: {words}" if names else words
 
 

@@ -98,6 +98,8 @@ def _job(arguments: argparse.Namespace) -> Any:
         raise ValueError("--twin belongs to --model-only.")
     fasta, regions = arguments.fasta, arguments.regions
     if fasta is None:
+        if len(regions) == 1 and "." in regions[0] and ":" not in regions[0] and not Path(regions[0]).exists():
+            raise FileNotFoundError(f"{regions[0]}: no such file.")
         if len(regions) != 1 or not Path(regions[0]).is_file():
             given = " ".join(regions) or "nothing"
             raise ValueError(f"expected one FASTA file of sequences, or regions with --fasta GENOME; got {given}.")

@@ -143,7 +143,10 @@ class ExplainJob(RegionTableJob):
         """
         wanted = self.wanted()
         if len(wanted) > MOST_REGIONS:
-            raise InputError(f"expected at most {MOST_REGIONS} regions in one report, got {len(wanted):,}.")
+            raise InputError(
+                f"expected at most {MOST_REGIONS} regions in one report, got {len(wanted):,}; make several reports, "
+                "each of some of them."
+            )
         _ = self.genes  # what is wrong with them is said before the work
         for region in wanted:
             longest = min(LONGEST, self.changes.context or self.changes.longest)
@@ -268,12 +271,13 @@ class _Worker:
         """Contributions of k-mers, their sums by k-mer, and those of bases."""
         first, last = self._job.window(region)
         letters = self._job.genome.fetch(region.record, first, last)
+        is_base = np.isin(list(letters.upper()), list("ACGTU"))
         rows, shares = [], []
         totals: dict[tuple[str, str], KmerTotals] = {}
         for layer in memories_by_layer(self._loaded.model):
             for strand in STRANDS[self._job.model.strands]:
                 ids = self._ids(letters if strand == "+" else reverse_complement(letters))
-                place = _Place(region, first, last, strand, len(self._tokens.before))
+                place = _Place(region, first, last, strand, len(self._tokens.before), is_base)
                 for found in explain_targets(self._loaded.model, ids, self._job.targets, layer):
                     inside, target = place.inside(found), found.target
                     _check_inside(region, found, inside)
@@ -352,6 +356,7 @@ class _Place:
     last: int
     strand: str
     before: int  # tokens in front of the first letter
+    is_base: np.ndarray  # of the window: whether a letter is a base, and not N; others have no values, as in tracks
 
     def on_genome(self, places: np.ndarray) -> np.ndarray:
         """Bases of tokens, on the forward strand from 0."""
@@ -359,9 +364,11 @@ class _Place:
         return self.first + places if self.strand == "+" else self.last - 1 - places
 
     def inside(self, found: Explanation) -> np.ndarray:
-        """Which positions lie in the region, (1, length)."""
+        """Which positions lie in the region and are bases, (1, length)."""
         places = self.on_genome(np.arange(found.last.shape[1]))
-        return ((places >= self.region.start) & (places < self.region.end))[None]
+        inside = (places >= self.region.start) & (places < self.region.end)
+        inside[inside] = self.is_base[places[inside] - self.first]
+        return inside[None]
 
     def rows(self, found: Explanation, inside: np.ndarray, layer: str, target: str) -> pa.Table:
         """Contributions at the positions of the region."""
@@ -437,6 +444,11 @@ def _bytes_of(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def _is_unique(config: Any, name: str | None) -> bool:
+    """Whether one class alone has the name, so that a target may be named after it."""
+    return [str(label) for label in config.id2label.values()].count(str(name)) == 1
+
+
 def explain_job(
     fasta: str | Path,
     output: str | Path,
@@ -490,10 +502,10 @@ def explain_job(
         raise no_memory(model)
     targets = ["gate_logit", "residual_norm"]
     if changes.label is not None:
-        targets.append(f"class:{changes.label}")
+        targets.append(f"class:{changes.label_name if _is_unique(config, changes.label_name) else changes.label}")
     elif getattr(config, "memory_layers", None):
         targets.append("base:actual")
     paths = (Path(fasta), model, changes.regions, changes.beds, Path(output))
     genes = None if gtf is None else Path(gtf)
-    words = tuple(kmer.strip().upper() for kmer in knock_out)
+    words = tuple(dict.fromkeys(kmer.strip().upper().replace("U", "T") for kmer in knock_out))
     return ExplainJob(*paths, changes, tuple(targets), genes, words, reverse_complements, mutates, jaspar)

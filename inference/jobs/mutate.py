@@ -264,7 +264,7 @@ def window_sizes(model: ModelOptions, config: Any, context: int | None, default:
     if context is None:
         return (None if default is None else min(default, longest)), longest
     if context < 2:
-        raise InputError(f"--context: expected 2 bases or more, got {context}.")
+        raise InputError(f"--context: expected 2 to {longest:,} bases, got {context}.")
     return context_of(most_tokens, tokens, context), longest
 
 

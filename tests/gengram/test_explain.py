@@ -138,7 +138,7 @@ def test_sequences_of_a_file_and_a_class(explain, tmp_path):
     assert (code, out, error) == (0, "", "")
     page = check_page(tmp_path / "out")
     assert page.of("section", "id") == ["region1", "region2", "kmers"]
-    totals = {row["kmer"]: row for row in rows_of(tmp_path / "out", "kmers") if row["target"] == "class:1"}
+    totals = {row["kmer"]: row for row in rows_of(tmp_path / "out", "kmers") if row["target"] == "class:promoter"}
     assert totals["TAC"]["regions"] in (2, 4)  # of each memory
     scores = [row for row in rows_of(tmp_path / "out", "knock_out") if row["value"] == "log-odds of the class"]
     ids = torch.tensor([GengramTokenizer()("ACGTTGCATTACGGCA")["input_ids"]])
@@ -155,13 +155,25 @@ def test_sequences_of_a_file_and_a_class(explain, tmp_path):
     assert not (tmp_path / "beside").exists()
 
 
+def test_an_empty_record_is_not_left_out_without_a_word(explain, tmp_path):
+    (tmp_path / "gap.fa").write_text(">a\nACGTACGTAC\n>empty\n>b\nACGTTTTT\n")
+    code, _, error = explain("gap.fa", "--output", "out")
+    assert code == 1 and "expected bases in every record, got none in 'empty'" in error
+    assert explain("a:1-4", "--fasta", "gap.fa", "--output", "out", "--no-mutate")[0] == 0
+
+
 def test_a_base_alone_is_explained_where_others_stand_beside_it(explain, tmp_path):
     (tmp_path / "x.fa").write_text(">x\nACGTTGCATTACGGNcat\n>y\nA\n")
-    words = ["--fasta", "x.fa", "--knock-out", "cat"]
+    words = ["--fasta", "x.fa", "--knock-out", "cau,CAT"]  # one k-mer
     assert explain("x:18-18", *words, "--output", "out") == (0, "", "")  # lower case, at the end
     check_page(tmp_path / "out")
     assert {row["pos"] for row in rows_of(tmp_path / "out", "contributions")} == {18}
     assert {row["alt"] for row in rows_of(tmp_path / "out", "changes")} >= {"A", "C", "G"}
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["settings"]["knock_out"] == ["CAT"]
+    assert explain("x:12-18", *words, "--output", "beside_n", "--no-mutate") == (0, "", "")
+    assert {row["pos"] for row in rows_of(tmp_path / "beside_n", "contributions")} == {12, 13, 14, 16, 17, 18}
+    rows = rows_of(tmp_path / "beside_n", "bases")
+    assert {row["pos"] for row in rows if row["value"] == "gate" and row["number"] is None} == {15}
     code, _, error = explain("y:1-1", *words, "--output", "other")
     assert code == 1 and "a base that nothing stands beside" in error
 
@@ -240,6 +252,8 @@ def test_a_classifier_has_tables_but_no_readiness(explain, tmp_path):
         (["--model-only", "--twin", "x"], "name a FASTA file, too"),
         (["--model-only", "missing.fa"], "missing.fa does not exist"),
         (["--model-only", "--strands", "forward"], "--strands is of regions; leave it out with --model-only"),
+        (["missing.fa"], "missing.fa: no such file"),
+        ([FASTA, "--fasta", FASTA], "line 1: expected regions (BED), got sequences"),
         (["--fasta", FASTA], "or sequences without --fasta: gengram explain FILE"),
         (["chr21_25.7M:1-20", "--fasta", FASTA, "--twin", "x"], "--twin belongs to --model-only"),
     ],
