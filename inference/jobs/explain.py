@@ -15,7 +15,7 @@ import torch
 from ...sequences.alphabet import check_letters, reverse_complement
 from ...sequences.annotation import Gene
 from ...sequences.intervals import Interval
-from ...support.errors import InputError
+from ...support.errors import InputError, quoted
 from ...support.whole_output import write_whole
 from ..base_tokens import BaseTokens
 from ..class_effects import ClassEffects
@@ -142,6 +142,12 @@ class ExplainJob(RegionTableJob):
             InputError: if a region does not lie in the genome or is too long, or there are too many.
         """
         wanted = self.wanted()
+        empty = [name for name, length in self.genome.contigs.items() if not length]
+        if empty and not (self.regions or self.beds):
+            raise InputError(
+                f"{self.genome.name}: expected bases in every record, got none in {quoted(empty, limit=3)}; remove "
+                "the empty ones, or name regions."
+            )
         if len(wanted) > MOST_REGIONS:
             raise InputError(
                 f"expected at most {MOST_REGIONS} regions in one report, got {len(wanted):,}; make several reports, "

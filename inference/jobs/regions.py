@@ -9,7 +9,7 @@ from typing import Any
 
 from ...sequences.genome import Genome, open_genome
 from ...sequences.intervals import Interval, parse_region, read_bed
-from ...support.errors import InputError, quoted
+from ...support.errors import InputError
 from .job import ModelOptions
 
 
@@ -92,19 +92,13 @@ def regions_of(genome: Genome, texts: Sequence[str] = (), beds: Sequence[Path] =
         beds: files of further regions; without texts and files, all contigs are regions.
 
     Raises:
-        InputError: if a region does not lie in the genome, or a record of the whole genome is empty.
+        InputError: if a region does not lie in the genome.
     """
     wanted = [parse_region(text, genome.lengths) for text in texts]
     for bed in beds:
         wanted += read_bed(bed, genome.lengths)
     if not texts and not beds:
-        empty = [name for name, length in genome.contigs.items() if not length]
-        if empty:
-            raise InputError(
-                f"{genome.name}: expected bases in every record, got none in {quoted(empty, limit=3)}; remove the "
-                "empty ones, or name regions."
-            )
-        wanted = [Interval(name, 0, length) for name, length in genome.contigs.items()]
+        wanted = [Interval(name, 0, length) for name, length in genome.contigs.items() if length]
     merged: list[Interval] = []
     for name, start, end in sorted((genome.contig(region.record), region.start, region.end) for region in wanted):
         if merged and merged[-1].record == name and start <= merged[-1].end:

@@ -499,7 +499,7 @@ def test_what_is_drawn_is_what_was_found(mutated, options, fasta, tmp_path):
         (["chr1:1-91"], "its end is 91, but 'chr1' has 90 bases"),
         (["chr9"], "no record 'chr9'"),
         (["no.bed"], "no.bed does not exist"),
-        (["chr1", "--context", "1"], "--context: expected 2 bases or more, got 1"),
+        (["chr1", "--context", "1"], "--context: expected 2 to 48 bases, got 1"),
         (["chr1", "--context", "49"], "expected a context of 1 to 48 bases"),
         (["chr1", "--per-window", "0"], "--per-window: expected 1 to 48 bases, got 0"),
         (["chr1", "--class", "donor"], "--class: tiny-model"),
