@@ -212,12 +212,15 @@ def _fingerprint(weight: torch.Tensor) -> torch.Tensor:
     lanes = lanes.view(torch.int32 if size % 4 == 0 else torch.int16 if size % 2 == 0 else torch.int8)
     factors = _factors(lanes.device)
     whole = lanes.numel() // _LANES * _LANES
-    sums = [
-        (blocks * factors).sum(1)
-        for blocks in lanes[:whole].view(-1, _LANES).split(1 if lanes.device.type == "cpu" else _BLOCKS_ON_A_GPU)
-    ]
-    if whole < lanes.numel():
-        sums.append((lanes[whole:] * factors[: lanes.numel() - whole]).sum().unsqueeze(0))
+    together = 1 if lanes.device.type == "cpu" else _BLOCKS_ON_A_GPU
+    products, sums = factors.new_empty(together, _LANES), []
+    for blocks in lanes[:whole].view(-1, _LANES).split(together):
+        part = products[: len(blocks)]
+        torch.mul(blocks, factors, out=part)
+        sums.append(part.sum(1))
+    rest = lanes[whole:]
+    if rest.numel():
+        sums.append((rest * factors[: rest.numel()]).sum().unsqueeze(0))
     return torch.cat(sums)
 
 
