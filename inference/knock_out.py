@@ -10,6 +10,11 @@ from ..support.errors import InputError
 from .memory_use import memories_of
 
 
+def spelled_kmers(kmers: Sequence[str]) -> list[str]:
+    """The k-mers in upper case, U as T, each once."""
+    return list(dict.fromkeys(kmer.strip().upper().replace("U", "T") for kmer in kmers))
+
+
 def kmers_to_knock_out(model: Any, kmers: Sequence[str], reverse_complements: bool = False) -> list[str]:
     """The k-mers in upper case, U as T, each once, with their reverse complements if these are wanted.
 
@@ -19,7 +24,7 @@ def kmers_to_knock_out(model: Any, kmers: Sequence[str], reverse_complements: bo
     memories = memories_of(model)
     if not memories:
         raise InputError(f"{type(model).__name__} has no motif memory to knock k-mers out of.")
-    wanted = [kmer.strip().upper().replace("U", "T") for kmer in kmers]
+    wanted = spelled_kmers(kmers)
     for kmer in wanted:
         for memory in memories:
             try:

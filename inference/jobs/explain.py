@@ -22,7 +22,7 @@ from ..class_effects import ClassEffects
 from ..embeddings import STRANDS
 from ..explanation import Explanation, explain_targets, memories_by_layer
 from ..kmer_totals import KmerTotals
-from ..knock_out import kmers_to_knock_out, knocked_out
+from ..knock_out import kmers_to_knock_out, knocked_out, spelled_kmers
 from ..loaded_model import LoadedModel
 from ..long_sequences import checked_overlap
 from ..memory_use import memories_of
@@ -513,5 +513,5 @@ def explain_job(
         targets.append("base:actual")
     paths = (Path(fasta), model, changes.regions, changes.beds, Path(output))
     genes = None if gtf is None else Path(gtf)
-    words = tuple(dict.fromkeys(kmer.strip().upper().replace("U", "T") for kmer in knock_out))
+    words = tuple(spelled_kmers(knock_out))
     return ExplainJob(*paths, changes, tuple(targets), genes, words, reverse_complements, mutates, jaspar)

@@ -11,7 +11,7 @@ from .bags import features_by_bags
 from .choose import Way, choose_kernels, choose_way, packed_layout
 from .folded import folded_key_value
 from .one_token import gated_token, one_token_features
-from .operators import folded_memory, gated_memory, runs_now, window_features
+from .operators import folded_memory, gated_memory, is_traced, runs_now, window_features
 from .packed_tables import PackedTables
 from .table_major import packed_rows, rows_to_project, used_rows
 from .weights import Weights, weights_at_hand
@@ -111,8 +111,7 @@ def _by_bags(work: _Pass) -> MemoryOutput | None:
     """The definition on a GPU, its features by fewer operations; None where it runs elsewhere, or is traced."""
     memory, hidden_states, plan, state, weights, _ = work
     assert weights is not None
-    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if is_traced or not all(table.is_cuda for table in weights.tables):
+    if is_traced() or not all(table.is_cuda for table in weights.tables):
         return None
     features = features_by_bags(weights.tables, plan)
     key, value = memory.key_proj(features), memory.value_proj(features)

@@ -404,9 +404,14 @@ def _call_now(name: str, native: bool, watched: Sequence[Tensor], *arguments: An
 
 def runs_now(*tensors: Tensor) -> bool:
     """Whether nothing is differentiated or traced."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.is_grad_enabled() or is_traced():
         return False
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def is_traced() -> bool:
+    """Whether something follows the operations instead of computing them."""
+    return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 def _are_few(tokens: Tensor) -> bool:

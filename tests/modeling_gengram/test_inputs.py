@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_config, tiny_model
+from tiny_models import HEADS, random_ids, tiny_config, tiny_model
 from tolerances import SAME_FP32
 from transformers import DynamicCache, StaticCache
 
@@ -10,19 +10,11 @@ from gengram import (
     GengramForCausalLM,
     GengramForMaskedLM,
     GengramForSequenceClassification,
-    GengramForTokenClassification,
     GengramModel,
 )
 from gengram.modeling_gengram.inputs import pool_hidden_states
 from gengram.motif_memory import memory_path
 
-HEADS = [
-    GengramModel,
-    GengramForCausalLM,
-    GengramForMaskedLM,
-    GengramForSequenceClassification,
-    GengramForTokenClassification,
-]
 FP32 = dict(rtol=0, atol=SAME_FP32)
 WAYS = ("token_major", "table_major", "folded")
 IDS = random_ids(2, 12)

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_config, tiny_model
+from tiny_models import HEADS, random_ids, tiny_config, tiny_model
 from tolerances import CHANGED_LOGITS, ROUTER_LOSSES_FP32, ROUTER_LOSSES_FP32_RELATIVE, SAME_FP32
 from transformers import DynamicCache, MixtralForCausalLM, StaticCache
 
@@ -15,18 +15,10 @@ from gengram import (
     GengramForCausalLM,
     GengramForMaskedLM,
     GengramForSequenceClassification,
-    GengramForTokenClassification,
     GengramModel,
 )
 from gengram.motif_memory import MemoryState, plan_ngrams
 
-HEADS = [
-    GengramModel,
-    GengramForCausalLM,
-    GengramForMaskedLM,
-    GengramForSequenceClassification,
-    GengramForTokenClassification,
-]
 VARIANTS = {
     "moe": {},
     "dense": {"num_local_experts": 0},

@@ -10,7 +10,7 @@ import torch
 from graft_hosts import ALL, DECODERS, grafted
 from graft_hosts import random_ids as graft_ids
 from peft import LoraConfig, get_peft_model
-from tiny_models import random_ids, tiny_model
+from tiny_models import HEADS, random_ids, tiny_model
 from tolerances import (
     MODEL_BF16,
     MODEL_FP16,
@@ -26,10 +26,6 @@ from tolerances import (
 
 from gengram import (
     GengramForCausalLM,
-    GengramForMaskedLM,
-    GengramForSequenceClassification,
-    GengramForTokenClassification,
-    GengramModel,
     GengramQuantizationConfig,
     MotifMemory,
     MotifMemoryConfig,
@@ -44,13 +40,6 @@ from gengram.motif_memory.ways.native import status
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-HEADS = [
-    GengramModel,
-    GengramForCausalLM,
-    GengramForMaskedLM,
-    GengramForSequenceClassification,
-    GengramForTokenClassification,
-]
 KERNELS = ["torch", "native"]
 GENERATION = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
 

@@ -2,7 +2,22 @@
 
 import torch
 
-from gengram import GengramConfig
+from gengram import (
+    GengramConfig,
+    GengramForCausalLM,
+    GengramForMaskedLM,
+    GengramForSequenceClassification,
+    GengramForTokenClassification,
+    GengramModel,
+)
+
+HEADS = [
+    GengramModel,
+    GengramForCausalLM,
+    GengramForMaskedLM,
+    GengramForSequenceClassification,
+    GengramForTokenClassification,
+]
 
 LETTERS = [8, 5, 6, 7, 9]
 
