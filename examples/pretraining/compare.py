@@ -10,8 +10,9 @@ more computing per token. `memory_kinds.py` has the arms that the package has no
 With `learning_rates` in the plan, every arm of every architecture is first trained with each of them and the
 `tuning_seed`; the one with the lowest loss on the split `tuning_split` is used for all seeds of that arm.
 
-Every run is one call of `pretrain.py`. One that is done is not done again; one that was cut off continues from its
-last checkpoint.
+Every run is one call of `pretrain.py`. One that is done is not done again, be its result in the output folder or in an
+earlier report (`--report`, or `--done` for those of other plans); one that was cut off continues from its last
+checkpoint.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def planned_runs(plan: dict[str, Any]) -> list[dict[str, Any]]:
                 fields = {**with_memory, **arm_changes}
                 if fields["intermediate_size"] == AS_MEMORY:
                     fields["intermediate_size"] = as_wide_as(fields, parameters(with_memory)[0])
-                runs.append({"architecture": architecture, "arm": arm, "seed": seed, "fields": fields})
+                run = {"architecture": architecture, "arm": arm, "seed": seed, "fields": fields}
+                runs.append({**run, "training": plan["training"]})
     ablations = plan.get("ablations")
     if ablations is None:
         return runs
@@ -69,7 +71,7 @@ def planned_runs(plan: dict[str, Any]) -> list[dict[str, Any]]:
     for seed in ablations["seeds"]:
         for variant, changes in ablations["variants"].items():
             run = {"architecture": ablations["architecture"], "arm": f"memory, {variant}", "seed": seed}
-            runs.append({**run, "fields": {**with_memory, **changes}})
+            runs.append({**run, "fields": {**with_memory, **changes}, "training": plan["training"]})
     return runs
 
 
@@ -105,12 +107,12 @@ def run_name(run: dict[str, Any]) -> str:
 
 
 def is_done(run: dict[str, Any], output: Path) -> bool:
-    """Whether the run has left a result of the same model and learning rate (a larger grid may find a better one)."""
+    """Whether the run has left a result of the same model, training and learning rate (a larger grid has others)."""
     path = output / f"{run_name(run)}.json"
     if not path.exists():
         return False
     result = json.loads(path.read_text())
-    return all(result.get(name) == run.get(name) for name in ("fields", "learning_rate"))
+    return all(result.get(name) == run.get(name) for name in ("fields", "training", "learning_rate"))
 
 
 def results_of(runs: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
@@ -118,7 +120,17 @@ def results_of(runs: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]
     return [json.loads((output / f"{run_name(run)}.json").read_text()) for run in runs if is_done(run, output)]
 
 
-def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path) -> dict[str, Any]:
+def unpack(path: Path, output: Path) -> None:
+    """Put the runs of a report into `output`, but for those that have a result there."""
+    found = json.loads(path.read_text())
+    output.mkdir(parents=True, exist_ok=True)
+    for result in [*found["runs"], *found.get("tuning", [])]:
+        name = output / f"{run_name(result)}.json"
+        if not name.exists():
+            write_whole(name, json.dumps({**result, "training": found["plan"]["training"]}) + "\n")
+
+
+def train(run: dict[str, Any], dataset: str, output: Path) -> dict[str, Any]:
     """One call of `pretrain.py`; leaves `RUN.json` when it has ended well, and returns what is in it.
 
     Raises:
@@ -137,7 +149,7 @@ def train(run: dict[str, Any], plan: dict[str, Any], dataset: str, output: Path)
     options = {
         "save_steps": 50,
         "save_total_limit": 1,
-        **plan["training"],
+        **run["training"],
         "seed": run["seed"],
         "data_seed": run["seed"],
     }
@@ -180,6 +192,8 @@ def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
     """
     results = results_of(sorted(with_best_rates(plan, output), key=run_name), output)
     tried = results_of(tuning_runs(plan), output)
+    for result in [*results, *tried]:
+        del result["training"]  # it stands in the plan
     by_key = {(r["architecture"], r["arm"], r["seed"]): r for r in results}
 
     def minus_memory(runs: list[dict[str, Any]]) -> list[float]:
@@ -337,7 +351,7 @@ def _draw_routers(axis: Any, found: dict[str, Any], colours: dict[str, str]) -> 
     axis.set_title("routers of the MoE runs, and their means", fontsize=10)
 
 
-def train_missing(runs: list[dict[str, Any]], plan: dict[str, Any], arguments: argparse.Namespace) -> None:
+def train_missing(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Do those of the runs that have left no result."""
     missing = [run for run in runs if not is_done(run, arguments.output)]
     if not arguments.dataset:
@@ -345,7 +359,7 @@ def train_missing(runs: list[dict[str, Any]], plan: dict[str, Any], arguments: a
             print(f"{len(missing)} of {len(runs)} runs are missing; give --dataset to do them")
         return
     with ThreadPoolExecutor(arguments.processes) as pool:
-        done = [pool.submit(train, run, plan, arguments.dataset, arguments.output) for run in missing]
+        done = [pool.submit(train, run, arguments.dataset, arguments.output) for run in missing]
         try:
             for number, (run, result) in enumerate(zip(missing, done, strict=True), start=1):
                 bits = result.result()["bits_per_base"]
@@ -360,13 +374,17 @@ def main() -> None:
     parser.add_argument("--dataset", help="data set of `gengram prepare`; without it nothing is trained")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs' results")
     parser.add_argument("--processes", type=int, default=1, help="runs at once; set OMP_NUM_THREADS accordingly")
-    parser.add_argument("--report", type=Path, help="write all results to this JSON file")
+    parser.add_argument("--report", type=Path, help="JSON file of all results; what it has is not done again")
+    parser.add_argument("--done", type=Path, nargs="+", default=[], help="reports of other plans, to do no run twice")
     parser.add_argument("--figure", type=Path, help="draw this SVG or PNG")
     arguments = parser.parse_args()
     plan = json.loads(arguments.plan.read_text())
     arguments.output.mkdir(parents=True, exist_ok=True)
-    train_missing(tuning_runs(plan), plan, arguments)
-    train_missing(with_best_rates(plan, arguments.output), plan, arguments)
+    for earlier in [arguments.report, *arguments.done]:
+        if earlier and earlier.exists():
+            unpack(earlier, arguments.output)
+    train_missing(tuning_runs(plan), arguments)
+    train_missing(with_best_rates(plan, arguments.output), arguments)
     found = report(plan, arguments.output)
     print(table(found["rows"]))
     for arm, pooled in found["pooled"].items():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 
 import memory_oracle
@@ -181,7 +182,7 @@ def test_plans_train_every_arm_with_every_rate_and_then_the_best(compare, tmp_pa
     asked = []
     best = {"baseline": 1.0, "memory": 2.4}
 
-    def train(run, plan, dataset, output):
+    def train(run, dataset, output):
         asked.append(run)
         result = {**run, "bits_per_base": abs(run["learning_rate"] - best[run["arm"]]) + run["seed"], "parameters": 1}
         result |= {"parameters_used_per_token": 1, "trained_tokens": 1, "log": [{"step": 1}]}
@@ -204,6 +205,9 @@ def test_plans_train_every_arm_with_every_rate_and_then_the_best(compare, tmp_pa
     assert np.isclose(found["rows"][0]["minus_memory"], -0.4)
     compare.main()
     assert len(asked) == 10
+    shutil.rmtree(tmp_path / "out")  # the report has what was in it
+    compare.main()
+    assert len(asked) == 10 and json.loads((tmp_path / "report.json").read_text()) == found
 
     plan["learning_rates"].append(2.5)  # better than what the memory's runs have had; the baseline's stay
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "training": {}}))
@@ -215,14 +219,18 @@ def test_plans_train_every_arm_with_every_rate_and_then_the_best(compare, tmp_pa
     assert [row["learning_rate"] for row in found["rows"]] == [1.0, 2.5]
     assert np.isclose(found["rows"][0]["minus_memory"], -0.1)
 
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "training": {"max_steps": 9}}))
+    compare.main()
+    assert len(asked) == 14 + 12, "longer runs are other runs"
+
 
 def test_a_run_of_another_plan_is_not_continued(compare, tmp_path, monkeypatch):
-    run = {"architecture": "one", "arm": "memory", "seed": 1, "fields": {}, "learning_rate": 1.0}
+    run = {"architecture": "one", "arm": "memory", "seed": 1, "fields": {}, "training": {}, "learning_rate": 1.0}
     left = tmp_path / "work" / compare.run_name(run) / "checkpoint-50"
     monkeypatch.setattr(compare, "HERE", tmp_path)  # without a `pretrain.py`: it fails
     for rate, continued in ((1.0, False), (1.0, True), (2.0, False)):
         left.mkdir(parents=True, exist_ok=True)
         (left / "trainer_state.json").write_text("{}")
         with pytest.raises(RuntimeError, match="one--memory--1 failed"):
-            compare.train(run | {"learning_rate": rate}, {"training": {}}, "somewhere", tmp_path)
+            compare.train(run | {"learning_rate": rate}, "somewhere", tmp_path)
         assert left.exists() == continued
