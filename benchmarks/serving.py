@@ -4,8 +4,9 @@
 
 A server with gengram-mini is started on the loopback address. Each client asks one request after the other: one of
 three completes (16 to 48 new bases), one embeds, one scores a variant; sequences have 20 to 400 random bases. Then one
-client asks requests of the same kind, one at a time, for half of the time. All answers are compared with calls of the
-model in this process. Writes `benchmarks/results/serving.json`.
+client asks requests of the same kind, one at a time, for half of the time. The same is done with each kind by itself,
+for a quarter of the time, and one client scores beside a completion that does not end. All answers are compared with
+calls of the model in this process. Writes `benchmarks/results/serving.json`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +38,26 @@ from gengram.support.whole_output import write_whole
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 SHORTEST, LONGEST = 20, 400
 NEW_BASES = (16, 48)
+LONG_COMPLETION = 16_000
 ALLOWED = 1e-4  # by which a number may differ from a direct call's
 
 Request = tuple[str, dict[str, Any]]
 Asked = tuple[Request, int, dict[str, Any], float]  # with the status, the answer, and the seconds it took
 
 
-def requests_of(client: int) -> Any:
+KINDS = ("completions", "embeddings", "score")
+
+
+def requests_of(client: int, kinds: Sequence[str]) -> Any:
     """The requests of a client, without end."""
     generator = random.Random(client)
     while True:
         bases = "".join(generator.choices("ACGT", k=generator.randint(SHORTEST, LONGEST)))
-        kind = generator.randrange(3)
-        if kind == 0:
+        kind = generator.choice(kinds)
+        if kind == "completions":
             new = generator.randint(*NEW_BASES)
             yield "completions", {"prompt": bases, "max_tokens": new, "seed": generator.randrange(2**32)}
-        elif kind == 1:
+        elif kind == "embeddings":
             yield "embeddings", {"input": bases}
         else:
             place = len(bases) // 2
@@ -60,13 +66,13 @@ def requests_of(client: int) -> Any:
             yield "score", {"variants": [windows]}
 
 
-async def ask(address: str, clients: range, seconds: float) -> tuple[list[Asked], float]:
+async def ask(address: str, clients: range, seconds: float, kinds: Sequence[str] = KINDS) -> tuple[list[Asked], float]:
     """What these clients asked in so many seconds, and how long it took until the last answer."""
     done: list[Asked] = []
     start = time.perf_counter()
 
     async def one(client: httpx.AsyncClient, number: int) -> None:
-        for path, body in requests_of(number):
+        for path, body in requests_of(number, kinds):
             began = time.perf_counter()
             if began - start > seconds:
                 return
@@ -77,6 +83,18 @@ async def ask(address: str, clients: range, seconds: float) -> tuple[list[Asked]
     async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits) as client:
         await asyncio.gather(*(one(client, number) for number in clients))
     return done, time.perf_counter() - start
+
+
+async def ask_beside_a_long_completion(address: str, seconds: float) -> tuple[list[Asked], float]:
+    """One client's scores while a completion is made that nobody waits for the end of."""
+    async with httpx.AsyncClient(base_url=address, timeout=300) as client:
+        body = {"prompt": "ACGT", "max_tokens": LONG_COMPLETION}
+        long = asyncio.create_task(client.post("/v1/completions", json=body))
+        await asyncio.sleep(1)
+        done = await ask(address, range(1, 2), seconds, ["score"])
+        assert not long.done(), "the long completion ended; let it be longer"
+        long.cancel()
+    return done
 
 
 def wrong_answers(done: list[Asked], device: str | None) -> int:
@@ -123,6 +141,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--device")
     arguments = parser.parse_args()
+    result: dict[str, Any] = {
+        "what": __doc__.partition("\n")[0] if __doc__ else "",
+        "machine": describe_machine(),
+        "clients": arguments.clients,
+    }
+    phases = [("mixed", KINDS, arguments.seconds), *((kind, [kind], arguments.seconds / 4) for kind in KINDS)]
+    done: list[Asked] = []
     command = [sys.executable, "-m", "gengram", "serve", "--port", "0", "--quiet"]
     command += ["--device", arguments.device] if arguments.device else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}) as server:
@@ -131,27 +156,28 @@ def main() -> None:
             found = re.search(r"http://\S+", server.stdout.readline())
             assert found, "the server did not start"
             asyncio.run(ask(found[0], range(1), 5))  # warms up
-            many, many_seconds = asyncio.run(ask(found[0], range(arguments.clients), arguments.seconds))
-            first = arguments.clients
-            alone, alone_seconds = asyncio.run(ask(found[0], range(first, first + 1), arguments.seconds / 2))
-            counts = httpx.get(f"{found[0]}/metrics").text
+            for name, kinds, seconds in phases:
+                together = asyncio.run(ask(found[0], range(arguments.clients), seconds, kinds))
+                if name == "mixed":
+                    counts = httpx.get(f"{found[0]}/metrics").text
+                first = arguments.clients
+                alone = asyncio.run(ask(found[0], range(first, first + 1), seconds / 2, kinds))
+                done += together[0] + alone[0]
+                result[name] = {"together": summary(*together), "one_by_one": summary(*alone)}
+                rates = [entry["requests_per_second"] for entry in result[name].values()]
+                result[name]["times_as_many_requests"] = round(rates[0] / rates[1], 2)
+            beside = asyncio.run(ask_beside_a_long_completion(found[0], arguments.seconds / 8))
+            result["score beside a long completion"] = summary(*beside)
+            done += beside[0]
         finally:
             server.terminate()
     batches = {
         name: float(re.search(rf"gengram_batch_sequences_{name} (\S+)", counts)[1])  # type: ignore[index]
         for name in ("sum", "count")
     }
-    result = {
-        "what": __doc__.partition("\n")[0] if __doc__ else "",
-        "machine": describe_machine(),
-        "clients": arguments.clients,
-        "together": summary(many, many_seconds),
-        "one_by_one": summary(alone, alone_seconds),
-        "sequences_per_batch": round(batches["sum"] / batches["count"], 2),
-        "wrong_answers": wrong_answers(many + alone, arguments.device),
-    }
-    rates = [result[name]["requests_per_second"] for name in ("together", "one_by_one")]
-    result["times_as_many_requests"] = round(rates[0] / rates[1], 2)
+    result["sequences_per_batch"] = round(batches["sum"] / batches["count"], 2)
+    result["answers"] = len(done)
+    result["wrong_answers"] = wrong_answers(done, arguments.device)
     write_whole(RESULTS, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -1,7 +1,8 @@
 """Generation of bases and nothing else."""
 
+import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,9 +140,26 @@ class BaseGenerator:
         if self.half < 1:
             raise ValueError(f"expected a model that reads at least two bases, got {type(model).__name__}.")
 
-    @torch.inference_mode()
+    def with_sampling(self, sampling: Sampling) -> "BaseGenerator":
+        """One of the same model that draws bases in another way; what was tried of the model is known to both."""
+        other = copy.copy(self)
+        other.sampling = sampling
+        return other
+
     def continued(self, prompts: Sequence[str], draws: np.ndarray, new: Sequence[int] | None = None) -> list[str]:
-        """The new bases behind each prompt.
+        """The new bases behind each prompt: the result of all `steps`."""
+        steps = self.steps(prompts, draws, new)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return list(end.value)
+
+    @torch.inference_mode()
+    def steps(
+        self, prompts: Sequence[str], draws: np.ndarray, new: Sequence[int] | None = None
+    ) -> Generator[None, None, list[str]]:
+        """A generator that computes a base of each sequence between two stops, and returns the new bases of each.
 
         Args:
             prompts: sequences of IUPAC codes; those that are not bases are read as N. An empty one begins with the
@@ -165,7 +183,7 @@ class BaseGenerator:
                 is_padded[:] = False
             for rows, make in ((np.flatnonzero(is_padded), self._padded), (np.flatnonzero(~is_padded), self._moving)):
                 if len(rows):
-                    own = make([prompts[row] for row in rows.tolist()], draws[rows], wanted[rows])
+                    own = yield from make([prompts[row] for row in rows.tolist()], draws[rows], wanted[rows])
                     found.update(zip(rows.tolist(), own, strict=True))
         return list(found.values())
 
@@ -173,7 +191,7 @@ class BaseGenerator:
         """Whether a text and its new bases are in one window, and there is something to begin with."""
         return 0 < length + len(self.tokens.before) and length + new <= 2 * self.half
 
-    def _padded(self, prompts: Sequence[str], draws: np.ndarray, new: np.ndarray) -> list[str]:
+    def _padded(self, prompts: Sequence[str], draws: np.ndarray, new: np.ndarray) -> Generator[None, None, list[str]]:
         """The new bases of texts that fit into one window: padded in front, and left out when they are whole."""
         texts = [[*self.tokens.before, *self.tokens.encode(prompt)] for prompt in prompts]
         found, mask = self.reader.read_side_by_side(texts)
@@ -189,6 +207,7 @@ class BaseGenerator:
             (kept,) = np.nonzero(new[rows] > step + 1)
             if len(kept) == 0:
                 break
+            yield
             cache = found.cache
             if len(kept) < len(rows):
                 places = torch.from_numpy(kept).to(self.reader.device)
@@ -200,7 +219,9 @@ class BaseGenerator:
         ends = [len(self.tokens.before) + len(prompt) for prompt in prompts]
         return [self._text(np.array(text[end:], dtype=np.int64)) for text, end in zip(texts, ends, strict=True)]
 
-    def _moving(self, prompts: Sequence[str], draws: np.ndarray, wanted: np.ndarray) -> list[str]:
+    def _moving(
+        self, prompts: Sequence[str], draws: np.ndarray, wanted: np.ndarray
+    ) -> Generator[None, None, list[str]]:
         """The new bases of texts of any length, read in windows that move; the places of all move on together."""
         lengths = np.array([len(prompt) for prompt in prompts])
         rows, new = draws.shape
@@ -213,11 +234,13 @@ class BaseGenerator:
             self._place(ids, 0, lengths, (draws[:, 0] * len(BASES)).astype(int))
             place = 1
         while place < total:
-            place = self._fill_window(ids, place, lengths, draws)
+            place = yield from self._fill_window(ids, place, lengths, draws)
         ends = lengths + wanted
         return [self._text(ids[row, lengths[row] : ends[row]]) for row in range(rows)]
 
-    def _fill_window(self, ids: np.ndarray, place: int, lengths: np.ndarray, draws: np.ndarray) -> int:
+    def _fill_window(
+        self, ids: np.ndarray, place: int, lengths: np.ndarray, draws: np.ndarray
+    ) -> Generator[None, None, int]:
         """Choose bases from `place` on until the window moves; returns where that is."""
         first, stop = max(0, (place // self.half - 1) * self.half), max(place // self.half + 1, 2) * self.half
         stop = min(stop, ids.shape[1])
@@ -234,6 +257,7 @@ class BaseGenerator:
                 alone = self._read(ids[row : row + 1, first:here]).logits
                 chosen[row] = self._choose(alone, drawn[row : row + 1])[0][0]
             self._place(ids, here, lengths, chosen)
+            yield
         return stop
 
     def _read(self, ids: np.ndarray, cache: Any = None, keeps_cache: bool = False) -> Pass:

@@ -59,9 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = ("revision", "dtype", "device", "batch_tokens")
     given = {name: getattr(arguments, name) for name in names}
     options = ModelOptions(**given) if arguments.model is None else ModelOptions(arguments.model, **given)
-    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
-    listening = socket.create_server((arguments.host, arguments.port), family=family)
-    with listening:
+    with listening_socket(arguments.host, arguments.port) as listening:
         served = ServedModel(options.load(head_of(options.load_config()) or "causal"), options.batch_tokens)
         host, port = listening.getsockname()[:2]
         is_loopback = host.startswith("127.") or host == "::1"
@@ -71,10 +69,24 @@ def run(arguments: argparse.Namespace) -> int:
         config = uvicorn.Config(
             app, log_level=level, server_header=False, timeout_graceful_shutdown=_SECONDS_TO_FINISH
         )
-        shown = f"[{host}]" if family == socket.AF_INET6 else host
+        shown = f"[{host}]" if ":" in host else host
         print(f"serving {name} at http://{shown}:{port} (Control-C ends it)", flush=True)
         if not is_loopback:
             print("anybody who reaches this address can use it; there is no password", flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
             uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket whose connections send every packet at once.
+
+    asyncio sees to that for sockets of its own only. Otherwise the second packet of an answer waits, 40 ms on Linux,
+    until the client has confirmed the first.
+
+    Raises:
+        OSError: if the address is taken, or is none of this machine's.
+    """
+    listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections have it from here
+    return listening

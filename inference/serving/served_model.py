@@ -2,7 +2,7 @@
 
 import base64
 import functools
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ class ServedModel:
             raise InputError("this model predicts masked bases from both sides, so it cannot continue a sequence.")
         check_letters(prompt, "prompt")
         wanted = [Continuation(prompt, new, seed, sample) for sample in range(1, number + 1)]
-        return [Work(("continue", sampling), each, len(prompt) + new) for each in wanted]
+        return [Work(("continue", sampling), each, len(prompt) + new, has_steps=True) for each in wanted]
 
     def embedding(self, sequence: str, choice: EmbeddingChoice) -> Work:
         """The work of a sequence's vector, (hidden,) float32.
@@ -103,22 +103,22 @@ class ServedModel:
             raise InputError(f"expected at most {self.context} bases, which the model can read, got {len(reference)}.")
         return Work(("score", strands), _change(reference.upper(), alternative.upper()), len(reference))
 
-    def compute(self, key: Any, payloads: list[Any]) -> Sequence[Any]:
-        """The results of works of one key: new bases, vectors, or effects."""
+    def compute(self, key: Any, payloads: list[Any]) -> Generator[None, None, Sequence[Any]]:
+        """The results of works of one key: new bases, vectors, or effects. Stops between the bases."""
         kind, *options = key
         if kind == "continue":
-            return self._continued(options[0], payloads)
+            return (yield from self._continued(options[0], payloads))
         if kind == "embed":
             choice: EmbeddingChoice = options[0]
             found = self._encoder.vectors(payloads, choice.layer, choice.pooling, choice.strands)
             return list(found)
         return self._compared(options[0], payloads)
 
-    def _continued(self, sampling: Sampling, wanted: Sequence[Continuation]) -> list[str]:
-        self._generator.sampling = sampling
+    def _continued(self, sampling: Sampling, wanted: Sequence[Continuation]) -> Generator[None, None, list[str]]:
         new = [each.new for each in wanted]
         draws = np.stack([random_draws(each.seed, each.prompt, each.sample, max(new)) for each in wanted])
-        return self._generator.continued([each.prompt for each in wanted], draws, new)
+        generator = self._generator.with_sampling(sampling)
+        return (yield from generator.steps([each.prompt for each in wanted], draws, new))
 
     def _compared(self, strands: str, changes: Sequence[Change]) -> list[StrandEffects]:
         if strands not in self._effects:

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..effects import StrandEffects
+from ..memory_use import fast_memory
 from .batching import Batcher, ClosedError, QueueFullError, Work
 from .metrics import Metrics
 from .requests import CompletionRequest, EmbeddingRequest, ScoreRequest, listed
 from .served_model import EmbeddingChoice, ServedModel, as_base64, as_list
 
 PAGE = Path(__file__).with_name("page.html")
+_LOOK_AGAIN = 0.5  # seconds, for clients that have left
 LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
 
 
@@ -70,14 +72,15 @@ def serving_app(served: ServedModel, name: str, limits: Limits | None = None, is
 
     @asynccontextmanager
     async def lifetime(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(service.batcher.close)
+        with fast_memory(served.loaded.model):
+            yield
+            await asyncio.to_thread(service.batcher.close)
 
     app = FastAPI(title="Gengram", lifespan=lifetime, docs_url=None, redoc_url=None)  # those pages load foreign code
     app.add_middleware(_BodyLimit, most=service.limits.body)
     if is_loopback:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
-    app.middleware("http")(service.counted)
+    app.add_middleware(_Counted, metrics=service.metrics)
     app.exception_handler(_RefusedError)(_refusal)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http_error)
@@ -102,7 +105,7 @@ class _Service:
         )
         self.metrics = Metrics(lambda: self.batcher.waiting)
 
-    async def completions(self, request: CompletionRequest) -> dict[str, Any]:
+    async def completions(self, request: CompletionRequest, client: Request) -> dict[str, Any]:
         """New bases behind each prompt, `n` times."""
         prompts = listed(request.prompt)
         self._check_size(prompts, len(prompts) * request.n, request.max_tokens)
@@ -111,7 +114,7 @@ class _Service:
         for prompt in prompts:
             asked = (prompt, request.max_tokens, request.sampling, seed, request.n)
             works += _checked(self.served.continuations, *asked)
-        found = await self._done(works)
+        found = await self._done(works, client)
         read, made = sum(map(len, prompts)), sum(map(len, found))
         self.metrics.bases.labels("/v1/completions").inc(read + made)
         if request.echo:
@@ -129,12 +132,13 @@ class _Service:
             "usage": {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made},
         }
 
-    async def embeddings(self, request: EmbeddingRequest) -> dict[str, Any]:
+    async def embeddings(self, request: EmbeddingRequest, client: Request) -> dict[str, Any]:
         """A vector of each sequence."""
         sequences = listed(request.input)
         self._check_size(sequences, len(sequences))
         choice = EmbeddingChoice(request.layer, request.pooling, request.strands)
-        found = await self._done([_checked(self.served.embedding, sequence, choice) for sequence in sequences])
+        works = [_checked(self.served.embedding, sequence, choice) for sequence in sequences]
+        found = await self._done(works, client)
         if not all(np.isfinite(vector).all() for vector in found):
             raise _RefusedError(500, "the model gave NaN or infinity; try --dtype float32.", "server_error")
         read = sum(map(len, sequences))
@@ -150,16 +154,15 @@ class _Service:
             "usage": {"prompt_tokens": read, "total_tokens": read},
         }
 
-    async def score(self, request: ScoreRequest) -> dict[str, Any]:
+    async def score(self, request: ScoreRequest, client: Request) -> dict[str, Any]:
         """log P(alternative window) - log P(reference window) of each variant, in nats, by strand and their mean."""
         windows = [text for variant in request.variants for text in (variant.reference, variant.alternative)]
         self._check_size(windows, len(request.variants))
-        found: list[StrandEffects] = await self._done(
-            [
-                _checked(self.served.effect, variant.reference, variant.alternative, request.strands)
-                for variant in request.variants
-            ]
-        )
+        works = [
+            _checked(self.served.effect, variant.reference, variant.alternative, request.strands)
+            for variant in request.variants
+        ]
+        found: list[StrandEffects] = await self._done(works, client)
         read = sum(map(len, windows))
         self.metrics.bases.labels("/v1/score").inc(read)
         data = []
@@ -191,15 +194,6 @@ class _Service:
         """A page to try the model in a browser."""
         return PAGE.read_text(encoding="utf-8")
 
-    async def counted(self, request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Count a request, and how long its answer took."""
-        start = time.perf_counter()
-        response = await answer(request)
-        path = route.path if (route := request.scope.get("route")) is not None else "other"
-        self.metrics.requests.labels(path, str(response.status_code)).inc()
-        self.metrics.seconds.labels(path).observe(time.perf_counter() - start)
-        return response
-
     def _check_size(self, sequences: Sequence[str], count: int, new: int = 0) -> None:
         if count > self.limits.sequences:
             raise _RefusedError(400, f"expected at most {self.limits.sequences} sequences in a request, got {count}.")
@@ -208,7 +202,7 @@ class _Service:
             words = ", new ones included" if new else ""
             raise _RefusedError(400, f"expected sequences of at most {self.limits.bases} bases{words}, got {longest}.")
 
-    async def _done(self, works: Sequence[Work]) -> list[Any]:
+    async def _done(self, works: Sequence[Work], client: Request) -> list[Any]:
         """The results of all works, which are given up if the client goes away."""
         try:
             self.batcher.submit(works)
@@ -216,14 +210,26 @@ class _Service:
             raise _RefusedError(429, f"too much work: {error}; try again later.", "rate_limit_error") from None
         except ClosedError:
             raise _RefusedError(503, "the server is shutting down.", "server_error") from None
-        waiting = [asyncio.wrap_future(work.future) for work in works]
+        results = asyncio.gather(*(asyncio.wrap_future(work.future) for work in works))
+        leaving = asyncio.create_task(_has_left(client))
         try:
-            return list(await asyncio.gather(*waiting))
+            await asyncio.wait([results, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not results.done():
+                raise _RefusedError(499, "the client has left.")  # nobody reads it; it is counted
+            return list(await results)
         except ValueError as error:  # such as a model that gives NaN
             raise _RefusedError(500, str(error), "server_error") from error
         finally:
+            results.cancel()
+            leaving.cancel()
             for work in works:
-                work.future.cancel()  # those that have not begun
+                work.give_up()
+
+
+async def _has_left(client: Request) -> None:
+    """Return when the client has closed its connection."""
+    while not await client.is_disconnected():
+        await asyncio.sleep(_LOOK_AGAIN)
 
 
 def _checked(make: Callable[..., Any], *arguments: Any) -> Any:
@@ -253,6 +259,32 @@ async def _invalid(request: Request, error: Any) -> JSONResponse:
 
 async def _http_error(request: Request, error: Any) -> JSONResponse:
     return _error(error.status_code, str(error.detail), "invalid_request_error", error.headers)
+
+
+class _Counted:
+    """Counts requests, and how long their answers took."""
+
+    def __init__(self, app: Any, metrics: Metrics):
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 500
+
+        async def watched(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            path = route.path if (route := scope.get("route")) is not None else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
 
 class _BodyLimit:

@@ -5,6 +5,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
+from gengram.inference.serving import batching
 from gengram.inference.serving.batching import Batcher, ClosedError, QueueFullError, Work
 
 
@@ -21,6 +22,7 @@ class Gate:
         if "bad" in payloads:
             raise ValueError("a bad one")
         return [len(payload) for payload in payloads]
+        yield
 
 
 def held(gate, most_waiting=100, most_tokens=20):
@@ -94,3 +96,111 @@ def test_closing_finishes_what_waits_and_takes_no_more():
     assert work.future.result(0) == 3
     with pytest.raises(ClosedError):
         batcher.submit([Work("a", "1", 1)])
+
+
+class Steps:
+    """Goes on with a payload, an event, until it is set; keeps what was begun and what was closed."""
+
+    def __init__(self):
+        self.begun, self.closed = [], threading.Event()
+
+    def __call__(self, key, payloads):
+        self.begun.append((key, list(payloads)))
+        try:
+            while not all(payload.is_set() for payload in payloads):
+                yield
+        except GeneratorExit:
+            self.closed.set()
+            raise
+        if key == "bad" and len(payloads) > 1:
+            raise ValueError("a bad one")
+        return [key] * len(payloads)
+
+
+def unending(key="long"):
+    return Work(key, threading.Event(), 5, has_steps=True)
+
+
+def quick(key="quick"):
+    work = Work(key, threading.Event(), 5)
+    work.payload.set()
+    return work
+
+
+@pytest.fixture
+def short_turns(monkeypatch):
+    monkeypatch.setattr(batching, "_TURN", 0.0)
+    monkeypatch.setattr(batching, "_ALONE", 0.0)
+
+
+def test_a_work_of_many_steps_keeps_nobody_waiting(short_turns):
+    batcher, long, other = Batcher(Steps(), 100, 20), unending(), unending("other")
+    batcher.submit([long])
+    for _ in range(3):
+        batcher.submit([work := quick()])
+        assert work.future.result(30) == "quick" and not long.future.done()
+    batcher.submit([other])
+    other.payload.set()
+    assert other.future.result(30) == "other" and not long.future.done()
+    long.payload.set()
+    assert long.future.result(30) == "long"
+    batcher.close()
+
+
+def test_a_second_work_of_many_steps_waits_until_the_first_has_had_its_time(short_turns, monkeypatch):
+    monkeypatch.setattr(batching, "_ALONE", 1e9)
+    steps = Steps()
+    batcher, first, second = Batcher(steps, 100, 20), unending(), unending("other")
+    batcher.submit([first])
+    batcher.submit([second])
+    second.payload.set()
+    batcher.submit([work := quick()])
+    assert work.future.result(30) == "quick" and batcher.waiting == 1 and not second.future.done()
+    first.payload.set()
+    assert second.future.result(30) == "other"
+    batcher.close()
+    assert [works for _, works in steps.begun] == [[first.payload], [work.payload], [second.payload]]
+
+
+def test_works_of_many_steps_that_are_under_way_have_a_limit(short_turns):
+    steps = Steps()
+    batcher = Batcher(steps, 100, 5)  # one work a batch
+    works = [unending(number) for number in range(5)]
+    batcher.submit(works)
+    works[-1].payload.set()
+    batcher.submit([work := quick()])
+    assert work.future.result(30) == "quick"
+    while len(steps.begun) < 5:  # four, and the quick one
+        pass
+    for _ in range(20):
+        batcher.submit([work := quick()])
+        work.future.result(30)
+    assert batcher.waiting == 1 and not works[-1].future.done()
+    works[2].payload.set()
+    assert works[-1].future.result(30) == 4
+    for work in works:
+        work.payload.set()
+    batcher.close()
+
+
+def test_a_work_of_many_steps_that_nobody_wants_ends():
+    steps = Steps()
+    batcher, work, beside = Batcher(steps, 100, 20), unending(), unending()
+    batcher.submit([work, beside])
+    while not steps.begun:
+        pass
+    work.give_up()
+    beside.give_up()
+    assert steps.closed.wait(30)
+    batcher.close()
+
+
+def test_works_of_many_steps_are_done_alone_if_their_batch_fails():
+    steps = Steps()
+    batcher, works = Batcher(steps, 100, 20), [unending("bad"), unending("bad")]
+    batcher.submit(works)
+    for work in works:
+        work.payload.set()
+    assert [work.future.result(30) for work in works] == ["bad", "bad"]
+    batcher.close()
+    assert [len(payloads) for _, payloads in steps.begun] == [2, 1, 1]

@@ -1,10 +1,13 @@
 """`gengram serve`: every answer is that of a direct call, whoever asks beside; what exceeds a limit is said so."""
 
+import asyncio
 import base64
+import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +34,8 @@ httpx = pytest.importorskip("httpx")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
+from gengram.commands.serve import listening_socket  # noqa: E402
+from gengram.inference.serving import batching, server  # noqa: E402
 from gengram.inference.serving.served_model import ServedModel  # noqa: E402
 from gengram.inference.serving.server import Limits, serving_app  # noqa: E402
 
@@ -203,6 +208,53 @@ def test_more_than_can_wait_is_refused_and_the_rest_answered(loaded):
         assert first.result(30).status_code == 200
 
 
+def test_a_long_completion_keeps_nobody_waiting_and_ends_when_its_client_has_left(loaded, monkeypatch):
+    monkeypatch.setattr(batching, "_TURN", 0.0)
+    monkeypatch.setattr(server, "_LOOK_AGAIN", 0.01)
+    served = ServedModel(loaded, 4096)
+    compute, ended = served.compute, []
+
+    def watched(key, payloads):
+        try:
+            return (yield from compute(key, payloads))
+        finally:
+            ended.append(key[0])
+
+    served.compute = watched
+    app = serving_app(served, "tiny")
+    body = json.dumps({"prompt": "ACGT", "max_tokens": 16_000}).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1"}
+    scope |= {"headers": [(b"host", b"localhost"), (b"content-type", b"application/json")], "scheme": "http"}
+
+    async def asked() -> None:
+        parts = [{"type": "http.request", "body": body}]
+        left = asyncio.Event()
+
+        async def receive():
+            if not parts:
+                await left.wait()
+            return parts.pop() if parts else {"type": "http.disconnect"}
+
+        async def send(message):
+            pass
+
+        long = asyncio.create_task(app(scope, receive, send))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+            while "gengram_batch_sequences_sum 0.0" in (await client.get("/metrics")).text:
+                await asyncio.sleep(0.01)
+            answer = await client.post("/v1/embeddings", json={"input": "ACGT"})
+            assert answer.status_code == 200 and ended == ["embed"]
+            left.set()
+            await asyncio.wait_for(long, 60)
+            while ended != ["embed", "continue"]:
+                await asyncio.sleep(0.01)
+            counts = (await client.get("/metrics")).text
+            assert 'gengram_requests_total{path="/v1/completions",status="499"} 1.0' in counts
+
+    asyncio.run(asyncio.wait_for(asked(), 120))
+
+
 def test_a_masked_model_scores_and_embeds_but_does_not_continue(tmp_path):
     tiny_model(GengramForMaskedLM, max_position_embeddings=48).save_pretrained(tmp_path)
     GengramTokenizer(model_max_length=48).save_pretrained(tmp_path)
@@ -255,9 +307,16 @@ def test_answers_on_their_way_are_finished_when_the_server_is_asked_to_end(tiny_
     assert process.wait(60) in (0, -signal.SIGTERM)
 
 
-def test_an_address_that_is_taken_is_an_error_in_one_line(tiny_folder, capsys):  # noqa: F811
-    import socket
+def test_no_packet_of_an_answer_waits_for_another():
+    with (
+        listening_socket("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
+
+def test_an_address_that_is_taken_is_an_error_in_one_line(tiny_folder, capsys):  # noqa: F811
     from gengram.cli import main
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
