@@ -30,7 +30,8 @@ from gengram import DEFAULT_MODEL
 from gengram.inference.effects import Change
 from gengram.inference.embeddings import SequenceEncoder
 from gengram.inference.generation import BaseGenerator, Sampling, random_draws
-from gengram.inference.loaded_model import load_model
+from gengram.inference.loaded_model import LoadedModel, load_model
+from gengram.inference.memory_use import fast_memory
 from gengram.inference.window_effects import WindowEffects
 from gengram.support.machine import describe_machine
 from gengram.support.whole_output import write_whole
@@ -97,11 +98,10 @@ async def ask_beside_a_long_completion(address: str, seconds: float) -> tuple[li
     return done
 
 
-def wrong_answers(done: list[Asked], device: str | None) -> int:
+def wrong_answers(done: list[Asked], loaded: LoadedModel) -> int:
     """How many answers differ from those of direct calls."""
-    loaded = load_model(DEFAULT_MODEL, "causal", device=device)
     generator = BaseGenerator(loaded.model, loaded.tokenizer, Sampling())
-    encoder = SequenceEncoder(device=device)
+    encoder = SequenceEncoder(LoadedModel(loaded.model.base_model, loaded.tokenizer))
     effects = WindowEffects(loaded.model, loaded.tokenizer)
     wrong = 0
     for (path, body), status, answer, _ in done:
@@ -177,7 +177,9 @@ def main() -> None:
     }
     result["sequences_per_batch"] = round(batches["sum"] / batches["count"], 2)
     result["answers"] = len(done)
-    result["wrong_answers"] = wrong_answers(done, arguments.device)
+    loaded = load_model(DEFAULT_MODEL, "causal", device=arguments.device)
+    with fast_memory(loaded.model):
+        result["wrong_answers"] = wrong_answers(done, loaded)
     write_whole(RESULTS, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -211,6 +211,7 @@ class _Service:
         except ClosedError:
             raise _RefusedError(503, "the server is shutting down.", "server_error") from None
         results = asyncio.gather(*(asyncio.wrap_future(work.future) for work in works))
+        results.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # also if nobody awaits it
         leaving = asyncio.create_task(_has_left(client))
         try:
             await asyncio.wait([results, leaving], return_when=asyncio.FIRST_COMPLETED)

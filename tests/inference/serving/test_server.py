@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import json
 import os
 import random
@@ -208,7 +209,7 @@ def test_more_than_can_wait_is_refused_and_the_rest_answered(loaded):
         assert first.result(30).status_code == 200
 
 
-def test_a_long_completion_keeps_nobody_waiting_and_ends_when_its_client_has_left(loaded, monkeypatch):
+def test_a_long_completion_keeps_nobody_waiting_and_ends_when_its_client_has_left(loaded, monkeypatch, caplog):
     monkeypatch.setattr(batching, "_TURN", 0.0)
     monkeypatch.setattr(server, "_LOOK_AGAIN", 0.01)
     served = ServedModel(loaded, 4096)
@@ -253,6 +254,8 @@ def test_a_long_completion_keeps_nobody_waiting_and_ends_when_its_client_has_lef
             assert 'gengram_requests_total{path="/v1/completions",status="499"} 1.0' in counts
 
     asyncio.run(asyncio.wait_for(asked(), 120))
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_masked_model_scores_and_embeds_but_does_not_continue(tmp_path):
