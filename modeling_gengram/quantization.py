@@ -21,6 +21,7 @@ from .quantized_experts import (
     WEIGHTS,
     QuantizedLinear,
     check_kind,
+    is_aligned,
     make_room,
     quantize,
     scale_name,
@@ -115,6 +116,10 @@ class GengramQuantizer(HfQuantizer):
         for module in model.modules():
             if getattr(module, "quantization", None) is not None:
                 module.requires_grad_(False)
+                for parameter in module.parameters(recurse=False):
+                    is_whole = parameter.device.type == "cpu" and not hasattr(parameter, "to_local")
+                    if is_whole and not is_aligned(parameter):
+                        parameter.data = parameter.data.clone()  # out of the file, to where products are fast
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -35,6 +35,10 @@ _BLOCK = 2**20  # weights that are quantised at once, so that what lies between 
 # Tokens of an expert up to which a kernel that multiplies whole numbers beats making floats of the weights first,
 # where the CPU has instructions for bfloat16. Without these it always does.
 _FEW_TOKENS = 16
+# Numbers that `torch._weight_int8pack_mm` reads at once with AVX-512. It reads beyond rows of other lengths, and ends
+# the process where the address is not a multiple of their size, as in a file that is mapped into memory.
+_PACK = 16
+_LEAST_FLOAT16 = 2.0**-24
 # A copy of this file in a model's folder (remote code) registers its own operators.
 _NAMESPACE = "gengram_experts"
 if not __name__.startswith("gengram."):
@@ -99,12 +103,12 @@ def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(largest).all()):
         raise ValueError("weights hold numbers that are not finite, which cannot be quantised.")
     if kind == "int8":
-        scale = _divided(largest, 127).to(weight.dtype)
+        scale = _stored(_divided(largest, 127), weight.dtype)
         return _rounded(work, scale, -127, 127).to(torch.int8), scale.squeeze(-1)
     groups = _groups(work)  # (..., rows, columns / 32, 32)
     least, best = None, None
     for divisor in _INT4_DIVISORS:
-        scale = _divided(largest, divisor).to(weight.dtype)
+        scale = _stored(_divided(largest, divisor), weight.dtype)
         numbers = _rounded(groups, scale, -8, 7)
         error = (numbers * scale - groups).square().sum(-1, keepdim=True)
         if least is None or best is None:
@@ -121,6 +125,18 @@ def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def _divided(largest: Tensor, divisor: float) -> Tensor:
     """The quotient, the same on every device: a GPU multiplies by one over a Python number, which rounds otherwise."""
     return largest / torch.full_like(largest, divisor)
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in the dtype that they are kept in; float16 has so few digits for small ones that these are rounded up.
+
+    Rounded down, the largest number would be cut off.
+    """
+    if dtype == torch.float16:
+        rounded_up = (scale.abs() / _LEAST_FLOAT16).ceil() * _LEAST_FLOAT16
+        is_small = scale.abs() < torch.finfo(torch.float16).smallest_normal
+        scale = torch.where(is_small, rounded_up.copysign(scale), scale)
+    return scale.to(dtype)
 
 
 def _groups(work: Tensor) -> Tensor:
@@ -158,13 +174,19 @@ def _has_native_product(x: Tensor, numbers: Tensor) -> bool:
     return fits and x.dtype != torch.float64 and status().available
 
 
+def is_aligned(values: Tensor) -> bool:
+    """Whether PyTorch's kernel for int8 weights may read them: what `torch.empty` gives always is."""
+    return values.data_ptr() % (_PACK * values.element_size()) == 0
+
+
 def _product(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
     """(tokens, columns) times the transpose of one expert's (rows, columns)."""
     if x.device.type == "cpu" and len(x) <= _FEW_TOKENS and _has_native_product(x, numbers):
         return torch.ops.gengram_native.quantized_product(x, numbers, scale.to(x.dtype))
     is_narrow = numbers.dtype == torch.int8 and x.dtype in (torch.bfloat16, torch.float16)
     if is_narrow and x.device.type == "cpu" and (len(x) <= _FEW_TOKENS or not _multiplies_bfloat16()):
-        return torch._weight_int8pack_mm(x, numbers, scale.to(x.dtype))
+        if x.shape[-1] % _PACK == 0 and is_aligned(numbers) and is_aligned(x):
+            return torch._weight_int8pack_mm(x, numbers, scale.to(x.dtype))
     return F.linear(x, dequantize(numbers, scale, x.dtype))
 
 

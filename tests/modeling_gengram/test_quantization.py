@@ -112,6 +112,36 @@ def test_products_equal_those_of_the_stored_weights(kind, dtype, tokens, kernels
     assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [40, 64, 136])
+@pytest.mark.parametrize("offset", [0, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_numbers_may_stand_anywhere_in_memory_and_have_rows_of_any_length(dtype, columns, offset, tokens):
+    """As in a file that is mapped; PyTorch's kernel of AVX-512 ended the process, or gave numbers of 1e34."""
+    numbers, scale = quantize(torch.randn(2, 64, columns).to(dtype), "int8")
+    memory = torch.zeros(numbers.numel() + 64, dtype=torch.int8)
+    start = -memory.data_ptr() % 64 + offset
+    moved = memory[start : start + numbers.numel()].view(numbers.shape).copy_(numbers)
+    values = torch.randn(tokens * columns + 1).to(dtype)
+    x = values[1:].view(tokens, columns)  # 2 bytes behind an aligned address
+    for hidden in (x, x.clone()):
+        found = _linear(hidden, moved, scale, torch.ones(tokens, dtype=torch.int64)).double()
+        expected = x.double() @ by_hand(numbers[1], scale[1], "int8").T
+        assert (found - expected).norm() <= QUANTIZED_PRODUCT_BF16 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_weights_in_float16_are_not_cut_off(kind):
+    weight = (torch.randn(6, 64).clamp(-2, 2) * torch.logspace(-8, -4, 6)[:, None]).half()
+    numbers, scale = quantize(weight, kind)
+    step = (scale.double().abs().unsqueeze(-1)).repeat_interleave(64 if kind == "int8" else 32, -1)
+    step = step.reshape(weight.shape)
+    most = 0.5 if kind == "int8" else 1.53  # of a step; see above
+    assert bool(((by_hand(numbers, scale, kind) - weight.double()).abs() <= most * step).all())
+    largest = weight.double().abs().amax(-1, keepdim=True)
+    assert bool((step <= (largest / 127 if kind == "int8" else largest / 7.5) + 2.0**-24).all())
+
+
 @pytest.mark.skipif(not native.status().available, reason=native.status().reason)
 @pytest.mark.parametrize("columns", [32, 96, 80])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16])
@@ -271,6 +301,8 @@ def test_a_quantised_folder_loads_in_another_dtype(quantized):
         narrow.model.layers[0].mlp.experts.gate_up_proj.dtype == model.model.layers[0].mlp.experts.gate_up_proj.dtype
     )
     assert torch.isfinite(narrow(random_ids(1, 20)).logits).all()
+    experts = [layer.mlp.experts for layer in narrow.model.layers]
+    assert all(quantized_experts.is_aligned(weight) for module in experts for weight in module.parameters())
 
 
 def test_a_quantised_model_generates_as_it_reads(quantized):
