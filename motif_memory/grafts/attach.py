@@ -1,6 +1,8 @@
 """Puts memories in front of layers of any model of Transformers, and takes them out again."""
 
+import inspect
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,8 +11,23 @@ from transformers import PreTrainedModel
 
 from ..configuration_motif_memory import MotifMemoryConfig
 from ..module import MotifMemory
-from .layer import CHILD, GRAFT, cache_among, has_memory, put_in, take_out, tie, tokens_in, untie
+from .direction import looks_back_only
+from .layer import (
+    CHILD,
+    GRAFT,
+    cache_among,
+    check_caches,
+    check_forward,
+    has_memory,
+    host_class,
+    put_in,
+    take_out,
+    tie,
+    tokens_in,
+    untie,
+)
 from .pass_of_host import HostPass, PassOfThread
+from .state_in_cache import follow
 from .token_letters import Spelling, check_token_letters, token_letters_of
 
 IN_CONFIG = "motif_memory"  # in the host's configuration, so that it is saved with it
@@ -33,6 +50,7 @@ class Graft:
         self.layers = tuple(layers)
         self.token_letters = list(token_letters)
         self.is_causal = is_causal
+        self._names: dict[type, tuple[str, ...]] = {}  # of the arguments of the host's `forward`
         self._spellings: dict[torch.device, Spelling] = {}
         self._passes = PassOfThread()
 
@@ -44,24 +62,38 @@ class Graft:
         """Note what the memories read in a call of the host.
 
         Raises:
-            ValueError: if the host is called without ids.
+            ValueError: if the host is called without ids, or with a cache that cannot keep the memories' state.
         """
-        input_ids = options.get("input_ids", arguments[0] if arguments else None)
-        if input_ids is None:
+        given = dict(zip(self._names_of(host_class(type(host))), arguments, strict=False)) | options
+        input_ids = given.get("input_ids", arguments[0] if arguments else None)
+        if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
             raise ValueError(
                 f"{type(host).__name__} has a motif memory, which reads letters: give input_ids, not inputs_embeds, "
                 "or take the memory out with detach_memory(model)."
             )
+        cache = cache_among(arguments, options)
+        if self.is_causal:
+            check_caches(given)
+            if cache is not None:
+                follow(cache, self.config)
         now = HostPass(
             input_ids,
-            options.get("attention_mask", arguments[1] if len(arguments) > 1 else None),
-            options.get("position_ids"),
-            tokens_in(cache_among(arguments, options)),
+            given.get("attention_mask"),
+            given.get("position_ids"),
+            tokens_in(cache),
             self._spelling(input_ids.device),
             self.is_causal,
         )
         self._passes.current = now
         return now
+
+    def know(self, kind: Any) -> None:
+        """Learn the names of the arguments with which a host is called."""
+        names = list(inspect.signature(kind.forward).parameters.values())[1:]
+        self._names[kind] = tuple(one.name for one in names if one.kind is one.POSITIONAL_OR_KEYWORD)
+
+    def _names_of(self, kind: type) -> tuple[str, ...]:
+        return self._names.get(kind, ())
 
     def end(self) -> None:
         """The call has ended."""
@@ -98,7 +130,8 @@ def attach_memory(
         tokenizer: the model's, from which it is learnt which bases each token spells: one, k-mers, or byte pairs. The
             feature of a token of several bases is that of its last one.
         token_letters: the bases of each token, `""` for none, instead of a tokenizer.
-        is_causal: whether a window looks back only, or is centred; by default as the model's attention does.
+        is_causal: whether a window looks back only, or is centred; by default as the model does, which is found by
+            reading two short texts.
 
     Raises:
         ValueError: if the layers cannot be found, have a memory already, or no token spells DNA.
@@ -126,9 +159,12 @@ def attach_memory(
     names = _layer_names(host, layers)
     chosen = [host.get_submodule(name) for name in names]
     if is_causal is None:
-        is_causal = _is_causal(host)
+        bases = [index for index, spelled in enumerate(letters) if spelled]
+        is_causal = looks_back_only(host, chosen, bases or range(2), _device_of_ids(embedding))
     if config.pooling == "as_trained" and not is_causal:
         raise ValueError('pooling="as_trained" is causal; use "exact" for a model that looks both ways.')
+    if config.pooling == "as_trained" and not all(len(spelled) <= 1 for spelled in letters):
+        raise ValueError('pooling="as_trained" needs tokens of single bases; use "exact" for tokens of several.')
     graft = Graft(config, names, letters, is_causal)
     text_config = host.config.get_text_config()
     for index, layer in enumerate(chosen):
@@ -136,11 +172,12 @@ def attach_memory(
         memory = MotifMemory(config, text_config.hidden_size, layer_idx=index, initializer_range=None)
         _initialise(memory, getattr(text_config, "initializer_range", None) or 0.02)
         if like is not None:
-            memory.to(device=like.device, dtype=like.dtype)
+            memory.to(device=_device_of_layer(layer, like), dtype=like.dtype)
         memory.train(layer.training)
         put_in(layer, memory, graft)
     for caller in _callers(host, names):
         tie(caller, graft)
+        graft.know(host_class(type(caller)))
     setattr(host.config, IN_CONFIG, graft.to_dict())
     return model
 
@@ -176,7 +213,16 @@ def graft_of(model: Any) -> Graft:
 def attached_memories(model: Any) -> dict[str, MotifMemory]:
     """The memories of a model, by the names of their layers."""
     host = base_model_of(model)
-    return {name: getattr(host.get_submodule(name), CHILD) for name in graft_of(model).layers}
+    return {name: _in_use(getattr(host.get_submodule(name), CHILD)) for name in graft_of(model).layers}
+
+
+def _in_use(memory: Any) -> MotifMemory:
+    """A memory, out of what PEFT puts around one that it trains (`modules_to_save`)."""
+    copies = getattr(memory, "modules_to_save", None)
+    if copies is None:
+        return memory
+    active = next((name for name in memory.active_adapters if name in copies), None)
+    return memory.original_module if active is None else copies[active]
 
 
 def base_model_of(model: Any) -> Any:
@@ -198,8 +244,26 @@ def _callers(host: Any, layers: Sequence[str]) -> list[Any]:
     return [
         module
         for name, module in host.named_modules()
-        if isinstance(module, PreTrainedModel) and all(f".{layer}".startswith(f".{name}") for layer in layers)
+        if (module is host or isinstance(module, PreTrainedModel))
+        and all(f".{layer}".startswith(f".{name}") for layer in layers)
     ]
+
+
+def _device_of_layer(layer: Any, weight: torch.Tensor) -> torch.device:
+    """Where a layer computes, also if its weights are elsewhere until then."""
+    hook = getattr(layer, "_hf_hook", None)
+    hooks = (hook, *getattr(hook, "hooks", ()))
+    place = next((found for each in hooks if (found := getattr(each, "execution_device", None)) is not None), None)
+    return torch.device(place) if weight.device.type == "meta" and place is not None else weight.device
+
+
+def _device_of_ids(embedding: Any) -> torch.device:
+    """Where a host takes its ids; the CPU if its weights are elsewhere until they are needed."""
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return torch.device("cpu")
+    is_fetched = weight.device.type == "meta" and hasattr(embedding, "_hf_hook")
+    return torch.device("cpu") if is_fetched else weight.device
 
 
 def _initialise(memory: MotifMemory, std: float) -> None:
@@ -221,8 +285,9 @@ def _layer_lists(host: Any) -> dict[str, nn.ModuleList]:
 
 
 def _layer_names(host: Any, layers: Sequence[int | str]) -> list[str]:
-    if isinstance(layers, (str, int)) or not layers:
-        raise ValueError(f"layers: expected a list of numbers or names of layers, got {layers!r}.")
+    layers = [] if isinstance(layers, (str, int)) else list(layers)
+    if not layers:
+        raise ValueError("layers: expected a list of numbers or names of layers, got none.")
     numbers = [layer for layer in layers if not isinstance(layer, str)]
     names = [layer for layer in layers if isinstance(layer, str)]
     if numbers:
@@ -235,7 +300,7 @@ def _layer_names(host: Any, layers: Sequence[int | str]) -> list[str]:
             )
         (list_name, modules), *_ = lists.items()
         for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(modules):
+            if isinstance(number, bool) or not isinstance(number, Integral) or not 0 <= number < len(modules):
                 raise ValueError(
                     f"layers: {type(host).__name__} has layers 0..{len(modules) - 1} in {list_name}, got {number!r}."
                 )
@@ -245,21 +310,12 @@ def _layer_names(host: Any, layers: Sequence[int | str]) -> list[str]:
             layer = host.get_submodule(name)
         except AttributeError:
             raise ValueError(f"layers: {type(host).__name__} has no module {name!r}.") from None
+        if layer is host or isinstance(layer, nn.ModuleList | nn.ModuleDict):
+            raise ValueError(f"layers: expected names of layers, such as {name or 'layers'}.0, got {name!r}.")
         if has_memory(layer):
             raise ValueError(f"layers: {name} has a motif memory already.")
+        check_forward(layer, name)
     if len(set(names)) != len(names):
         raise ValueError(f"layers: expected each layer once, got {list(layers)}.")
     order = {name: place for place, (name, _) in enumerate(host.named_modules())}
     return sorted(names, key=order.__getitem__)
-
-
-def _is_causal(host: Any) -> bool:
-    """Whether the host looks back only, by its attention, or by whether it can generate."""
-    kinds = {
-        bool(module.is_causal) for module in host.modules() if isinstance(getattr(module, "is_causal", None), bool)
-    }
-    if len(kinds) == 1:
-        return kinds.pop()
-    config: Any = host.config
-    architectures = " ".join(getattr(config, "architectures", None) or [])
-    return bool(getattr(config, "is_decoder", False)) or "CausalLM" in architectures or not kinds

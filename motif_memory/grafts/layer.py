@@ -1,5 +1,6 @@
 """The host's classes with something on top: a model that says what it reads, a layer with a memory in front of it."""
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from transformers import Cache
 CHILD = "motif_memory"  # the memory's name in its layer
 GRAFT = "_motif_memory_graft"  # what ties the memories together, at the model and at each of their layers
 _PASS = "motif_memory_pass"
+# What models call a cache, of whatever kind.
+_CACHE_NAMES = ("past_key_values", "cache", "cache_params", "layer_past", "past_buckets_states", "mems", "state")
 
 
 def cache_among(arguments: tuple[Any, ...], options: dict[str, Any]) -> Cache | None:
@@ -15,12 +18,30 @@ def cache_among(arguments: tuple[Any, ...], options: dict[str, Any]) -> Cache | 
     return next((value for value in (*arguments, *options.values()) if isinstance(value, Cache)), None)
 
 
-def tokens_in(cache: Cache | None) -> int | torch.Tensor:
-    """Tokens that a cache holds; 0 if it cannot say, as one without attention."""
+def tokens_in(cache: Cache | None) -> int | torch.Tensor | None:
+    """Tokens that a cache holds; None if it cannot say, as one without attention."""
     try:
         return 0 if cache is None else cache.get_seq_length() + 0  # a copy: static caches count in place
     except ValueError:
-        return 0
+        return None
+
+
+def check_caches(given: dict[str, Any]) -> None:
+    """Refuse caches in which a memory cannot keep its state.
+
+    Args:
+        given: arguments of a call, by name.
+
+    Raises:
+        ValueError: if one is of another kind than `Cache`.
+    """
+    for name, value in given.items():
+        is_named = name in _CACHE_NAMES or type(value).__name__.endswith("Cache")
+        if is_named and value is not None and not isinstance(value, Cache | bool):
+            raise ValueError(
+                f"{name}: a motif memory keeps what it remembers in a cache of Transformers (a Cache), got a "
+                f"{type(value).__name__}; use `generate`, or read whole texts with use_cache=False."
+            )
 
 
 class _LayerWithMemory:
@@ -31,8 +52,14 @@ class _LayerWithMemory:
     """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        options[_PASS] = getattr(self, GRAFT).current_pass()
-        return super().__call__(*arguments, **options)  # type: ignore[misc]
+        options[_PASS] = now = getattr(self, GRAFT).current_pass()
+        output = super().__call__(*arguments, **options)  # type: ignore[misc]
+        if now is not None and getattr(self, CHILD).layer_idx not in now.has_run:
+            raise RuntimeError(
+                f"the `forward` of this {type(self).__name__} was replaced after a motif memory was attached, which "
+                "is therefore not computed; attach the memory afterwards."
+            )
+        return output
 
     def forward(self, *arguments: Any, motif_memory_pass: Any = None, **options: Any) -> Any:
         """The layer's own arguments, of which the first is (batch, length, hidden)."""
@@ -41,10 +68,21 @@ class _LayerWithMemory:
                 "a layer with a motif memory was called by itself; call the model, which knows the ids."
             )
         by_name = len(arguments) == 0  # compiled code takes no `not` of a tuple
+        if by_name and "hidden_states" not in options:
+            raise RuntimeError(
+                f"{type(self).__name__} is called with {', '.join(options)}; a motif memory needs layers whose input "
+                "comes first, or is called hidden_states."
+            )
         hidden_states = options["hidden_states"] if by_name else arguments[0]
         cache = cache_among(arguments, options)
         memory = getattr(self, CHILD)
         plan, state = motif_memory_pass.plan(getattr(self, GRAFT).config, cache, hidden_states.device)
+        if state is not None and memory.layer_idx in motif_memory_pass.has_run:
+            raise ValueError(
+                f"a {type(self).__name__} with a motif memory is computed twice in one pass, for which a cache has no "
+                "room: give use_cache=False."
+            )
+        motif_memory_pass.has_run.add(memory.layer_idx)
         output = memory(hidden_states, plan, state)
         if state is not None:
             state.advance(memory.layer_idx, output)
@@ -111,18 +149,44 @@ def has_memory(layer: torch.nn.Module) -> bool:
     return isinstance(layer, _LayerWithMemory)
 
 
+def check_forward(layer: Any, name: str) -> None:
+    """Refuse a layer in front of which no memory can be put.
+
+    Raises:
+        ValueError: if its `forward` was replaced, or if its weights are elsewhere until they are needed.
+    """
+    if "forward" not in vars(layer):
+        return
+    if not hasattr(layer, "_old_forward"):
+        raise ValueError(f"layers: the `forward` of {name} was replaced by other code; attach the memory before that.")
+    hook = getattr(layer, "_hf_hook", None)
+    if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+        raise ValueError(
+            f"layers: the weights of {name} are fetched when they are needed, where a memory has no place. Attach the "
+            "memory first, then spread the model (accelerate.dispatch_model), or load it without offloading."
+        )
+
+
 def put_in(layer: Any, memory: torch.nn.Module, graft: Any) -> None:
     """Put a memory in front of a layer, as its child."""
     layer.add_module(CHILD, memory)
     setattr(layer, GRAFT, graft)
     layer.__class__ = _extended(_LayerWithMemory, type(layer))
+    _renew_forward(layer)
 
 
-def take_out(layer: torch.nn.Module) -> None:
+def take_out(layer: Any) -> None:
     """The layer as it was."""
     layer.__class__ = host_class(type(layer))
     delattr(layer, CHILD)
     delattr(layer, GRAFT)
+    _renew_forward(layer)
+
+
+def _renew_forward(layer: Any) -> None:
+    """Let what accelerate put around a layer's `forward` call that of its class now."""
+    if "_old_forward" in vars(layer):
+        layer._old_forward = MethodType(type(layer).forward, layer)
 
 
 def tie(model: Any, graft: Any) -> None:

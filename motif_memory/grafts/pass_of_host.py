@@ -21,7 +21,7 @@ class HostPass:
         attention_mask: of the call: (batch, past + length), 1 for tokens and 0 for padding; or what the host makes of
             it, (batch, 1 or heads, length, past + length).
         position_ids: (batch or 1, length), if the caller gave them; a new segment begins where they do not go on.
-        past: tokens in the cache that the call goes on from.
+        past: tokens in the cache that the call goes on from, None if it cannot say.
         spelling: letters of the tokens.
         is_causal: whether a window looks back only.
     """
@@ -31,7 +31,7 @@ class HostPass:
         input_ids: torch.Tensor,
         attention_mask: Any,
         position_ids: torch.Tensor | None,
-        past: int | torch.Tensor,
+        past: int | torch.Tensor | None,
         spelling: Spelling,
         is_causal: bool,
     ):
@@ -43,6 +43,7 @@ class HostPass:
         self.is_causal = is_causal
         self.state: GraftState | None = None
         self.ids: torch.Tensor | None = None
+        self.has_run: set[int] = set()  # which memories were computed
         self._plans: dict[torch.device, NgramPlan | SpelledPlan] = {}
 
     def plan(
@@ -51,6 +52,8 @@ class HostPass:
         """The plan of this pass on a device, and the state that the cache carries; made at the first memory."""
         if device not in self._plans:
             self.state = state_in(cache, config) if self.is_causal else None
+            if self.state is not None:
+                self.state.keep_step(self.past)
             ids = self.spelling.known(self.input_ids)
             exists = _exists(self.attention_mask, ids.shape, self.past)
             if exists is not None:
@@ -85,19 +88,33 @@ class HostPass:
             self.state.advance_ids(self.ids)
 
 
-def _exists(mask: Any, shape: torch.Size, past: int | torch.Tensor) -> torch.Tensor | None:
+def _exists(mask: Any, shape: torch.Size, past: int | torch.Tensor | None) -> torch.Tensor | None:
     """Which of the pass's tokens are no padding, (batch, length); None: all."""
     if isinstance(mask, Mapping):  # one for each kind of layer
         mask = next((value for value in mask.values() if isinstance(value, torch.Tensor)), None)
-    if not isinstance(mask, torch.Tensor):
+    if not isinstance(mask, torch.Tensor) or mask.dim() < 2:
         return None
     batch, length = shape
     if mask.dim() == 2:
-        return mask[:, -length:].bool() if length else None
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return mask.index_select(-1, _columns(mask, length, past)).bool()
+    if mask.dtype == torch.bool:
+        seen = mask
+    else:
+        seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
     seen = seen.flatten(1, -3) if seen.dim() > 4 else seen
-    here = torch.arange(length, device=mask.device) + past
-    return seen.index_select(-1, here).any(-2).any(1).expand(batch, -1)  # what is seen by any token
+    return seen.index_select(-1, _columns(seen, length, past)).any(-2).any(1).expand(batch, -1)  # seen by any token
+
+
+def _columns(mask: torch.Tensor, length: int, past: int | torch.Tensor | None) -> torch.Tensor:
+    """Which columns of a mask are those of the pass's tokens.
+
+    They stand behind those of the cache. Behind them a static cache has room for tokens to come; and in front some may
+    be missing, which a layer with a sliding window has forgotten.
+    """
+    width = mask.shape[-1]
+    last = width - length
+    first = last if past is None else torch.as_tensor(past, device=mask.device).clamp(max=last)
+    return torch.arange(length, device=mask.device) + first
 
 
 def _plan(

@@ -1,6 +1,7 @@
 """Grafted memories as a small folder of their own."""
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..configuration_motif_memory import MotifMemoryConfig
+from ..module import MotifMemory
 from .attach import IN_CONFIG, attach_memory, attached_memories, base_model_of, graft_of
 from .layer import CHILD, GRAFT
+from .token_letters import token_letters_of
 
 CONFIG_FILE, WEIGHTS_FILE = "motif_memory.json", "motif_memory.safetensors"
 
@@ -28,12 +31,15 @@ def save_memory(model: Any, folder: str | Path, *, push_to_hub: bool = False, re
         repo_id: to where; by default the folder's name.
 
     Raises:
-        ValueError: if the model has no memory.
+        ValueError: if the model has no memory, or one with an adapter in it.
     """
     graft, folder = graft_of(model), Path(folder)
+    memories = attached_memories(model)
+    for layer, memory in memories.items():
+        _check_plain(layer, memory)
     weights = {
         f"{layer}.{name}": _gathered(value.detach()).contiguous().clone()
-        for layer, memory in attached_memories(model).items()
+        for layer, memory in memories.items()
         for name, value in memory.state_dict().items()
     }
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -65,6 +71,17 @@ def save_memory(model: Any, folder: str | Path, *, push_to_hub: bool = False, re
         )
 
 
+def _check_plain(layer: str, memory: MotifMemory) -> None:
+    """Refuse memories with something put into them, which a memory that is loaded would lack."""
+    with torch.device("meta"):
+        plain = MotifMemory(memory.config, memory.norm_q.weight.shape[0], layer_idx=0, initializer_range=None)
+    if others := sorted(memory.state_dict().keys() ^ plain.state_dict().keys()):
+        raise ValueError(
+            f"the memory in front of {layer} has other weights than its own ({', '.join(others[:3])}): merge an "
+            "adapter first (merge_and_unload), or train the memory whole (modules_to_save=['motif_memory'])."
+        )
+
+
 def _gathered(weight: torch.Tensor) -> torch.Tensor:
     """A weight with the parts that other processes hold."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
@@ -76,7 +93,7 @@ def load_memory(model: Any, folder: str | Path, *, tokenizer: Any = None, revisi
     Args:
         model: the host they were trained in.
         folder: what `save_memory` wrote, or `model.save_pretrained` of a model with memories, or a name on the Hub.
-        tokenizer: the host's; only for a folder of `save_pretrained`, which has no list of letters.
+        tokenizer: the host's; needed for a folder of `save_pretrained`, which has no list of letters.
         revision: of a name on the Hub.
 
     Raises:
@@ -90,20 +107,27 @@ def load_memory(model: Any, folder: str | Path, *, tokenizer: Any = None, revisi
     config = _checked(fields, place)
     host = base_model_of(model)
     _check_host(host, fields, place)
+    letters = fields.get("token_letters")
+    if letters is not None and tokenizer is not None and _differ(letters, token_letters_of(tokenizer)):
+        raise ValueError(
+            f"{place} was trained with a vocabulary whose tokens spell other bases than those of "
+            f"{type(tokenizer).__name__}; give the tokenizer of that model, or none."
+        )
     if getattr(host, GRAFT, None) is None:
         attach_memory(
             model,
             config,
             layers=fields["layers"],
             tokenizer=tokenizer,
-            token_letters=fields.get("token_letters"),
+            token_letters=letters,
             is_causal=fields["is_causal"],
         )
-    memories = attached_memories(model)
-    if list(memories) != fields["layers"] or graft_of(model).config != config:
+    memories, graft = attached_memories(model), graft_of(model)
+    is_same = list(memories) == fields["layers"] and graft.config == config
+    if not is_same or graft.is_causal != fields["is_causal"] or _differ(letters, graft.token_letters):
         raise ValueError(
-            f"{place} holds memories for the layers {fields['layers']}, of another configuration than those that the "
-            f"model has at {list(memories)}; take these out first with detach_memory."
+            f"{place} holds memories for the layers {fields['layers']}, of another configuration, direction or "
+            f"vocabulary than those that the model has at {list(memories)}; take these out first with detach_memory."
         )
     expected = {f"{layer}.{name}" for layer, memory in memories.items() for name in memory.state_dict()}
     if weights.keys() != expected:
@@ -116,6 +140,11 @@ def load_memory(model: Any, folder: str | Path, *, tokenizer: Any = None, revisi
     return model
 
 
+def _differ(letters: list[str] | None, others: list[str]) -> bool:
+    """Whether tokens spell other bases; a vocabulary may be filled up with tokens that spell none."""
+    return letters is not None and any(one != other for one, other in zip_longest(letters, others, fillvalue=""))
+
+
 def _read(place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if (place / CONFIG_FILE).is_file():
         return _json(place / CONFIG_FILE), _tensors([place / WEIGHTS_FILE], "")
@@ -126,13 +155,26 @@ def _read(place: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     found = _tensors(sorted(place.glob("*.safetensors")), f".{CHILD}.")
     layers = config[IN_CONFIG]["layers"]
+    names = _names_in_file({name.partition(f".{CHILD}.")[0] for name in found}, layers)
     weights = {}
     for name, value in found.items():
         before, _, after = name.partition(f".{CHILD}.")
-        layer = next((layer for layer in layers if before == layer or before.endswith(f".{layer}")), None)
-        if layer is not None:
-            weights[f"{layer}.{after}"] = value
+        if before in names:
+            weights[f"{names[before]}.{after}"] = value
     return config[IN_CONFIG], weights
+
+
+def _names_in_file(prefixes: set[str], layers: list[str]) -> dict[str, str]:
+    """Which layer each name in a file is of: saving puts something in front, or renames what a layer is in."""
+    found = {}
+    for layer in layers:
+        ends = [layer, ".".join(layer.split(".")[-2:]), layer.split(".")[-1]]
+        for end in ends:
+            fitting = [prefix for prefix in prefixes if prefix == end or prefix.endswith(f".{end}")]
+            if len(fitting) == 1:
+                found[fitting[0]] = layer
+                break
+    return found
 
 
 def _checked(fields: dict[str, Any], place: Path) -> MotifMemoryConfig:

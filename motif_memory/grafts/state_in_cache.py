@@ -9,6 +9,7 @@ from ..configuration_motif_memory import MotifMemoryConfig
 from ..state import MemoryState
 
 _ATTRIBUTE = "motif_memory_state"
+_LACKS_STATE = "motif_memory_lacks_state"
 MOST_CROPPED = 512  # tokens that a cache can take back: what a graft keeps beyond what it reads
 
 
@@ -122,6 +123,8 @@ class GraftState(MemoryState):
         super().__init__(config)
         self.is_static = is_static
         self._pieces: dict[tuple[int, str], Any] = {}
+        self._tokens = 0  # that were read
+        self._before: int | None = None  # tokens in the cache when there was no state yet, if the cache counts them
 
     @property
     def keeps_all(self) -> bool:
@@ -140,8 +143,31 @@ class GraftState(MemoryState):
         missing = most - kept.shape[1]
         return torch.nn.functional.pad(kept, (missing, 0), value=-1) if missing else kept
 
+    def keep_step(self, past: int | torch.Tensor | None) -> None:
+        """Forget tokens that were taken out of the cache's layers, past the cache's own methods.
+
+        Args:
+            past: tokens that the cache held before the pass, None if it does not count them.
+
+        Raises:
+            ValueError: if more were taken out than are kept, or some were added that the memories have not read.
+        """
+        if self.is_static or not isinstance(past, int) or torch.compiler.is_compiling():
+            return
+        if self._before is None:
+            self._before = past - self._tokens
+        missing = self._before + self._tokens - past
+        if missing < 0:
+            raise ValueError(
+                f"the cache holds {-missing} tokens more than its motif memories have read; begin with a new one."
+            )
+        if missing:
+            self.crop(missing)
+
     def advance_ids(self, ids: torch.Tensor) -> None:
         """Keep the ids of this pass, (batch, length)."""
+        if not self.is_static:  # a compiled step would be made anew for each number
+            self._tokens += ids.shape[1]
         self._write("ids", 0, ids.unsqueeze(-1), self.config.context)
 
     def _read(self, name: str, layer: int) -> torch.Tensor | None:
@@ -173,6 +199,7 @@ class GraftState(MemoryState):
         Raises:
             ValueError: if that is more than is kept.
         """
+        self._tokens -= tokens
         for (_, name), pieces in self._pieces.items():
             is_whole = pieces.length < self._needed(name) + MOST_CROPPED
             pieces.crop(tokens)
@@ -184,12 +211,17 @@ class GraftState(MemoryState):
 
     def reset(self) -> None:
         """Forget everything."""
+        self._tokens, self._before = 0, None
         for pieces in self._pieces.values():
             pieces.reset()
 
 
 class _FollowedCache:
     """What a cache class gets on top, so that the state follows what is done with the cache."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the cache's own class, which can be imported."""
+        return _empty, (type(self).__mro__[2],), self.__dict__
 
     def _state(self) -> GraftState:
         return getattr(self, _ATTRIBUTE)
@@ -216,6 +248,10 @@ class _FollowedCache:
         self._state().reset()
 
 
+def _empty(cache_class: Any) -> Any:
+    return object.__new__(_followed(cache_class))
+
+
 _followed_classes: dict[Any, Any] = {}
 
 
@@ -226,11 +262,41 @@ def _followed(cache_class: Any) -> Any:
     return _followed_classes[cache_class]
 
 
+def follow(cache: Any, config: MotifMemoryConfig) -> GraftState:
+    """The state that a cache of Transformers carries; a cache without one gets an empty one.
+
+    Raises:
+        ValueError: if the cache is one of other memories, or none could be kept in it, since the model is compiled.
+    """
+    if isinstance(cache, _FollowedCache):
+        state = getattr(cache, _ATTRIBUTE)
+        if state.config != config:
+            raise ValueError("the cache was filled with other motif memories; begin with a new one.")
+        return state
+    if getattr(cache, _LACKS_STATE, False):
+        raise ValueError(
+            "the cache was made inside a compiled model, where a motif memory cannot keep its state in it: read the "
+            "prompt uncompiled, and go on from its cache; or use generate."
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "a compiled model with a motif memory was given a new cache: read the prompt uncompiled, and go on from "
+            "its cache; or use generate."
+        )
+    state = GraftState(config, is_static=bool(getattr(cache, "is_compileable", False)))
+    setattr(cache, _ATTRIBUTE, state)
+    cache.__class__ = _followed(type(cache))
+    return state
+
+
 def state_in(cache: Any, config: MotifMemoryConfig) -> GraftState | None:
-    """The state that a cache of Transformers carries; a cache without one gets an empty one. None without a cache."""
+    """The state in a cache that a layer was given, see `follow`; None without a cache.
+
+    A cache that the host made just now inside a compiled call gets none: its class cannot be changed there.
+    """
     if cache is None:
         return None
-    if not isinstance(cache, _FollowedCache):
-        setattr(cache, _ATTRIBUTE, GraftState(config, is_static=bool(getattr(cache, "is_compileable", False))))
-        cache.__class__ = _followed(type(cache))
-    return getattr(cache, _ATTRIBUTE)
+    if torch.compiler.is_compiling() and not isinstance(cache, _FollowedCache):
+        setattr(cache, _LACKS_STATE, True)
+        return None
+    return follow(cache, config)

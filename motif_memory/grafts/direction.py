@@ -1,0 +1,89 @@
+"""Whether a host looks back only: found by trial, and by what its layers say where it cannot be tried."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_TOKENS, _BEFORE = 8, 2  # of a text whose tokens behind the first two change
+# How much of the later outputs' change may reach the earlier ones in a host that looks back only: rounding, in sums of
+# another order. Those that look both ways let through some hundredths and more.
+_ROUNDING = 1e-3
+
+
+def looks_back_only(host: Any, layers: Sequence[nn.Module], tokens: Sequence[int], device: torch.device) -> bool:
+    """Whether no output of a host depends on later tokens.
+
+    Args:
+        host: the base model.
+        layers: those that get a memory.
+        tokens: two ids or more of its vocabulary.
+        device: of its ids.
+
+    Raises:
+        ValueError: if it cannot be found out.
+    """
+    found = _by_trial(host, tokens, device)
+    if found is None:
+        found = _as_they_say(host, layers)
+    if found is None:
+        raise ValueError(
+            f"whether {type(host).__name__} looks back only could not be found out: say is_causal=True (a decoder) or "
+            "is_causal=False (an encoder)."
+        )
+    return found
+
+
+@torch.no_grad()
+def _by_trial(host: Any, tokens: Sequence[int], device: torch.device) -> bool | None:
+    if device.type == "meta" or len(tokens) < 2:
+        return None
+    texts = [[tokens[0], tokens[1], *[token] * (_TOKENS - _BEFORE)] for token in tokens[:2]]
+    try:
+        with _as_it_was(host):
+            one, other = (_states(host(input_ids=torch.tensor([text], device=device))) for text in texts)
+    except Exception:  # of any kind: what a host does with a text without its other inputs is up to its code
+        return None
+    if one is None or other is None or one.shape != other.shape or one.shape[1] != _TOKENS:
+        return None
+    change = (one.double() - other.double()).abs()
+    most = float(change[:, _BEFORE:].max())
+    if not 0 < most < float("inf"):  # it says the same of all texts, or nothing
+        return None
+    return float(change[:, :_BEFORE].max()) <= _ROUNDING * most
+
+
+def _states(output: Any) -> torch.Tensor | None:
+    """(1, length, ...) of what a base model returned."""
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    is_usable = isinstance(first, torch.Tensor) and first.is_floating_point() and first.dim() >= 3
+    return first if is_usable else None
+
+
+@contextlib.contextmanager
+def _as_it_was(host: nn.Module) -> Iterator[None]:
+    """The host in evaluation; afterwards in the modes, and with the random numbers to come, that it had."""
+    training = {module: module.training for module in host.modules()}
+    attention: Any = getattr(host, "attention_type", None)  # BigBird changes it for good when it reads a short text
+    try:
+        with torch.random.fork_rng(devices=[]):
+            host.eval()
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+        if isinstance(attention, str) and host.attention_type != attention:
+            host.set_attention_type(attention)  # type: ignore[operator]
+
+
+def _as_they_say(host: Any, layers: Sequence[nn.Module]) -> bool | None:
+    """By `is_causal` of the attention in the layers; then by whether the host is a decoder."""
+    said = [getattr(module, "is_causal", None) for layer in layers for module in layer.modules()]
+    kinds = {kind for kind in said if isinstance(kind, bool)}
+    if kinds:
+        return True in kinds
+    config: Any = host.config
+    is_generator = any("CausalLM" in name or "LMHead" in name for name in getattr(config, "architectures", None) or ())
+    return True if is_generator or getattr(config, "is_decoder", False) else None
