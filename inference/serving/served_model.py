@@ -13,10 +13,10 @@ from ...support.errors import InputError
 from ..base_tokens import BaseTokens
 from ..effects import Change, StrandEffects
 from ..embeddings import SequenceEncoder, check_dna
-from ..generation import BaseGenerator, Sampling, random_draws
+from ..generation import BaseGenerator, Sampling, Wanted, random_draws
 from ..loaded_model import LoadedModel, context_length, head_of
 from ..window_effects import WindowEffects
-from .batching import Work
+from .batching import Results, Work
 
 
 class Continuation(NamedTuple):
@@ -103,22 +103,25 @@ class ServedModel:
             raise InputError(f"expected at most {self.context} bases, which the model can read, got {len(reference)}.")
         return Work(("score", strands), _change(reference.upper(), alternative.upper()), len(reference))
 
-    def compute(self, key: Any, payloads: list[Any]) -> Generator[None, None, Sequence[Any]]:
+    def compute(self, key: Any, payloads: list[Any], is_wanted: Wanted) -> Generator[Results, None, None]:
         """The results of works of one key: new bases, vectors, or effects. Stops between the bases."""
         kind, *options = key
         if kind == "continue":
-            return (yield from self._continued(options[0], payloads))
-        if kind == "embed":
+            yield from self._continued(options[0], payloads, is_wanted)
+        elif kind == "embed":
             choice: EmbeddingChoice = options[0]
             found = self._encoder.vectors(payloads, choice.layer, choice.pooling, choice.strands)
-            return list(found)
-        return self._compared(options[0], payloads)
+            yield list(enumerate(found))
+        else:
+            yield list(enumerate(self._compared(options[0], payloads)))
 
-    def _continued(self, sampling: Sampling, wanted: Sequence[Continuation]) -> Generator[None, None, list[str]]:
+    def _continued(
+        self, sampling: Sampling, wanted: Sequence[Continuation], is_wanted: Wanted
+    ) -> Generator[Results, None, None]:
         new = [each.new for each in wanted]
         draws = np.stack([random_draws(each.seed, each.prompt, each.sample, max(new)) for each in wanted])
         generator = self._generator.with_sampling(sampling)
-        return (yield from generator.steps([each.prompt for each in wanted], draws, new))
+        yield from generator.steps([each.prompt for each in wanted], draws, new, is_wanted)
 
     def _compared(self, strands: str, changes: Sequence[Change]) -> list[StrandEffects]:
         if strands not in self._effects:
