@@ -1,6 +1,7 @@
 """Work of many callers, done together by one thread."""
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -32,6 +33,13 @@ class ClosedError(Exception):
 
 
 @dataclass(eq=False)
+class _Caller:
+    """Whose works were submitted together, and when the last of these was begun, or they were submitted."""
+
+    turn: int
+
+
+@dataclass(eq=False)
 class Work:
     """Something to be done.
 
@@ -48,7 +56,7 @@ class Work:
     has_steps: bool = False
     future: "Future[Any]" = field(default_factory=Future)
     given_up: threading.Event = field(default_factory=threading.Event)
-    caller: object = field(default=None, init=False)
+    caller: _Caller = field(default_factory=lambda: _Caller(0), init=False)
 
     @property
     def is_wanted(self) -> bool:
@@ -68,10 +76,10 @@ class _Batch:
         self.kind, self.works, self.steps = kind, works, steps
         self.seconds = 0.0  # that it has had
 
-    def tokens(self) -> Counter[object]:
+    def tokens(self) -> Counter[_Caller]:
         """Of what is still to be done, by caller."""
         longest = max(work.tokens for work in self.works)
-        found = Counter[object]()
+        found = Counter[_Caller]()
         for work in self.works:
             if work.is_wanted:
                 found[work.caller] += longest
@@ -79,13 +87,15 @@ class _Batch:
 
 
 class Batcher:
-    """A queue, and a thread that does as much of it at once as fits: the oldest work, and what goes with it.
+    """A queue, and a thread that does as much of it at once as fits: the next work, and what goes with it.
 
-    While a batch is computed, others wait and become the next one; nobody waits for a batch to fill. Batches of many
-    steps take turns with each other and with all else, so that a long one keeps nobody waiting. Short and long works
-    of many steps are not in one batch, and each kind has room of its own; where there is none for a work, those of its
-    kind behind it wait too, unless its caller alone has too much under way. If a batch fails, its works are done one
-    after another, so that one cannot spoil another.
+    Next is the oldest work of the caller who has waited longest since a work of theirs was begun. While a batch is
+    computed, others wait and become the next one; nobody waits for a batch to fill. If a batch fails, its works are
+    done one after another, so that one cannot spoil another.
+
+    Batches of many steps take turns with each other and with all else, so that a long one keeps nobody waiting. Short
+    and long works of many steps are not in one batch, and each kind has room of its own; where there is none for a
+    work, those of its kind behind it wait too, unless its caller alone has too much under way.
 
     Args:
         compute: key, payloads, and whether the one at a place is still wanted -> a generator that stops between steps,
@@ -107,6 +117,7 @@ class Batcher:
         self._waiting: deque[Work] = deque()
         self._under_way: deque[_Batch] = deque()
         self._changed = threading.Condition()
+        self._turns = itertools.count()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
@@ -124,13 +135,13 @@ class Batcher:
             QueueFullError: if they do not fit.
             ClosedError: after `close`.
         """
-        caller = object()
         with self._changed:
             if self._is_closed:
                 raise ClosedError("no more work is taken")
             waiting = self._wanted_ones()
             if len(waiting) + len(works) > self._most_waiting:
                 raise QueueFullError(f"{len(waiting)} wait already, and at most {self._most_waiting} can")
+            caller = _Caller(next(self._turns))
             for work in works:
                 work.caller = caller
             waiting.extend(works)
@@ -163,12 +174,12 @@ class Batcher:
         return self._waiting
 
     def _next_works(self) -> list[Work]:
-        """The oldest work that may begin now, and what goes with it; they no longer wait."""
+        """The next work that may begin now, and what goes with it; they no longer wait."""
         room = _Room(self._under_way, self._most_tokens)
         works: list[Work] = []
         later = deque[Work]()
         kind, longest, blocked = "", 0, set[str]()
-        for work in self._wanted_ones():
+        for work in sorted(self._wanted_ones(), key=lambda work: work.caller.turn):
             own, high = self._kind(work), max(longest, work.tokens)
             if not room.has_share(own, work):
                 fits = False
@@ -184,6 +195,8 @@ class Batcher:
             else:
                 later.append(work)
         self._waiting = later
+        for work in works:
+            work.caller.turn = next(self._turns)
         return works
 
     def _kind(self, work: Work) -> str:
@@ -218,7 +231,7 @@ class _Room:
     def __init__(self, under_way: Sequence[_Batch], most_tokens: int):
         self._most_tokens = most_tokens
         self._tokens = dict.fromkeys(_UNDER_WAY, 0)
-        self._of_callers: dict[str, Counter[object]] = {kind: Counter() for kind in _UNDER_WAY}
+        self._of_callers: dict[str, Counter[_Caller]] = {kind: Counter() for kind in _UNDER_WAY}
         self._have_young = {batch.kind for batch in under_way if batch.seconds < _ALONE}
         for batch in under_way:
             tokens = batch.tokens()

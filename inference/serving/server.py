@@ -226,7 +226,8 @@ class _Service:
         results.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # also if nobody awaits it
         leaving = asyncio.create_task(_has_left(client))
         try:
-            await asyncio.wait([results, leaving], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [results, leaving]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not results.done():
                 raise _RefusedError(499, "the client has left.")  # nobody reads it; it is counted
             return list(await results)

@@ -355,3 +355,15 @@ def test_results_that_are_not_those_of_the_works_end_nothing_else(given, said, h
     batcher.submit([work := Work("other", "", 1)])
     assert work.future.result(30) == "right"
     batcher.close()
+
+
+def test_callers_take_turns():
+    """Whoever asks for little does not wait for all of a large request, nor that for ever for those who ask later."""
+    gate = Gate()
+    batcher = held(gate)
+    one, other = ([Work(key, key * 20, 20) for _ in range(3)] for key in "ab")
+    for works in (one, other, [Work("c", "c", 1)]):
+        batcher.submit(works)
+    gate.open.set()
+    batcher.close()
+    assert "".join(key for key, _ in gate.batches[1:]) == "abcabab"
