@@ -48,6 +48,8 @@ class Work:
         payload: what is done.
         tokens: how long it is; in a batch all are as long as the longest.
         has_steps: whether it takes many steps, so that others should have their turn between them.
+
+    `caller` is who submitted it.
     """
 
     key: Hashable
