@@ -1,7 +1,7 @@
 """Embeddings of sequences of any length, by any model of Transformers."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +23,20 @@ Choice = tuple[int, str]  # a layer and a pooling
 Advance = Callable[[int], Any]
 
 
+Result = TypeVar("Result")
+
+
 def _ignored(_tokens: int) -> None:
     pass
+
+
+def _result_of(steps: Generator[int, None, Result], advance: Advance = _ignored) -> Result:
+    """What all steps return; `advance` is called after each with what it gives."""
+    while True:
+        try:
+            advance(next(steps))
+        except StopIteration as end:
+            return end.value
 
 
 class Excerpt(NamedTuple):
@@ -121,21 +133,35 @@ class SequenceEncoder:
             ValueError: if an argument cannot be used, the model's tokens are not single bases, or a sequence is empty
                 or has other letters.
         """
+        if pooling != "none":
+            return _result_of(self.vector_steps(sequences, layer, pooling, strands))
+        excerpts, read = self._on_strands(sequences, strands), STRANDS[strands]
+        found = list(self.base_vectors(excerpts, self.layer(layer)))
+        return [mean_of_strands(found[start : start + len(read)], read) for start in range(0, len(found), len(read))]
+
+    def vector_steps(
+        self, sequences: Sequence[str], layer: int, pooling: str, strands: str
+    ) -> Generator[int, None, np.ndarray]:
+        """A generator that stops after each pass of the model, and returns the `vectors`, (sequences, hidden)."""
+        excerpts = self._on_strands(sequences, strands)
+        (pooled,) = (yield from self.pooling_steps(excerpts, [(self.layer(layer), pooling)])).values()
+        return pooled.reshape(len(sequences), len(STRANDS[strands]), pooled.shape[1]).mean(axis=1).astype(np.float32)
+
+    def tokens_read(self, length: int, pooling: str, strands: str) -> int:
+        """How many tokens the model reads for the vector of so many bases: on each strand, in windows that overlap."""
+        excerpt = Excerpt(np.empty(0, dtype=np.int64), 0, 0, length, length)
+        windows = [own.window for own in self._windows([excerpt], {pooling})]
+        return len(STRANDS[strands]) * sum(window.end - window.start for window in windows)
+
+    def _on_strands(self, sequences: Sequence[str], strands: str) -> list[Excerpt]:
+        """Every sequence on each of the strands."""
         if not isinstance(self.tokens, BaseTokens):
             BaseTokens.of(self.tokenizer)  # says why not
         if strands not in STRANDS:
             raise ValueError(f"strands: expected {', '.join(STRANDS)}, got {strands!r}.")
         for number, sequence in enumerate(sequences):
             check_dna(sequence, f"sequence {number}")
-        read = STRANDS[strands]
-        excerpts = [self.excerpt(sequence, strand) for sequence in sequences for strand in read]
-        if pooling == "none":
-            found = list(self.base_vectors(excerpts, self.layer(layer)))
-            return [
-                mean_of_strands(found[start : start + len(read)], read) for start in range(0, len(found), len(read))
-            ]
-        (pooled,) = self.pooled(excerpts, [(self.layer(layer), pooling)]).values()
-        return pooled.reshape(len(sequences), len(read), pooled.shape[1]).mean(axis=1).astype(np.float32)
+        return [self.excerpt(sequence, strand) for sequence in sequences for strand in STRANDS[strands]]
 
     def embed(
         self,
@@ -193,13 +219,19 @@ class SequenceEncoder:
         Raises:
             ValueError: if a pooling does not exist.
         """
+        return _result_of(self.pooling_steps(excerpts, choices), advance)
+
+    def pooling_steps(
+        self, excerpts: Sequence[Excerpt], choices: Sequence[Choice]
+    ) -> Generator[int, None, dict[Choice, np.ndarray]]:
+        """A generator that gives after each batch the number of tokens that are done, and returns what is `pooled`."""
         for _, pooling in choices:
             if pooling not in POOLINGS:
                 raise ValueError(f"expected a pooling of {', '.join(POOLINGS)}, got {pooling!r}.")
         windows = self._windows(excerpts, {pooling for _, pooling in choices})
         sums = {choice: _Vectors(len(excerpts), self._states.width, choice[1]) for choice in choices}
         layers = sorted({layer for layer, _ in choices})
-        for rows, states in self._of(excerpts, windows, layers, advance):
+        for rows, states in self._of(excerpts, windows, layers):
             for layer, pooling in choices:
                 ranges = [_kept(windows[row], excerpts[windows[row].excerpt], pooling) for row in rows]
                 places = [place for place, (start, end) in enumerate(ranges) if start < end]
@@ -209,13 +241,14 @@ class SequenceEncoder:
                     owners = [windows[rows[place]].excerpt for place in places]
                     counts = [ranges[place][1] - ranges[place][0] for place in places]
                     sums[layer, pooling].add(owners, counts, pooled)
+            yield _tokens_kept(windows, rows)
         return {choice: vectors.result() for choice, vectors in sums.items()}
 
     def base_vectors(self, excerpts: Sequence[Excerpt], layer: int, advance: Advance = _ignored) -> list[np.ndarray]:
         """A vector of each wanted token of each excerpt: (tokens, hidden) float32; `advance` as in `pooled`."""
         windows = self._windows(excerpts, {"none"})
         found: dict[int, np.ndarray] = {}
-        for rows, states in self._of(excerpts, windows, [layer], advance):
+        for rows, states in self._of(excerpts, windows, [layer]):
             vectors = states[layer].float().cpu().numpy()
             for place, row in enumerate(rows):
                 number, window = windows[row]
@@ -223,6 +256,7 @@ class SequenceEncoder:
                 if number not in found:
                     found[number] = np.empty((end - start, vectors.shape[-1]), dtype=np.float32)
                 found[number][window.keep_start - start : window.keep_end - start] = vectors[place, window.kept()]
+            advance(_tokens_kept(windows, rows))
         return [found[number] for number in range(len(excerpts))]
 
     def _windows(self, excerpts: Sequence[Excerpt], poolings: set[str]) -> list["_OwnWindow"]:
@@ -242,19 +276,13 @@ class SequenceEncoder:
         return found
 
     def _of(
-        self,
-        excerpts: Sequence[Excerpt],
-        windows: Sequence["_OwnWindow"],
-        layers: Sequence[int],
-        advance: Advance,
+        self, excerpts: Sequence[Excerpt], windows: Sequence["_OwnWindow"], layers: Sequence[int]
     ) -> Iterator[tuple[list[int], dict[int, torch.Tensor]]]:
         ids = []
         for number, window in windows:
             first = excerpts[number].offset
             ids.append(excerpts[number].ids[window.start - first : window.end - first])
-        for rows, states in self._states.of(ids, layers):
-            yield rows, states
-            advance(sum(windows[row].window.keep_end - windows[row].window.keep_start for row in rows))
+        yield from self._states.of(ids, layers)
 
 
 def embed_sequences(
@@ -337,6 +365,11 @@ class _OwnWindow(NamedTuple):
 
     excerpt: int
     window: Window
+
+
+def _tokens_kept(windows: Sequence[_OwnWindow], rows: Sequence[int]) -> int:
+    """How many tokens are taken from these windows."""
+    return sum(windows[row].window.keep_end - windows[row].window.keep_start for row in rows)
 
 
 def _kept(own: _OwnWindow, excerpt: Excerpt, pooling: str) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from .shared_prefix import CausalReader, Pass, branched
 # A choice that a probability so little different would change is made by a pass of its sequence alone. Far above what
 # float32 probabilities differ by in other batches, and rare: about one base in a thousand.
 _MARGIN = 1e-4
+
+Whole = tuple[int, str]  # which of the sequences, and all its new bases
+Wanted = Callable[[int], bool]
+Steps = Callable[[Sequence[str], np.ndarray, np.ndarray, Wanted], Generator[list[Whole], None, None]]
 
 
 def all_but_bases(tokenizer: Any, config: Any, letters: str = BASES) -> list[int]:
@@ -79,7 +83,7 @@ class Sampling:
             Two arrays (rows,).
         """
         order = np.argsort(-logits, axis=1, kind="stable")
-        ranked = np.take_along_axis(_softmax(logits / (self.temperature or 1)), order, axis=1)
+        ranked = np.take_along_axis(_softmax(logits, self.temperature or 1), order, axis=1)
         if self.temperature == 0:
             return order[:, 0], ranked[:, 0] - ranked[:, 1]
         before = np.cumsum(ranked, axis=1) - ranked  # probability of the likelier ones
@@ -96,8 +100,9 @@ class Sampling:
         return chosen, np.concatenate(margins, axis=1).min(1) * min(self.temperature, 1)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(1, keepdims=True))
+def _softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
+    with np.errstate(over="ignore"):  # of a tiny temperature: minus infinity is right there
+        powers = np.exp((logits - logits.max(1, keepdims=True)) / temperature)
     return powers / powers.sum(1, keepdims=True)
 
 
@@ -147,25 +152,29 @@ class BaseGenerator:
         return other
 
     def continued(self, prompts: Sequence[str], draws: np.ndarray, new: Sequence[int] | None = None) -> list[str]:
-        """The new bases behind each prompt: the result of all `steps`."""
-        steps = self.steps(prompts, draws, new)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return list(end.value)
+        """The new bases behind each prompt: what all `steps` give."""
+        found = dict(whole for step in self.steps(prompts, draws, new) for whole in step)
+        return [found[row] for row in range(len(prompts))]
 
     @torch.inference_mode()
     def steps(
-        self, prompts: Sequence[str], draws: np.ndarray, new: Sequence[int] | None = None
-    ) -> Generator[None, None, list[str]]:
-        """A generator that computes a base of each sequence between two stops, and returns the new bases of each.
+        self,
+        prompts: Sequence[str],
+        draws: np.ndarray,
+        new: Sequence[int] | None = None,
+        is_wanted: Wanted = lambda row: True,
+    ) -> Generator[list[Whole], None, None]:
+        """A generator that computes a base of each sequence between two stops.
 
         Args:
             prompts: sequences of IUPAC codes; those that are not bases are read as N. An empty one begins with the
                 model's own first token, or with a random base if it has none.
             draws: (prompts, new bases), uniform in [0, 1).
             new: how many new bases of each are wanted, if not all that there are draws for.
+            is_wanted: whether a sequence still is; one that is not leaves the others at the next step.
+
+        Yields:
+            of the sequences that have just become whole: which prompt they continue, and all their new bases.
 
         Raises:
             InputError: if a prompt has other letters.
@@ -174,26 +183,48 @@ class BaseGenerator:
         for number, prompt in enumerate(prompts):
             check_letters(prompt, f"prompt {number}")
         wanted = np.full(len(prompts), draws.shape[1]) if new is None else np.array(new)
-        lengths = np.array([len(prompt) for prompt in prompts])
-        is_padded = np.array([self._fits(*sizes) for sizes in zip(lengths, wanted, strict=True)], dtype=bool)
-        are_alike = len(set(lengths)) == 1 == len(set(wanted))
-        found = dict.fromkeys(range(len(prompts)), "")
         with fast_memory(self.reader.model):
-            if are_alike or not self.reader.padding:
-                is_padded[:] = False
-            for rows, make in ((np.flatnonzero(is_padded), self._padded), (np.flatnonzero(~is_padded), self._moving)):
-                if len(rows):
-                    own = yield from make([prompts[row] for row in rows.tolist()], draws[rows], wanted[rows])
-                    found.update(zip(rows.tolist(), own, strict=True))
-        return list(found.values())
+            for make, group in self._groups(np.array([len(prompt) for prompt in prompts]), wanted):
+                rows = [row for row in group if is_wanted(row)]
+                if not rows:
+                    continue
+                steps = make([prompts[row] for row in rows], draws[rows], wanted[rows], _of_rows(is_wanted, rows))
+                for whole in steps:
+                    yield [(rows[place], text) for place, text in whole]
+
+    def _groups(self, lengths: np.ndarray, new: np.ndarray) -> Iterator[tuple[Steps, list[int]]]:
+        """Prompts that are continued together, and how.
+
+        Those that are read in windows move on together from where the shortest prompt ends. So a prompt is in a group
+        of its own if it ends further behind than either it or those before it have new bases.
+        """
+        moving = list(range(len(lengths)))
+        if self.reader.padding and not len(set(lengths)) == 1 == len(set(new)):
+            padded = [row for row in moving if self._fits(lengths[row], new[row])]
+            moving = [row for row in moving if row not in set(padded)]
+            if padded:
+                yield self._padded, padded
+        groups: list[list[int]] = []
+        most = 0
+        for row in sorted(moving, key=lambda row: lengths[row]):
+            if not groups or lengths[row] - lengths[groups[-1][0]] > min(most, new[row]):
+                groups.append([])
+                most = 0
+            groups[-1].append(row)
+            most = max(most, new[row])
+        for group in sorted(groups, key=lambda group: max(new[group])):  # those that end soon first
+            yield self._moving, group
 
     def _fits(self, length: int, new: int) -> bool:
         """Whether a text and its new bases are in one window, and there is something to begin with."""
         return 0 < length + len(self.tokens.before) and length + new <= 2 * self.half
 
-    def _padded(self, prompts: Sequence[str], draws: np.ndarray, new: np.ndarray) -> Generator[None, None, list[str]]:
+    def _padded(
+        self, prompts: Sequence[str], draws: np.ndarray, new: np.ndarray, is_wanted: Wanted
+    ) -> Generator[list[Whole], None, None]:
         """The new bases of texts that fit into one window: padded in front, and left out when they are whole."""
         texts = [[*self.tokens.before, *self.tokens.encode(prompt)] for prompt in prompts]
+        starts = [len(text) for text in texts]
         found, mask = self.reader.read_side_by_side(texts)
         rows = np.arange(len(texts))
         bases = np.array(self.tokens.bases)
@@ -204,10 +235,10 @@ class BaseGenerator:
                 chosen[place] = self._choose(alone, draws[rows[place], step][None])[0][0]
             for number, token in zip(rows, bases[chosen], strict=True):
                 texts[number].append(token)
-            (kept,) = np.nonzero(new[rows] > step + 1)
+            yield [(row, self._text(texts[row][starts[row] :])) for row in rows[new[rows] == step + 1].tolist()]
+            kept = _rows_that_go_on(rows, new[rows] > step + 1, is_wanted)
             if len(kept) == 0:
-                break
-            yield
+                return
             cache = found.cache
             if len(kept) < len(rows):
                 places = torch.from_numpy(kept).to(self.reader.device)
@@ -216,49 +247,43 @@ class BaseGenerator:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             ids = torch.from_numpy(bases[chosen[kept], None]).to(self.reader.device)
             found = self.reader.read(ids, cache, keeps_cache=True, mask=mask)
-        ends = [len(self.tokens.before) + len(prompt) for prompt in prompts]
-        return [self._text(np.array(text[end:], dtype=np.int64)) for text, end in zip(texts, ends, strict=True)]
 
     def _moving(
-        self, prompts: Sequence[str], draws: np.ndarray, wanted: np.ndarray
-    ) -> Generator[None, None, list[str]]:
+        self, prompts: Sequence[str], draws: np.ndarray, new: np.ndarray, is_wanted: Wanted
+    ) -> Generator[list[Whole], None, None]:
         """The new bases of texts of any length, read in windows that move; the places of all move on together."""
         lengths = np.array([len(prompt) for prompt in prompts])
-        rows, new = draws.shape
-        total = int(lengths.max()) + new
-        ids = np.full((rows, total), self.tokens.bases[0])
+        ends = lengths + new
+        ids = np.full((len(prompts), int(ends.max())), self.tokens.bases[0])
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = self.tokens.encode(prompt)
-        place = int(lengths.min())
-        if place == 0 and not self.tokens.before:
-            self._place(ids, 0, lengths, (draws[:, 0] * len(BASES)).astype(int))
-            place = 1
-        while place < total:
-            place = yield from self._fill_window(ids, place, lengths, draws)
-        ends = lengths + wanted
-        return [self._text(ids[row, lengths[row] : ends[row]]) for row in range(rows)]
-
-    def _fill_window(
-        self, ids: np.ndarray, place: int, lengths: np.ndarray, draws: np.ndarray
-    ) -> Generator[None, None, int]:
-        """Choose bases from `place` on until the window moves; returns where that is."""
-        first, stop = max(0, (place // self.half - 1) * self.half), max(place // self.half + 1, 2) * self.half
-        stop = min(stop, ids.shape[1])
-        read, cache = first, None
-        for here in range(place, stop):
-            if not self.reader.can_continue:
-                read = first
-            found = self._read(ids[:, read:here], cache, self.reader.can_continue)
-            read, cache = here, found.cache
-            at = here - lengths  # among the new bases
-            drawn = draws[np.arange(len(at)), at.clip(0, draws.shape[1] - 1)]
-            chosen, margin = self._choose(found.logits, drawn)
-            for row in np.flatnonzero((0 <= at) & (at < draws.shape[1]) & (margin < _MARGIN)):
-                alone = self._read(ids[row : row + 1, first:here]).logits
-                chosen[row] = self._choose(alone, drawn[row : row + 1])[0][0]
-            self._place(ids, here, lengths, chosen)
-            yield
-        return stop
+        rows = np.arange(len(prompts))
+        first, read, cache = 0, 0, None
+        for here in range(int(lengths.min()), ids.shape[1]):
+            start = max(0, (here // self.half - 1) * self.half)
+            if start != first or cache is None:
+                first, read, cache = start, start, None
+            at = here - lengths[rows]  # among the new bases
+            drawn = draws[rows, at.clip(0, draws.shape[1] - 1)]
+            if here == 0 and not self.tokens.before:  # there is nothing to read
+                chosen = (drawn * len(BASES)).astype(int)
+            else:
+                found = self._read(ids[rows, read:here], cache, self.reader.can_continue)
+                read, cache = here, found.cache
+                chosen, margin = self._choose(found.logits, drawn)
+                for place in np.flatnonzero((at >= 0) & (margin < _MARGIN)):
+                    alone = self._read(ids[rows[place : place + 1], first:here]).logits
+                    chosen[place] = self._choose(alone, drawn[place : place + 1])[0][0]
+            ids[rows, here] = np.where(at < 0, ids[rows, here], np.array(self.tokens.bases)[chosen])
+            whole = rows[ends[rows] == here + 1].tolist()
+            yield [(row, self._text(ids[row, lengths[row] : ends[row]].tolist())) for row in whole]
+            kept = _rows_that_go_on(rows, ends[rows] > here + 1, is_wanted)
+            if len(kept) == 0:
+                return
+            if len(kept) < len(rows):
+                if cache is not None:
+                    cache = branched(cache, torch.from_numpy(kept).to(self.reader.device))
+                rows = rows[kept]
 
     def _read(self, ids: np.ndarray, cache: Any = None, keeps_cache: bool = False) -> Pass:
         """A pass over the next tokens; those in front of every sequence come first where there is no cache."""
@@ -271,10 +296,16 @@ class BaseGenerator:
         check_finite(found, self.reader.model)
         return self.sampling.choose(found, draws)
 
-    def _place(self, ids: np.ndarray, here: int, lengths: np.ndarray, digits: np.ndarray) -> None:
-        """Write bases behind prompts that have ended."""
-        ids[:, here] = np.where(here < lengths, ids[:, here], np.array(self.tokens.bases)[digits])
-
-    def _text(self, ids: np.ndarray) -> str:
+    def _text(self, ids: Sequence[int]) -> str:
         letters = dict(zip(self.tokens.bases, BASES, strict=True))
-        return "".join(letters[token] for token in ids.tolist())
+        return "".join(letters[token] for token in ids)
+
+
+def _of_rows(is_wanted: Wanted, rows: Sequence[int]) -> Wanted:
+    """Whether a sequence is wanted, by its place among `rows`."""
+    return lambda place: is_wanted(rows[place])
+
+
+def _rows_that_go_on(rows: np.ndarray, are_longer: np.ndarray, is_wanted: Wanted) -> np.ndarray:
+    """Places of the rows that have further bases to come, which somebody wants."""
+    return np.flatnonzero([longer and is_wanted(row) for row, longer in zip(rows.tolist(), are_longer, strict=True)])

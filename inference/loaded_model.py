@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 from transformers.utils import logging
@@ -30,7 +31,11 @@ HEADS: dict[str | None, Any] = {
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
     "classes": AutoModelForSequenceClassification,
+    "labels": AutoModelForTokenClassification,
 }
+# What names of classes say of their heads.
+_LANGUAGE_MODELS = {"MaskedLM": "masked", "CausalLM": "causal", "LMHead": "causal"}
+_CLASSIFIERS = {"ForSequenceClassification": "classes", "ForTokenClassification": "labels"}
 
 
 @dataclass(frozen=True)
@@ -62,25 +67,40 @@ def load_model(
 
     Args:
         name: folder or Hub id.
-        head: `None` for hidden states, the language model: `causal` or `masked`, or `classes` of sequences.
+        head: `None` for hidden states, the language model: `causal` or `masked`, or a classifier: `classes` of
+            sequences or `labels` of tokens.
         dtype: of the weights and activations.
         device: where to run; by default the first GPU if there is one.
         loading: further arguments of `from_pretrained`, as `revision` and `trust_remote_code`.
 
     Raises:
-        ValueError: if there is no such head, or the model was not saved with it.
+        ValueError: if there is no such head or device, or the model was not saved with this head.
         OSError: if there is no such model.
     """
     if head not in HEADS:
         raise ValueError(f"expected a head of {list(HEADS)}, got {head!r}.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     model = load_whole(HEADS[head], name, dtype=dtype, **loading)
     if head == "causal" and head_of(model.config) == "masked":
         raise ValueError(
             f"{printable(name)} predicts masked bases from both sides; expected a causal model, which predicts the "
             "next base from those before it."
         )
-    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    return LoadedModel(model, load_tokenizer(name, **loading))
+    return LoadedModel(model.to(device).eval(), load_tokenizer(name, **loading))
+
+
+def check_device(device: str) -> None:
+    """Refuse what cannot be computed on.
+
+    Raises:
+        ValueError: if PyTorch knows no such device, or has none of it here.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a PyTorch without CUDA asserts that it has it
+        there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise ValueError(f"device: expected one that is here ({there}), got {device!r} ({error}).") from None
 
 
 def load_config(name: str, **loading: Any) -> Any:
@@ -188,14 +208,31 @@ def head_of(config: Any) -> str | None:
 
     The name of its class says it (`architectures`), or where a model's own code brings the class, what it is for.
     """
+    return _head_named(config, _LANGUAGE_MODELS)
+
+
+def any_head_of(config: Any) -> str | None:
+    """Which of `HEADS` a model was saved with; None if it has none.
+
+    Raises:
+        InputError: if it was saved with another.
+    """
+    head = _head_named(config, {**_LANGUAGE_MODELS, **_CLASSIFIERS})
+    others = [name for name in getattr(config, "architectures", None) or [] if "For" in name]
+    if head is None and others:
+        raise InputError(f"expected a language model, a classifier or a model without a head, got {quoted(others)}.")
+    return head
+
+
+def _head_named(config: Any, heads: dict[str, str]) -> str | None:
+    """The head by the words that a class's name, or what it is for, has in it."""
     brought = getattr(config, "auto_map", None) or {}
     for architecture in getattr(config, "architectures", None) or []:
         purposes = [purpose for purpose, name in brought.items() if str(name).rpartition(".")[2] == architecture]
         for name in (architecture, *purposes):
-            if "MaskedLM" in name:
-                return "masked"
-            if "CausalLM" in name or "LMHead" in name:
-                return "causal"
+            for word, head in heads.items():
+                if word in name:
+                    return head
     return None
 
 

@@ -27,7 +27,9 @@ _EXAMPLE, _OTHERS = (2, 40), ((3, 57), (1, 7))  # batch and length
 
 
 def export_onnx(loaded: LoadedModel, output: str | Path, with_state: bool = False) -> float:
-    """Write a model as ONNX: `input_ids` and `attention_mask` (batch, length) in, `logits` (or hidden states) out.
+    """Write a model as ONNX: `input_ids` and `attention_mask` (batch, length) in, the `logits` of its head out.
+
+    The `output` of a model without a head are its last hidden states.
 
     With state, to generate: `input_ids` and a state in, `logits` and the state after these tokens out, one output
     (`new.NAME`) for each input of the state in the same order. Zeros, with no positions of keys and values, are the
@@ -82,11 +84,12 @@ def check_output(output: Path) -> None:
 
     Raises:
         InputError: if the name does not end in `.onnx`.
-        FileExistsError: if there is such a file.
+        FileExistsError: if there is such a file, or one that weights beside it would have the name of.
     """
     if output.suffix != ".onnx":
         raise InputError(f"expected a name of the file that ends in .onnx, got {output.name!r}.")
     check_output_is_free(output)
+    check_output_is_free(output.with_name(f"{output.name}.data"))
 
 
 class _Outputs(nn.Module):
@@ -105,7 +108,7 @@ def _program(model: Any, longest: int) -> Any:
     """What PyTorch's exporter makes of the model."""
     batch, length = _dimensions(longest)
     example = (torch.full(_EXAMPLE, _base(model)), torch.ones(_EXAMPLE, dtype=torch.int64))
-    name = "logits" if hasattr(model, "lm_head") or hasattr(model, "score") else "output"
+    name = "output" if model.base_model is model else "logits"
     sizes = {0: batch, 1: length}
     return _exported(model, _Outputs(model), example, (sizes, sizes), longest, {"output_names": [name]})
 
@@ -309,5 +312,7 @@ def _difference(session: Any, model: Any, longest: int) -> float:
         with torch.no_grad():
             expected = _Outputs(model)(ids, mask).numpy()
         (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-        apart = max(apart, float(np.abs(found - expected)[mask.numpy() == 1].max()))
+        differences = np.abs(found - expected)
+        of_each_token = differences.ndim == 3  # logits of classes are (batch, classes)
+        apart = max(apart, float((differences[mask.numpy() == 1] if of_each_token else differences).max()))
     return apart

@@ -207,5 +207,5 @@ def pool_hidden_states(hidden_states: torch.Tensor, mask: torch.Tensor, pooling:
         last = torch.where(mask, index, -1).amax(1)
         first = torch.where(mask, index, mask.shape[1]).amin(1)
         chosen = last if pooling == "last" else (first + last) // 2
-        pooled = hidden_states[torch.arange(len(mask), device=mask.device), chosen]
+        pooled = hidden_states[torch.arange(mask.shape[0], device=mask.device), chosen]
     return pooled.masked_fill(~there.any(1), 0.0)

@@ -24,13 +24,13 @@ def run(arguments: argparse.Namespace) -> int:
         MissingExtraError: if a library of the extra `onnx` is not installed.
     """
     from ..inference.jobs import ModelOptions
-    from ..inference.loaded_model import head_of
+    from ..inference.loaded_model import any_head_of
     from ..inference.onnx_export import check_output, export_onnx
 
     check_output(arguments.output)
     options = ModelOptions(arguments.model, arguments.revision, device="cpu")
-    head = head_of(options.load_config())
-    apart = export_onnx(options.load(head), arguments.output, arguments.with_state)
+    loaded = options.load(any_head_of(options.load_config()))
+    apart = export_onnx(loaded, arguments.output, arguments.with_state)
     if not arguments.quiet:
         print(f"wrote {arguments.output}; ONNX Runtime's numbers differ from the model's by {apart:.1e} at most")
     return 0

@@ -51,27 +51,26 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from ..inference.serving.server import Limits, serving_app
+        from ..inference.serving.server import Limits, names_of, serving_app
     except ImportError as error:
         raise MissingExtraError(f"gengram serve needs {error.name}: pip install 'gengram[serve]'") from error
 
     limits = Limits(arguments.most_bases, arguments.most_sequences, arguments.most_waiting, arguments.most_bytes)
-    names = ("revision", "dtype", "device", "batch_tokens")
-    given = {name: getattr(arguments, name) for name in names}
+    given = {name: getattr(arguments, name) for name in ("revision", "dtype", "device", "batch_tokens")}
     options = ModelOptions(**given) if arguments.model is None else ModelOptions(arguments.model, **given)
     with listening_socket(arguments.host, arguments.port) as listening:
         served = ServedModel(options.load(head_of(options.load_config()) or "causal"), options.batch_tokens)
         host, port = listening.getsockname()[:2]
-        is_loopback = host.startswith("127.") or host == "::1"
+        names = names_of(host)
         name = arguments.name or model_name(options.model)
-        app = serving_app(served, name, limits, is_loopback)
+        app = serving_app(served, name, limits, names)
         level = "warning" if arguments.quiet else "info"
         config = uvicorn.Config(
             app, log_level=level, server_header=False, timeout_graceful_shutdown=_SECONDS_TO_FINISH
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {name} at http://{shown}:{port} (Control-C ends it)", flush=True)
-        if not is_loopback:
+        if names is None:
             print("anybody who reaches this address can use it; there is no password", flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
             uvicorn.Server(config).run(sockets=[listening])
@@ -85,8 +84,11 @@ def listening_socket(host: str, port: int) -> socket.socket:
     until the client has confirmed the first.
 
     Raises:
+        ValueError: if there is no such port.
         OSError: if the address is taken, or is none of this machine's.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port: expected 0 to 65535, got {port}.")
     listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections have it from here
     return listening

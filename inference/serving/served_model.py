@@ -12,11 +12,11 @@ from ...sequences.alphabet import check_letters
 from ...support.errors import InputError
 from ..base_tokens import BaseTokens
 from ..effects import Change, StrandEffects
-from ..embeddings import SequenceEncoder, check_dna
-from ..generation import BaseGenerator, Sampling, random_draws
+from ..embeddings import STRANDS, SequenceEncoder, check_dna
+from ..generation import BaseGenerator, Sampling, Wanted, random_draws
 from ..loaded_model import LoadedModel, context_length, head_of
 from ..window_effects import WindowEffects
-from .batching import Work
+from .batching import Results, Work
 
 
 class Continuation(NamedTuple):
@@ -84,7 +84,8 @@ class ServedModel:
         """
         check_dna(sequence, "input")
         self._encoder.layer(choice.layer)
-        return Work(("embed", choice), sequence, min(len(sequence), self.context))
+        tokens = self._encoder.tokens_read(len(sequence), choice.pooling, choice.strands)
+        return Work(("embed", choice), sequence, *self._in_passes(tokens))
 
     def effect(self, reference: str, alternative: str, strands: str) -> Work:
         """The work of comparing two windows of one length: its result are `StrandEffects`.
@@ -101,32 +102,65 @@ class ServedModel:
             )
         if len(reference) > self.context:
             raise InputError(f"expected at most {self.context} bases, which the model can read, got {len(reference)}.")
-        return Work(("score", strands), _change(reference.upper(), alternative.upper()), len(reference))
+        change = _change(reference.upper(), alternative.upper())
+        tokens, has_steps = self._in_passes(2 * len(reference) * len(STRANDS[strands]))
+        parts = ("forward", "reverse") if has_steps and strands == "both" else (strands,)
+        return Work(("score", parts), change, tokens, has_steps)
 
-    def compute(self, key: Any, payloads: list[Any]) -> Generator[None, None, Sequence[Any]]:
-        """The results of works of one key: new bases, vectors, or effects. Stops between the bases."""
+    def _in_passes(self, tokens: int) -> tuple[int, bool]:
+        """The tokens of a work that are in memory at once, and whether it takes several passes."""
+        return min(tokens, self.batch_tokens), tokens > self.batch_tokens
+
+    def compute(self, key: Any, payloads: list[Any], is_wanted: Wanted) -> Generator[Results, None, None]:
+        """The results of works of one key: new bases, vectors, or effects. Stops between bases, and between passes."""
         kind, *options = key
         if kind == "continue":
-            return (yield from self._continued(options[0], payloads))
-        if kind == "embed":
-            choice: EmbeddingChoice = options[0]
-            found = self._encoder.vectors(payloads, choice.layer, choice.pooling, choice.strands)
-            return list(found)
-        return self._compared(options[0], payloads)
+            yield from self._continued(options[0], payloads, is_wanted)
+        elif kind == "embed":
+            yield from self._embedded(options[0], payloads)
+        else:
+            yield from self._compared(options[0], payloads)
 
-    def _continued(self, sampling: Sampling, wanted: Sequence[Continuation]) -> Generator[None, None, list[str]]:
+    def _continued(
+        self, sampling: Sampling, wanted: Sequence[Continuation], is_wanted: Wanted
+    ) -> Generator[Results, None, None]:
         new = [each.new for each in wanted]
         draws = np.stack([random_draws(each.seed, each.prompt, each.sample, max(new)) for each in wanted])
         generator = self._generator.with_sampling(sampling)
-        return (yield from generator.steps([each.prompt for each in wanted], draws, new))
+        yield from generator.steps([each.prompt for each in wanted], draws, new, is_wanted)
 
-    def _compared(self, strands: str, changes: Sequence[Change]) -> list[StrandEffects]:
+    def _embedded(self, choice: EmbeddingChoice, sequences: Sequence[str]) -> Generator[Results, None, None]:
+        steps = self._encoder.vector_steps(sequences, choice.layer, choice.pooling, choice.strands)
+        vectors = yield from _without_results(steps)
+        yield list(enumerate(vectors))
+
+    def _compared(self, parts: Sequence[str], changes: Sequence[Change]) -> Generator[Results, None, None]:
+        """Strand by strand, or both at once."""
+        found: list[list[StrandEffects]] = []
+        for strands in parts:
+            found.append([effects for effects in self._effects_of(strands).of(changes) if effects is not None])
+            if len(found) < len(parts):
+                yield []
+        merged = [StrandEffects(first.forward, last.reverse) for first, last in zip(found[0], found[-1], strict=True)]
+        yield list(enumerate(merged))
+
+    def _effects_of(self, strands: str) -> WindowEffects:
         if strands not in self._effects:
             loaded, is_masked = self.loaded, self.head == "masked"
             self._effects[strands] = WindowEffects(
                 loaded.model, loaded.tokenizer, strands=strands, is_masked=is_masked, tokens_per_pass=self.batch_tokens
             )
-        return [found for found in self._effects[strands].of(changes) if found is not None]
+        return self._effects[strands]
+
+
+def _without_results(steps: Generator[int, None, np.ndarray]) -> Generator[Results, None, np.ndarray]:
+    """The same steps, which give no results but the last."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        yield []
 
 
 def _change(reference: str, alternative: str) -> Change:

@@ -1,6 +1,7 @@
 """The server's web application: OpenAI's completions and embeddings, scores of variants, health, counts and a page."""
 
 import asyncio
+import ipaddress
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,6 +27,13 @@ from .served_model import EmbeddingChoice, ServedModel, as_base64, as_list
 PAGE = Path(__file__).with_name("page.html")
 _LOOK_AGAIN = 0.5  # seconds, for clients that have left
 LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
+
+
+def names_of(address: str) -> list[str] | None:
+    """What clients may call a server that listens at an IP address; None for anything if it is no loopback address."""
+    if not ipaddress.ip_address(address).is_loopback:
+        return None
+    return [*LOOPBACK, f"[{address}]" if ":" in address else address]
 
 
 @dataclass(frozen=True)
@@ -58,15 +66,17 @@ class _RefusedError(Exception):
         self.status, self.kind = status, kind
 
 
-def serving_app(served: ServedModel, name: str, limits: Limits | None = None, is_loopback: bool = True) -> FastAPI:
+def serving_app(
+    served: ServedModel, name: str, limits: Limits | None = None, hosts: Sequence[str] | None = LOOPBACK
+) -> FastAPI:
     """The application, for uvicorn or any other ASGI server. Its batches end when it shuts down.
 
     Args:
         served: the model.
         name: what it is called in answers.
         limits: of requests.
-        is_loopback: whether only this machine reaches it; then names of other hosts are refused, by which a web page
-            could reach it.
+        hosts: what clients may call it; None for anything. Where only this machine reaches it, a web page could do so
+            by the name of another host.
     """
     service = _Service(served, name, limits or Limits())
 
@@ -78,12 +88,13 @@ def serving_app(served: ServedModel, name: str, limits: Limits | None = None, is
 
     app = FastAPI(title="Gengram", lifespan=lifetime, docs_url=None, redoc_url=None)  # those pages load foreign code
     app.add_middleware(_BodyLimit, most=service.limits.body)
-    if is_loopback:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     app.add_middleware(_Counted, metrics=service.metrics)
     app.exception_handler(_RefusedError)(_refusal)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(Exception)(_failure)
     app.post("/v1/completions")(service.completions)
     app.post("/v1/embeddings")(service.embeddings)
     app.post("/v1/score")(service.score)
@@ -195,8 +206,9 @@ class _Service:
         return PAGE.read_text(encoding="utf-8")
 
     def _check_size(self, sequences: Sequence[str], count: int, new: int = 0) -> None:
-        if count > self.limits.sequences:
-            raise _RefusedError(400, f"expected at most {self.limits.sequences} sequences in a request, got {count}.")
+        most = min(self.limits.sequences, self.limits.waiting)
+        if count > most:
+            raise _RefusedError(400, f"expected at most {most} sequences in a request, got {count}.")
         longest = max(map(len, sequences)) + new
         if longest > self.limits.bases:
             words = ", new ones included" if new else ""
@@ -214,7 +226,8 @@ class _Service:
         results.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # also if nobody awaits it
         leaving = asyncio.create_task(_has_left(client))
         try:
-            await asyncio.wait([results, leaving], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [results, leaving]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not results.done():
                 raise _RefusedError(499, "the client has left.")  # nobody reads it; it is counted
             return list(await results)
@@ -258,12 +271,17 @@ async def _invalid(request: Request, error: Any) -> JSONResponse:
     return _error(400, f"{place}: {words}.", "invalid_request_error")
 
 
+async def _failure(request: Request, error: Any) -> JSONResponse:
+    """The answer to a fault of ours, whose traceback is logged by the server that runs the application."""
+    return _error(500, "the server failed; its log says why.", "server_error")
+
+
 async def _http_error(request: Request, error: Any) -> JSONResponse:
     return _error(error.status_code, str(error.detail), "invalid_request_error", error.headers)
 
 
 class _Counted:
-    """Counts requests, and how long their answers took."""
+    """Counts requests, and how long their answers took; says of those that are cut off that the server ends."""
 
     def __init__(self, app: Any, metrics: Metrics):
         self._app, self._metrics = app, metrics
@@ -272,7 +290,7 @@ class _Counted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        start, status = time.perf_counter(), 0
 
         async def watched(message: Any) -> None:
             nonlocal status
@@ -282,9 +300,14 @@ class _Counted:
 
         try:
             await self._app(scope, receive, watched)
+            status = status or 499  # the client left while it sent its request
+        except asyncio.CancelledError:  # uvicorn's, when the time to finish is over
+            if status:
+                raise
+            await _error(503, "the server has ended.", "server_error")(scope, receive, watched)
         finally:
             path = route.path if (route := scope.get("route")) is not None else "other"
-            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.requests.labels(path, str(status or 500)).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - start)
 
 

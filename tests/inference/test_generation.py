@@ -180,3 +180,64 @@ def test_rounding_in_a_batch_changes_no_base():
     generator = BaseGenerator(RoundsInBatches(), GengramTokenizer(), Sampling())
     draws = np.full((3, 5), 0.25)
     assert generator.continued(["A"] * 3, draws) == generator.continued(["A"], draws[:1]) * 3 == ["CCCCC"] * 3
+
+
+def random_prompt(length: int) -> str:
+    return "".join(np.random.default_rng(length).choice(list(BASES), length))
+
+
+@pytest.mark.parametrize(
+    "lengths, new, most",
+    [
+        ((30, 200), (5, 5), 10),
+        ((0, 200), (5, 5), 10),
+        ((30, 200), (5, 300), 305),  # the first would not be long, the second would wait for nothing
+        ((30, 200), (300, 5), 305),
+        ((30, 32), (5, 5), 7),
+    ],
+)
+def test_prompts_that_end_far_apart_do_not_wait_for_one_another(lengths, new, most):
+    model, tokenizer, _ = gengram()
+    prompts = [random_prompt(length) for length in lengths]
+    draws = np.stack([random_draws(3, prompt, 1, max(new)) for prompt in prompts])
+    generator = BaseGenerator(model, tokenizer, Sampling())
+    steps = list(generator.steps(prompts, draws, new))
+    assert len(steps) == most
+    alone = [
+        generator.continued([prompt], own[None], [own_new])[0]
+        for prompt, own, own_new in zip(prompts, draws, new, strict=True)
+    ]
+    assert [text for _, text in sorted(whole for step in steps for whole in step)] == alone
+
+
+@pytest.mark.parametrize("length", [4, 40], ids=["padded", "in windows"])
+def test_sequences_are_given_when_they_are_whole_and_leave_when_nobody_wants_them(length, monkeypatch):
+    model, tokenizer, _ = gengram()
+    prompts, new = [random_prompt(length + row) for row in range(3)], [10, 3, 10]
+    draws = np.stack([random_draws(3, prompt, 1, 10) for prompt in prompts])
+    generator = BaseGenerator(model, tokenizer, Sampling())
+    expected = generator.continued(prompts, draws, new)
+    wanted, batches = {0, 1, 2}, []
+    real = generator.reader.read
+    steps = generator.steps(prompts, draws, new, lambda row: row in wanted)
+    next(steps)
+    monkeypatch.setattr(
+        generator.reader, "read", lambda ids, *rest, **named: (batches.append(len(ids)), real(ids, *rest, **named))[1]
+    )
+    given = []
+    for whole in steps:
+        given.append(whole)
+        if whole == [(1, expected[1])]:
+            break
+    assert given.index([(1, expected[1])]) <= 3 and not any(given[:-1])
+    wanted.remove(2)
+    batches.clear()
+    (last,) = [whole for whole in steps if whole]
+    assert last == [(0, expected[0])] and set(batches) == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-308, 5e-324])
+def test_a_tiny_temperature_is_the_most_likely_base(temperature):
+    logits = np.array([[0.0, 20.0, 10.0, 1.9], [-30.0, -1.0, -1.5, -2.0], [0.0, 0.0, 0.0, 9.0]])
+    chosen, _ = Sampling(temperature=temperature).choose(logits, np.array([0.1, 0.5, 0.9]))
+    assert chosen.tolist() == [1, 1, 3]

@@ -24,7 +24,9 @@ from gengram import (
     attach_memory,
     attached_memories,
 )
+from gengram.cli import main
 from gengram.inference.loaded_model import (
+    any_head_of,
     context_length,
     head_of,
     load_config,
@@ -55,6 +57,15 @@ def test_a_model_of_another_kind(tmp_path):
     assert type(loaded.model) is BertForMaskedLM and loaded.context == 512
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "cpu:x"])
+def test_a_device_that_does_not_exist_is_an_error(device, tiny_folder, tmp_path, capsys):
+    with pytest.raises(ValueError, match=f"device: expected one that is here .cpu.*got '{device}'"):
+        load_model(str(tiny_folder), "causal", device=device)
+    words = ["generate", "--model", str(tiny_folder), "--output", str(tmp_path / "out.fa"), "--length", "4"]
+    assert main([*words, "--device", device, "--quiet"]) == 1
+    assert capsys.readouterr().err.startswith("error: device: expected")
+
+
 def test_a_head_that_does_not_exist_is_an_error(tiny_folder):
     with pytest.raises(ValueError, match="expected a head of"):
         load_model(str(tiny_folder), "causl")
@@ -73,6 +84,15 @@ def test_the_head_that_a_configuration_is_of():
     own = {"AutoModelForCausalLM": "code.Own", "AutoModelForMaskedLM": "code.Other"}
     for name, head in (("Own", "causal"), ("Other", "masked"), ("Base", None)):
         assert head_of(PreTrainedConfig(architectures=[name], auto_map=own)) == head
+
+
+def test_any_head_that_a_configuration_is_of():
+    heads = {"BertForMaskedLM": "masked", "GengramModel": None}
+    heads |= {"GengramForSequenceClassification": "classes", "BertForTokenClassification": "labels"}
+    for name, head in heads.items():
+        assert any_head_of(PreTrainedConfig(architectures=[name])) == head
+    with pytest.raises(InputError, match=r"expected a language model, a classifier or .* got 'BertForPreTraining'"):
+        any_head_of(PreTrainedConfig(architectures=["BertForPreTraining"]))
 
 
 @pytest.fixture

@@ -10,8 +10,17 @@ from source_tree import ROOT
 from tiny_models import random_ids, tiny_model
 from tolerances import SAME_FP32
 
-from gengram import GengramForCausalLM, GengramForMaskedLM, GengramModel, GengramQuantizationConfig
+from gengram import (
+    GengramForCausalLM,
+    GengramForMaskedLM,
+    GengramForSequenceClassification,
+    GengramForTokenClassification,
+    GengramModel,
+    GengramQuantizationConfig,
+    GengramTokenizer,
+)
 from gengram.cli import main
+from gengram.inference import onnx_export
 from gengram.inference.loaded_model import LoadedModel, load_model
 from gengram.inference.onnx_export import _first_state, _RowsAndRuns, dense_experts, export_onnx
 from gengram.motif_memory.definition import ngram_rows_and_runs
@@ -58,6 +67,53 @@ def test_what_cannot_be_exported_is_refused(tiny_folder, tmp_path, capsys):  # n
     with pytest.raises(InputError, match=r"float32, got one in .* or quantised"):
         export_onnx(LoadedModel(small, None), tmp_path / "out.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["there.onnx"]
+    (tmp_path / "large.onnx.data").touch()  # weights of an earlier file
+    assert main(["export", str(tiny_folder), str(tmp_path / "large.onnx")]) == 1
+    assert "large.onnx.data exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "head, shape",
+    [
+        (GengramForSequenceClassification, (2, 3)),
+        (GengramForTokenClassification, (2, 10, 3)),
+        (GengramForMaskedLM, (2, 10, 128)),
+        (GengramModel, (2, 10, 32)),
+    ],
+)
+def test_a_model_is_exported_with_its_head(head, shape, tmp_path, monkeypatch):
+    tiny_model(head, num_labels=3).save_pretrained(tmp_path / "model")
+    GengramTokenizer().save_pretrained(tmp_path / "model")
+    given = []
+    monkeypatch.setattr(onnx_export, "export_onnx", lambda loaded, *rest: given.append(loaded.model) or 0.0)
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out.onnx")]) == 0
+    (model,) = given
+    ids = random_ids(2, 10)
+    assert type(model) is head and onnx_export._Outputs(model)(ids, torch.ones_like(ids)).shape == shape
+
+    class Session:
+        """Gives the model's numbers, one of them changed by a little."""
+
+        def run(self, names, inputs):
+            outputs = onnx_export._Outputs(model)(*(torch.from_numpy(given) for given in inputs.values()))
+            outputs[0, -1] += 0.25
+            return [outputs.detach().numpy()]
+
+    assert onnx_export._difference(Session(), model, 48) == pytest.approx(0.25, abs=SAME_FP32)
+
+
+def test_a_classifier_is_exported_for_any_batch_and_length(monkeypatch):
+    sizes = dict(num_local_experts=0, num_hidden_layers=1, memory_layers=[0])
+    model = tiny_model(GengramForSequenceClassification, **sizes).eval()
+    monkeypatch.setattr(torch.onnx, "export", lambda exported, *rest, **named: (exported.module(), named))
+    exported, named = onnx_export._program(model, 48)
+    ids = random_ids(3, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(exported(ids, mask), expected, rtol=0, atol=SAME_FP32)
+    assert named["output_names"] == ["logits"]
 
 
 @pytest.mark.slow

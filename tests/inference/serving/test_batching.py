@@ -1,6 +1,7 @@
 """Works of many callers: which are done together, and that each gets its own answer."""
 
 import threading
+import time
 from concurrent.futures import CancelledError
 
 import pytest
@@ -15,14 +16,13 @@ class Gate:
     def __init__(self):
         self.open, self.begun, self.batches = threading.Event(), threading.Event(), []
 
-    def __call__(self, key, payloads):
+    def __call__(self, key, payloads, is_wanted):
         self.begun.set()
         assert self.open.wait(30)
         self.batches.append((key, list(payloads)))
         if "bad" in payloads:
             raise ValueError("a bad one")
-        return [len(payload) for payload in payloads]
-        yield
+        yield [(place, len(payload)) for place, payload in enumerate(payloads)]
 
 
 def held(gate, most_waiting=100, most_tokens=20):
@@ -99,26 +99,28 @@ def test_closing_finishes_what_waits_and_takes_no_more():
 
 
 class Steps:
-    """Goes on with a payload, an event, until it is set; keeps what was begun and what was closed."""
+    """Goes on with a payload, an event, until it is set; keeps what was begun, and whether it was closed."""
 
     def __init__(self):
-        self.begun, self.closed = [], threading.Event()
+        self.begun, self.closed, self.left = [], threading.Event(), set()
 
-    def __call__(self, key, payloads):
+    def __call__(self, key, payloads, is_wanted):
         self.begun.append((key, list(payloads)))
+        places = set(range(len(payloads)))
         try:
-            while not all(payload.is_set() for payload in payloads):
-                yield
-        except GeneratorExit:
+            while places:
+                self.left |= {payloads[place] for place in places if not is_wanted(place)}
+                ended = {place for place in places if payloads[place].is_set()}
+                if ended and key == "bad" and len(payloads) > 1:
+                    raise ValueError("a bad one")
+                yield [(place, key) for place in ended]
+                places -= ended
+        finally:
             self.closed.set()
-            raise
-        if key == "bad" and len(payloads) > 1:
-            raise ValueError("a bad one")
-        return [key] * len(payloads)
 
 
-def unending(key="long"):
-    return Work(key, threading.Event(), 5, has_steps=True)
+def unending(key="long", tokens=5):
+    return Work(key, threading.Event(), tokens, has_steps=True)
 
 
 def quick(key="quick"):
@@ -166,7 +168,8 @@ def test_works_of_many_steps_that_are_under_way_have_a_limit(short_turns):
     steps = Steps()
     batcher = Batcher(steps, 100, 5)  # one work a batch
     works = [unending(number) for number in range(5)]
-    batcher.submit(works)
+    for work in works:
+        batcher.submit([work])
     works[-1].payload.set()
     batcher.submit([work := quick()])
     assert work.future.result(30) == "quick"
@@ -204,3 +207,163 @@ def test_works_of_many_steps_are_done_alone_if_their_batch_fails():
     assert [work.future.result(30) for work in works] == ["bad", "bad"]
     batcher.close()
     assert [len(payloads) for _, payloads in steps.begun] == [2, 1, 1]
+
+
+def until(is_so):
+    """Wait for what another thread does."""
+    for _ in range(3000):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within 30 seconds")
+
+
+def end(batcher, *works):
+    for work in works:
+        work.payload.set()
+    batcher.close()
+
+
+def test_a_work_has_its_result_before_the_batch_ends():
+    batcher, works = Batcher(Steps(), 100, 20), [unending(), unending()]
+    batcher.submit(works)
+    works[1].payload.set()
+    assert works[1].future.result(30) == "long" and not works[0].future.done()
+    end(batcher, *works)
+    assert works[0].future.result(30) == "long"
+
+
+def test_a_batch_is_told_which_of_its_works_nobody_wants():
+    steps = Steps()
+    batcher, works = Batcher(steps, 100, 20), [unending(), unending()]
+    batcher.submit(works)
+    until(lambda: steps.begun)
+    works[0].give_up()
+    until(lambda: steps.left)
+    assert steps.left == {works[0].payload} and not steps.closed.is_set()
+    end(batcher, *works)
+
+
+def test_short_works_have_room_of_their_own(short_turns, monkeypatch):
+    """However many long ones there are, and also while the last of these is too young for another beside it."""
+    steps = Steps()
+    batcher = Batcher(steps, 100, 16)
+    long = [unending(number, 16) for number in range(5)]
+    for work in long:
+        batcher.submit([work])
+    until(lambda: len(steps.begun) == 4)
+    monkeypatch.setattr(batching, "_ALONE", 1e9)
+    short = unending("short", 2)
+    short.payload.set()
+    batcher.submit([short])
+    assert short.future.result(30) == "short" and not any(work.future.done() for work in long)
+    end(batcher, *long)
+
+
+def test_short_and_long_works_are_in_batches_of_their_own():
+    steps = Steps()
+    batcher, busy = Batcher(steps, 100, 100), unending("busy")
+    batcher.submit([busy])
+    until(lambda: steps.begun)
+    works = [unending(tokens=tokens) for tokens in (40, 2, 40, 2)]
+    batcher.submit(works)
+    end(batcher, busy, *works)
+    batches = [{work.tokens for work in works if work.payload in payloads} for _, payloads in steps.begun[1:]]
+    assert sorted(batches, key=min) == [{2}, {40}]
+
+
+def test_no_caller_has_more_than_half_of_the_room(short_turns):
+    steps = Steps()
+    batcher = Batcher(steps, 100, 16)
+    long = [unending(number, 16) for number in range(5)]
+    batcher.submit(long)
+    until(lambda: len(steps.begun) == 2)
+    other = unending("other", 16)
+    batcher.submit([other])
+    until(lambda: len(steps.begun) == 3)
+    assert steps.begun[-1][0] == "other" and batcher.waiting == 3
+    short = [unending(f"short {number}", 2) for number in range(9)]  # a batch of 8, and one that waits for it
+    batcher.submit([Work("short", work.payload, 2, has_steps=True) for work in short])
+    until(lambda: len(steps.begun) == 4)
+    last = unending("last", 2)
+    last.payload.set()
+    batcher.submit([last])
+    assert last.future.result(30) == "last" and batcher.waiting == 4
+    end(batcher, *long, other, *short)
+
+
+def test_a_large_work_is_not_overtaken_for_ever(short_turns):
+    steps = Steps()
+    batcher = Batcher(steps, 100, 16)
+    first, large, small = unending("first", 10), unending("large", 100), unending("small", 10)
+    batcher.submit([first])
+    until(lambda: steps.begun)
+    for work in (large, small):
+        batcher.submit([work])
+    batcher.submit([work := quick()])
+    assert work.future.result(30) == "quick" and batcher.waiting == 2
+    first.payload.set()
+    until(lambda: len(steps.begun) == 3)
+    assert steps.begun[-1][0] == "large" and batcher.waiting == 1
+    end(batcher, large, small)
+    assert small.future.result(30) == "small"
+
+
+def test_what_nobody_wants_any_more_takes_no_place_in_the_queue():
+    gate = Gate()
+    batcher = held(gate, most_waiting=3)
+    gone = [Work("a", "1", 1) for _ in range(3)]
+    batcher.submit(gone)
+    for work in gone:
+        work.give_up()
+    assert batcher.waiting == 0
+    batcher.submit(others := [Work("a", "22", 2) for _ in range(3)])
+    gate.open.set()
+    assert [work.future.result(30) for work in others] == [2, 2, 2]
+    batcher.close()
+
+
+def test_works_whose_batch_failed_are_done_one_after_another(short_turns):
+    steps = Steps()
+    batcher, works = Batcher(steps, 100, 20), [unending("bad") for _ in range(4)]
+    batcher.submit(works)
+    works[2].payload.set()
+    until(lambda: len(steps.begun) == 2)
+    for _ in range(5):
+        batcher.submit([work := quick()])
+        assert work.future.result(30) == "quick"
+    begun = [payloads for key, payloads in steps.begun if key == "bad"]
+    assert begun == [[work.payload for work in works], [works[0].payload]]
+    end(batcher, *works)
+    assert [work.future.result(0) for work in works] == ["bad"] * 4
+
+
+@pytest.mark.parametrize("has_steps", [False, True])
+@pytest.mark.parametrize(
+    "given, said", [([], "no result of"), ([(5, "a")], "out of range"), ([(0, "a"), (0, "b")], None)]
+)
+def test_results_that_are_not_those_of_the_works_end_nothing_else(given, said, has_steps):
+    def compute(key, payloads, is_wanted):
+        yield given if key == "wrong" else [(0, "right")]
+
+    batcher = Batcher(compute, 100, 20)
+    works = [Work("wrong", "", 1, has_steps) for _ in range(2)]
+    batcher.submit(works)
+    for work in works:
+        error = work.future.exception(30)
+        assert work.future.result() == "a" if said is None else said in str(error)
+    batcher.submit([work := Work("other", "", 1)])
+    assert work.future.result(30) == "right"
+    batcher.close()
+
+
+def test_callers_take_turns():
+    """Whoever asks for little does not wait for all of a large request, nor that for ever for those who ask later."""
+    gate = Gate()
+    batcher = held(gate)
+    one, other = ([Work(key, key * 20, 20) for _ in range(3)] for key in "ab")
+    for works in (one, other, [Work("c", "c", 1)]):
+        batcher.submit(works)
+    gate.open.set()
+    batcher.close()
+    assert "".join(key for key, _ in gate.batches[1:]) == "abcabab"

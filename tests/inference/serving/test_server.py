@@ -23,6 +23,7 @@ from tiny_models import tiny_model
 from tolerances import LOG_LIKELIHOOD_FP32, SAME_HIDDEN_STATES_FP32
 
 from gengram import GengramForMaskedLM, GengramTokenizer
+from gengram.cli import main
 from gengram.inference.effects import Change
 from gengram.inference.embeddings import SequenceEncoder
 from gengram.inference.generation import BaseGenerator, Sampling, random_draws
@@ -192,21 +193,101 @@ def test_more_than_can_wait_is_refused_and_the_rest_answered(loaded):
     begun, go_on = threading.Event(), threading.Event()
     compute = served.compute
 
-    def slow(key, payloads):
+    def slow(key, payloads, is_wanted):
         begun.set()
         assert go_on.wait(30)
-        return compute(key, payloads)
+        return compute(key, payloads, is_wanted)
 
     served.compute = slow
     app = serving_app(served, "tiny", Limits(waiting=2))
     with TestClient(app, base_url="http://localhost") as client, ThreadPoolExecutor(2) as pool:
         first = pool.submit(client.post, "/v1/embeddings", json={"input": "ACGT"})
         assert begun.wait(30)
-        answer = client.post("/v1/embeddings", json={"input": ["A", "C", "G"]})
+        second = pool.submit(client.post, "/v1/embeddings", json={"input": ["ACGT", "G"]})
+        while client.get("/health").json()["waiting"] < 2:
+            time.sleep(0.01)
+        answer = client.post("/v1/embeddings", json={"input": "A"})
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         assert "at most 2 can" in answer.json()["error"]["message"]
+        answer = client.post("/v1/embeddings", json={"input": ["A", "C", "G"]})  # which no waiting would help
+        assert answer.status_code == 400 and "at most 2 sequences" in answer.json()["error"]["message"]
         go_on.set()
-        assert first.result(30).status_code == 200
+        assert [each.result(30).status_code for each in (first, second)] == [200, 200]
+
+
+def test_a_fault_is_an_error_in_json_and_raised_for_the_log(loaded):
+    served = ServedModel(loaded, 4096)
+
+    def broken(key, payloads, is_wanted):
+        raise RuntimeError("a secret of ours")
+        yield
+
+    served.compute = broken
+    app = serving_app(served, "tiny")
+    body = {"prompt": "ACGT"}
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        answer = client.post("/v1/completions", json=body)
+        assert (
+            answer.status_code == 500 and answer.json()["error"]["message"] == "the server failed; its log says why."
+        )
+        assert 'path="/v1/completions",status="500"} 1.0' in client.get("/metrics").text
+    with TestClient(serving_app(served, "tiny"), base_url="http://localhost") as client:
+        with pytest.raises(RuntimeError, match="a secret of ours"):
+            client.post("/v1/completions", json=body)
+
+
+async def asked_by_hand(app, parts, cancel_at=None):
+    """What the application sends to a client that sends these parts; cancelled, if asked so, when that is true."""
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1"}
+    sent = []
+
+    async def receive():
+        if not parts:
+            await asyncio.Event().wait()
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    asking = asyncio.create_task(app({**scope, "headers": headers, "scheme": "http"}, receive, send))
+    while cancel_at is not None and not cancel_at():
+        await asyncio.sleep(0.01)
+    if cancel_at is not None:
+        asking.cancel("timeout graceful shutdown exceeded")
+    await asyncio.wait_for(asking, 60)
+    return sent
+
+
+def test_an_answer_that_is_cut_off_when_the_server_ends_is_said_so(loaded):
+    """uvicorn cancels what has not ended when the time to finish is over."""
+    served, begun = ServedModel(loaded, 4096), threading.Event()
+
+    def unending(key, payloads, is_wanted):
+        while True:
+            begun.set()
+            yield []
+
+    served.compute = unending
+    app = serving_app(served, "tiny")
+    parts = [{"type": "http.request", "body": b'{"prompt": "ACGT"}'}]
+    start, body = asyncio.run(asked_by_hand(app, parts, begun.is_set))
+    assert start["status"] == 503 and "has ended" in json.loads(body["body"])["error"]["message"]
+    begun.clear()
+    parts = [{"type": "http.request", "body": b'{"pro', "more_body": True}]
+    start, _ = asyncio.run(asked_by_hand(app, parts, lambda: not parts))
+    assert start["status"] == 503
+    with TestClient(app, base_url="http://localhost") as client:  # whose end would not come if works went on
+        assert '"/v1/completions",status="503"} 1.0' in client.get("/metrics").text
+    assert not begun.is_set()
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_fault_of_ours(loaded):
+    app = serving_app(ServedModel(loaded, 4096), "tiny")
+    parts = [{"type": "http.request", "body": b'{"pro', "more_body": True}, {"type": "http.disconnect"}]
+    assert asyncio.run(asked_by_hand(app, parts)) == []
+    with TestClient(app, base_url="http://localhost") as client:
+        assert 'status="499"} 1.0' in client.get("/metrics").text
 
 
 def test_a_long_completion_keeps_nobody_waiting_and_ends_when_its_client_has_left(loaded, monkeypatch, caplog):
@@ -215,9 +296,9 @@ def test_a_long_completion_keeps_nobody_waiting_and_ends_when_its_client_has_lef
     served = ServedModel(loaded, 4096)
     compute, ended = served.compute, []
 
-    def watched(key, payloads):
+    def watched(key, payloads, is_wanted):
         try:
-            return (yield from compute(key, payloads))
+            yield from compute(key, payloads, is_wanted)
         finally:
             ended.append(key[0])
 
@@ -245,10 +326,10 @@ def test_a_long_completion_keeps_nobody_waiting_and_ends_when_its_client_has_lef
             while "gengram_batch_sequences_sum 0.0" in (await client.get("/metrics")).text:
                 await asyncio.sleep(0.01)
             answer = await client.post("/v1/embeddings", json={"input": "ACGT"})
-            assert answer.status_code == 200 and ended == ["embed"]
+            assert answer.status_code == 200 and "continue" not in ended
             left.set()
             await asyncio.wait_for(long, 60)
-            while ended != ["embed", "continue"]:
+            while "continue" not in ended:
                 await asyncio.sleep(0.01)
             counts = (await client.get("/metrics")).text
             assert 'gengram_requests_total{path="/v1/completions",status="499"} 1.0' in counts
@@ -287,6 +368,15 @@ def test_a_web_page_of_another_host_cannot_ask(client):
     assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
 
 
+@pytest.mark.parametrize("address, host", [("127.0.0.2", "127.0.0.2:8000"), ("::1", "[::1]:8000")])
+def test_a_server_may_be_called_by_its_address(loaded, address, host):
+    app = serving_app(ServedModel(loaded, 4096), "tiny", hosts=server.names_of(address))
+    with TestClient(app, base_url="http://localhost") as client:
+        assert client.get("/health", headers={"host": host}).status_code == 200
+        assert client.get("/health", headers={"host": "127.0.0.3"}).status_code == 400
+    assert server.names_of("192.168.0.1") is server.names_of("0.0.0.0") is None
+
+
 def test_answers_on_their_way_are_finished_when_the_server_is_asked_to_end(tiny_folder):  # noqa: F811
     process = subprocess.Popen(
         [sys.executable, "-m", "gengram", "serve", str(tiny_folder), "--port", "0", "--quiet", "--device", "cpu"],
@@ -319,9 +409,13 @@ def test_no_packet_of_an_answer_waits_for_another():
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-def test_an_address_that_is_taken_is_an_error_in_one_line(tiny_folder, capsys):  # noqa: F811
-    from gengram.cli import main
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_there_is_not_is_an_error_in_one_line(tiny_folder, port, capsys):  # noqa: F811
+    assert main(["serve", str(tiny_folder), "--port", port]) == 1
+    assert capsys.readouterr().err == f"error: port: expected 0 to 65535, got {port}.\n"
 
+
+def test_an_address_that_is_taken_is_an_error_in_one_line(tiny_folder, capsys):  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(tiny_folder), "--port", str(taken.getsockname()[1])]) == 1
     assert "Traceback" not in (said := capsys.readouterr().err) and "in use" in said
