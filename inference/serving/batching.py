@@ -13,7 +13,7 @@ from typing import Any
 # A batch gives way to others after so many seconds, if it has not ended.
 _TURN = 0.1
 # A batch of many steps has had so many seconds before another of the kind is begun: fewer, larger batches are faster.
-_ALONE = 2.0
+_ALONE = 0.5
 # Works of many steps are short up to this share of the tokens of a batch.
 _SHORT = 1 / 8
 # Batches of many steps that are under way have so many times the tokens of one batch at most, by their kind. Half of
