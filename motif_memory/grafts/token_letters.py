@@ -21,7 +21,9 @@ def token_letters_of(tokenizer: Any) -> list[str]:
         ValueError: if the vocabulary is of proteins, or no token spells DNA.
     """
     vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) < _MOST_TOKENS_OF_PROTEIN and set(_AMINO_ACIDS) <= vocabulary.keys():
+    if len(vocabulary) < _MOST_TOKENS_OF_PROTEIN and set(_AMINO_ACIDS) <= {
+        _plain(token).upper() for token in vocabulary
+    }:
         raise ValueError(
             f"the tokens of {type(tokenizer).__name__} are amino acids, among which A, C, G and T are no bases; give "
             "token_letters, the string of bases of each token, if they are to be read as DNA."
@@ -29,13 +31,17 @@ def token_letters_of(tokenizer: Any) -> list[str]:
     special = set(tokenizer.all_special_ids)
     letters = [""] * (max(vocabulary.values(), default=-1) + 1)
     for token, index in vocabulary.items():
-        plain = token.lstrip(_WORD_STARTS).removeprefix(_WITHIN_WORD).removesuffix(_WORD_END)
-        spelled = _as_dna(plain)
+        spelled = _as_dna(_plain(token))
         if index not in special and spelled and not set(spelled) - set(_LETTERS):
             letters[index] = spelled
     if not any(letters):
         raise ValueError(f"no token of {type(tokenizer).__name__} spells DNA; give token_letters.")
     return letters
+
+
+def _plain(token: str) -> str:
+    """A token without what says where in a word it stands."""
+    return token.lstrip(_WORD_STARTS).removeprefix(_WITHIN_WORD).removesuffix(_WORD_END)
 
 
 def check_token_letters(token_letters: Sequence[str], vocabulary: int | None) -> list[str]:

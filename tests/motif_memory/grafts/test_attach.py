@@ -153,8 +153,10 @@ def test_letters_are_learnt_from_tokenizers():
 
     spelled = {"gattaca": "GATTACA", "ĠTATA": "TATA", "▁NN": "NN", "##ACG": "ACG", "CCG</w>": "CCG", "GUA": "GTA"}
     assert token_letters_of(Words("A", *spelled, "hello", "AXT", "##")) == ["", *spelled.values(), "", "", ""]
-    with pytest.raises(ValueError, match="amino acids"):
-        token_letters_of(Words("<pad>", *"ACDEFGHIKLMNPQRSTVWY"))
+    proteins = "ACDEFGHIKLMNPQRSTVWY"
+    for residues in (proteins, proteins.lower(), [f"▁{residue}" for residue in proteins]):
+        with pytest.raises(ValueError, match="amino acids"):
+            token_letters_of(Words("<pad>", *residues))
     with pytest.raises(ValueError, match="no token of Words spells DNA"):
         token_letters_of(Words("hello", "world"))
 
