@@ -97,14 +97,14 @@ class PretrainingTrainer(Trainer):
 
 @torch.no_grad()
 def router_statistics(outputs: Any, config: GengramConfig) -> dict[str, torch.Tensor]:
-    """Load-balancing loss, z-loss, share of the tokens per expert (layers, experts), mean entropy in bits."""
+    """Load-balancing loss, share of the tokens per expert (layers, experts), mean entropy in bits; z-loss if any."""
     logits = torch.stack([layer.float() for layer in outputs["router_logits"]])  # (layers, tokens, experts)
     chosen = logits.topk(config.num_experts_per_tok, dim=-1).indices
     shares = torch.nn.functional.one_hot(chosen, logits.shape[-1]).float().mean((1, 2))
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean() / math.log(2)
+    losses = {"router_load_balancing_loss": outputs["aux_loss"], "router_z_loss": outputs.get("z_loss")}
     return {
-        "router_load_balancing_loss": outputs["aux_loss"].detach(),
-        "router_z_loss": outputs["z_loss"].detach(),
+        **{name: loss.detach() for name, loss in losses.items() if loss is not None},
         "router_entropy_bits": entropy,
         "router_tokens_per_expert": shares,
     }

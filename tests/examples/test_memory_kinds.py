@@ -177,6 +177,15 @@ def test_no_arm_sees_later_bases(kinds, arm):
     assert (before[30] - after[30]).abs().max() > CHANGED
 
 
+def test_what_a_router_does_is_read_of_hosts_of_others_too(kinds):
+    fields = {**TINY, "host": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    model, ids = kinds.new_model(fields), torch.randint(5, 9, (2, 12), generator=torch.Generator().manual_seed(0))
+    found = load_example("pretraining/pretrain.py").router_statistics(model(ids, labels=ids), model.config)
+    shares = found["router_tokens_per_expert"]
+    assert shares.shape == (TINY["num_hidden_layers"], 4) and np.allclose(shares.sum(1), 1)
+    assert found["router_load_balancing_loss"] >= 1 and "router_z_loss" not in found
+
+
 def test_plans_train_every_arm_with_every_rate_and_then_the_best(compare, tmp_path, monkeypatch):
     """The losses are made up: what is asked for, in which order, and what is chosen."""
     asked = []
