@@ -178,7 +178,8 @@ def test_no_arm_sees_later_bases(kinds, arm):
 
 
 def test_what_a_router_does_is_read_of_hosts_of_others_too(kinds):
-    fields = {**TINY, "host": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    fields = {**TINY, "host": "Mixtral", **experts}
     model, ids = kinds.new_model(fields), torch.randint(5, 9, (2, 12), generator=torch.Generator().manual_seed(0))
     found = load_example("pretraining/pretrain.py").router_statistics(model(ids, labels=ids), model.config)
     shares = found["router_tokens_per_expert"]
