@@ -6,7 +6,7 @@ A server with gengram-mini is started on the loopback address. Each client asks 
 three completes (16 to 48 new bases), one embeds, one scores a variant; sequences have 20 to 400 random bases. Then one
 client asks requests of the same kind, one at a time, for half of the time. The same is done with each kind by itself,
 for a quarter of the time, and one client scores beside a completion that does not end. All answers are compared with
-calls of the model in this process. Writes `benchmarks/results/serving.json`.
+calls of the model in this process, which takes half an hour. Writes `benchmarks/results/serving.json`.
 """
 
 import argparse
