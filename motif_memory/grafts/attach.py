@@ -19,6 +19,7 @@ from .layer import (
     check_caches,
     check_forward,
     has_memory,
+    hooks_of,
     host_class,
     put_in,
     take_out,
@@ -64,7 +65,7 @@ class Graft:
         Raises:
             ValueError: if the host is called without ids, or with a cache that cannot keep the memories' state.
         """
-        given = dict(zip(self._names_of(host_class(type(host))), arguments, strict=False)) | options
+        given = dict(zip(self._names.get(host_class(type(host)), ()), arguments, strict=False)) | options
         input_ids = given.get("input_ids", arguments[0] if arguments else None)
         if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
             raise ValueError(
@@ -91,9 +92,6 @@ class Graft:
         """Learn the names of the arguments with which a host is called."""
         names = list(inspect.signature(kind.forward).parameters.values())[1:]
         self._names[kind] = tuple(one.name for one in names if one.kind is one.POSITIONAL_OR_KEYWORD)
-
-    def _names_of(self, kind: type) -> tuple[str, ...]:
-        return self._names.get(kind, ())
 
     def end(self) -> None:
         """The call has ended."""
@@ -251,9 +249,8 @@ def _callers(host: Any, layers: Sequence[str]) -> list[Any]:
 
 def _device_of_layer(layer: Any, weight: torch.Tensor) -> torch.device:
     """Where a layer computes, also if its weights are elsewhere until then."""
-    hook = getattr(layer, "_hf_hook", None)
-    hooks = (hook, *getattr(hook, "hooks", ()))
-    place = next((found for each in hooks if (found := getattr(each, "execution_device", None)) is not None), None)
+    devices = [getattr(hook, "execution_device", None) for hook in hooks_of(layer)]
+    place = next((device for device in devices if device is not None), None)
     return torch.device(place) if weight.device.type == "meta" and place is not None else weight.device
 
 

@@ -149,6 +149,12 @@ def has_memory(layer: torch.nn.Module) -> bool:
     return isinstance(layer, _LayerWithMemory)
 
 
+def hooks_of(layer: Any) -> tuple[Any, ...]:
+    """What accelerate put around a layer, if it did."""
+    hook = getattr(layer, "_hf_hook", None)
+    return (hook, *getattr(hook, "hooks", ()))
+
+
 def check_forward(layer: Any, name: str) -> None:
     """Refuse a layer in front of which no memory can be put.
 
@@ -159,8 +165,7 @@ def check_forward(layer: Any, name: str) -> None:
         return
     if not hasattr(layer, "_old_forward"):
         raise ValueError(f"layers: the `forward` of {name} was replaced by other code; attach the memory before that.")
-    hook = getattr(layer, "_hf_hook", None)
-    if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+    if any(getattr(hook, "offload", False) for hook in hooks_of(layer)):
         raise ValueError(
             f"layers: the weights of {name} are fetched when they are needed, where a memory has no place. Attach the "
             "memory first, then spread the model (accelerate.dispatch_model), or load it without offloading."

@@ -53,7 +53,7 @@ class HostPass:
         if device not in self._plans:
             self.state = state_in(cache, config) if self.is_causal else None
             if self.state is not None:
-                self.state.keep_step(self.past)
+                self.state.keep_in_step(self.past)
             ids = self.spelling.known(self.input_ids)
             exists = _exists(self.attention_mask, ids.shape, self.past)
             if exists is not None:

@@ -143,7 +143,7 @@ class GraftState(MemoryState):
         missing = most - kept.shape[1]
         return torch.nn.functional.pad(kept, (missing, 0), value=-1) if missing else kept
 
-    def keep_step(self, past: int | torch.Tensor | None) -> None:
+    def keep_in_step(self, past: int | torch.Tensor | None) -> None:
         """Forget tokens that were taken out of the cache's layers, past the cache's own methods.
 
         Args:

@@ -21,9 +21,8 @@ def token_letters_of(tokenizer: Any) -> list[str]:
         ValueError: if the vocabulary is of proteins, or no token spells DNA.
     """
     vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) < _MOST_TOKENS_OF_PROTEIN and set(_AMINO_ACIDS) <= {
-        _plain(token).upper() for token in vocabulary
-    }:
+    plain = {_plain(token).upper() for token in vocabulary}
+    if len(vocabulary) < _MOST_TOKENS_OF_PROTEIN and set(_AMINO_ACIDS) <= plain:
         raise ValueError(
             f"the tokens of {type(tokenizer).__name__} are amino acids, among which A, C, G and T are no bases; give "
             "token_letters, the string of bases of each token, if they are to be read as DNA."
