@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..configuration_motif_memory import MotifMemoryConfig
 from ..module import MotifMemory
@@ -22,6 +22,7 @@ from .layer import (
     hooks_of,
     host_class,
     put_in,
+    refuse_continuous_batching,
     take_out,
     tie,
     tokens_in,
@@ -176,6 +177,8 @@ def attach_memory(
     for caller in _callers(host, names):
         tie(caller, graft)
         graft.know(host_class(type(caller)))
+    for generator in _generators(model):
+        generator.init_continuous_batching = refuse_continuous_batching
     setattr(host.config, IN_CONFIG, graft.to_dict())
     return model
 
@@ -191,6 +194,8 @@ def detach_memory(model: Any) -> Any:
         untie(caller)
     for name in graft.layers:
         take_out(host.get_submodule(name))
+    for generator in _generators(model):
+        vars(generator).pop("init_continuous_batching", None)
     if hasattr(host.config, IN_CONFIG):
         delattr(host.config, IN_CONFIG)
     return model
@@ -245,6 +250,12 @@ def _callers(host: Any, layers: Sequence[str]) -> list[Any]:
         if (module is host or isinstance(module, PreTrainedModel))
         and all(f".{layer}".startswith(f".{name}") for layer in layers)
     ]
+
+
+def _generators(model: Any) -> list[Any]:
+    """What of a model can be asked to generate."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [module for module in modules if isinstance(module, GenerationMixin)]
 
 
 def _device_of_layer(layer: Any, weight: torch.Tensor) -> torch.device:

@@ -44,6 +44,18 @@ def check_caches(given: dict[str, Any]) -> None:
             )
 
 
+def refuse_continuous_batching(*arguments: Any, **options: Any) -> Any:
+    """Stands in for `init_continuous_batching` of a model with a memory, for whose state its pages have no place.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "continuous batching (generate_batch) keeps attention's keys and values in pages, where the state of the motif "
+        "memory has no place. Use generate(), which takes prompts of different lengths padded on the left."
+    )
+
+
 class _LayerWithMemory:
     """What a layer's class gets on top: `hidden_states + memory(hidden_states)` goes into the layer.
 

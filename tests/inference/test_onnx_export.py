@@ -135,6 +135,26 @@ def test_a_file_gives_the_models_numbers(tiny_folder, tmp_path, capsys):  # noqa
         assert np.abs(found - expected).max() < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [GengramForSequenceClassification, GengramForTokenClassification])
+def test_a_file_of_a_classifier_gives_its_numbers(head, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = tiny_model(head, num_labels=3).eval()
+    model.save_pretrained(tmp_path)
+    GengramTokenizer().save_pretrained(tmp_path)
+    assert main(["export", str(tmp_path), str(tmp_path / "out.onnx")]) == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"))
+    ids = random_ids(3, 21)
+    mask = torch.ones_like(ids)
+    mask[0, :6], mask[1, 15:] = 0, 0  # padded on the left, and on the right
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits.numpy()
+    (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    real = mask.bool().numpy() if head is GengramForTokenClassification else slice(None)
+    assert np.abs(found - expected)[real].max() < 1e-4
+
+
 def documented_generation():
     """The block of docs/running.md that generates with ONNX Runtime."""
     text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")

@@ -261,18 +261,23 @@ async def asked_by_hand(app, parts, cancel_at=None):
 
 def test_an_answer_that_is_cut_off_when_the_server_ends_is_said_so(loaded):
     """uvicorn cancels what has not ended when the time to finish is over."""
-    served, begun = ServedModel(loaded, 4096), threading.Event()
+    served, begun, ended = ServedModel(loaded, 4096), threading.Event(), threading.Event()
 
     def unending(key, payloads, is_wanted):
-        while True:
-            begun.set()
-            yield []
+        try:
+            while is_wanted(0):
+                begun.set()
+                time.sleep(0.001)  # as a step does, or this thread would keep the locks of others
+                yield []
+        finally:
+            ended.set()
 
     served.compute = unending
     app = serving_app(served, "tiny")
     parts = [{"type": "http.request", "body": b'{"prompt": "ACGT"}'}]
     start, body = asyncio.run(asked_by_hand(app, parts, begun.is_set))
     assert start["status"] == 503 and "has ended" in json.loads(body["body"])["error"]["message"]
+    assert ended.wait(30)
     begun.clear()
     parts = [{"type": "http.request", "body": b'{"pro', "more_body": True}]
     start, _ = asyncio.run(asked_by_hand(app, parts, lambda: not parts))

@@ -131,6 +131,17 @@ def test_caches_that_cannot_keep_the_state_are_refused():
         model(ids[:, :1], state=state, use_cache=True)
 
 
+@pytest.mark.parametrize("around", [lambda model: model, lambda model: get_peft_model(model, LoraConfig())])
+def test_continuous_batching_is_refused_when_it_is_asked_for(around):
+    model = attach_memory(around(llama()), CONFIG, layers=[1, 3], token_letters=SINGLE)
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match=r"generate_batch.* no place\. Use generate\(\)"):
+            one.generate_batch([[8, 5, 6]], max_new_tokens=2)
+        assert "init_continuous_batching" not in "".join(one.state_dict())
+    detach_memory(model)
+    assert model.init_continuous_batching.__module__.startswith("transformers.")
+
+
 def test_a_layer_that_is_computed_twice_has_no_state():
     model, ids = trained(made("HrmTextForCausalLM", "HrmTextConfig", **SIZES), ["L_module.layers.1"]), random_ids()
     other = ids.clone()
