@@ -42,7 +42,7 @@ from ..configuration.configuration_gengram import GengramConfig
 from ..motif_memory.definition import MemoryOutput, NgramPlan, at_least_float32
 from ..motif_memory.module import DepthwiseConv, MemoryRMSNorm, MotifMemory
 from ..motif_memory.plan import letter_codes, plan_ngrams
-from ..motif_memory.state import MemoryState
+from ..motif_memory.state import NO_CONTINUOUS_BATCHING, MemoryState
 from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
 from .adapters import check_adapters, record_settings
 from .inputs import check_engine, check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
@@ -767,11 +767,7 @@ class GengramForCausalLM(_Head, GengramPreTrainedModel, GenerationMixin):
 
     def _check_continuous_batching(self) -> None:
         if self.config.memory_layers:
-            raise ValueError(
-                "continuous batching (generate_batch) keeps attention's keys and values in pages, where the state of "
-                "the motif memory has no place. Use generate(), which takes prompts of different lengths padded on "
-                "the left, or `gengram generate`."
-            )
+            raise ValueError(NO_CONTINUOUS_BATCHING)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in `GenerationMixin`; with `assistant_early_exit=n` the first n layers draft what the whole model checks.

@@ -15,6 +15,12 @@ from .definition import MemoryOutput
 logger = logging.getLogger(__name__)
 
 
+NO_CONTINUOUS_BATCHING = (
+    "continuous batching (generate_batch) keeps attention's keys and values in pages, where the state of the motif "
+    "memory has no place. Use generate(), which takes prompts of different lengths padded on the left."
+)
+
+
 class MemoryState:
     """Letters of the last tokens, and for each memory layer the last inputs of its convolution.
 

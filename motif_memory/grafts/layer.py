@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from ..state import NO_CONTINUOUS_BATCHING
+
 CHILD = "motif_memory"  # the memory's name in its layer
 GRAFT = "_motif_memory_graft"  # what ties the memories together, at the model and at each of their layers
 _PASS = "motif_memory_pass"
@@ -50,10 +52,7 @@ def refuse_continuous_batching(*arguments: Any, **options: Any) -> Any:
     Raises:
         ValueError: always.
     """
-    raise ValueError(
-        "continuous batching (generate_batch) keeps attention's keys and values in pages, where the state of the motif "
-        "memory has no place. Use generate(), which takes prompts of different lengths padded on the left."
-    )
+    raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
 class _LayerWithMemory:
