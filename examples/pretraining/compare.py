@@ -284,7 +284,8 @@ def _draw_runs(axis: Any, found: dict[str, Any], colours: dict[str, str]) -> Non
             color=colour,
             label=arm,
         )
-    axis.set_xticks(range(len(architectures)), architectures)
+    lines = [architecture.replace(", ", ",\n").replace(" (", "\n(") for architecture in architectures]
+    axis.set_xticks(range(len(architectures)), lines, fontsize=8)
     axis.set_ylabel("held-out bits per base")
     axis.set_title("every seed, and the mean with its 95 % interval over seeds", fontsize=10)
     axis.legend(fontsize=8)
