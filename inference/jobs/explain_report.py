@@ -22,6 +22,7 @@ REPORT = "report.html"
 MOST_KMERS = 15  # in a table
 MOST_IN_MOTIFS = 50  # k-mers that are put together to motifs
 MOST_MOTIFS = 10
+MOST_OF_NAME = 60  # letters of a region's name
 
 _TARGETS = {
     "gate_logit": "the gate's logit: above 0 the memory opens, below 0 it closes",
@@ -54,7 +55,7 @@ def write_html_report(job: "ExplainJob", tables: dict[str, pa.Table], folder: Pa
             " This model pools as_trained, with the roundings of its training. Contributions are of exact means: they "
             "differ a little from what it adds in 32 bits, and more in 16."
         )
-    links = {**{f"region{number}": _place(region) for number, region in enumerate(regions, 1)}, "kmers": "k-mers"}
+    links = {**{f"region{number}": _heading(region) for number, region in enumerate(regions, 1)}, "kmers": "k-mers"}
     title = f"What the memory of {model_name(job.model.model)} did"
     write_whole(folder / REPORT, html_page(title, introduction, links, sections))
 
@@ -64,7 +65,7 @@ def _section_of_region(
 ) -> str:
     name, letters = model_name(job.model.model), job.genome.fetch(region.record, region.start, region.end)
     numbers, place = numbers_of(tables["bases"], region), _place(region)
-    parts = [f'<section id="region{number}">\n<h2>{html_text(place)}</h2>\n']
+    parts = [f'<section id="region{number}">\n<h2>{html_text(_heading(region))}</h2>\n']
 
     def add(kind: str, caption: str, draw: Any) -> None:
         path = pictures / f"region{number}_{kind}.svg"
@@ -106,6 +107,14 @@ def _section_of_region(
 
 def _place(region: Interval) -> str:
     return f"{region.record}:{region.start + 1:,}-{region.end:,}"
+
+
+def _heading(region: Interval) -> str:
+    """A region's place, and what its BED file calls it."""
+    if not region.name:
+        return _place(region)
+    name = region.name if len(region.name) <= MOST_OF_NAME else f"{region.name[:MOST_OF_NAME]}..."
+    return f"{_place(region)} ({name})"
 
 
 def _is_there(table: pa.Table, region: Interval) -> bool:

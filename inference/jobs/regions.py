@@ -84,7 +84,7 @@ def inputs_of_beds(beds: Sequence[Path]) -> dict[str, Path]:
 
 
 def regions_of(genome: Genome, texts: Sequence[str] = (), beds: Sequence[Path] = ()) -> list[Interval]:
-    """Regions that are computed, sorted by record and start; those that overlap or touch are one.
+    """Regions that are computed, sorted by record and start; those that overlap or touch are one, with all names.
 
     Args:
         genome: whose names are used, with and without `chr`.
@@ -99,13 +99,17 @@ def regions_of(genome: Genome, texts: Sequence[str] = (), beds: Sequence[Path] =
         wanted += read_bed(bed, genome.lengths)
     if not texts and not beds:
         wanted = [Interval(name, 0, length) for name, length in genome.contigs.items() if length]
-    merged: list[Interval] = []
-    for name, start, end in sorted((genome.contig(region.record), region.start, region.end) for region in wanted):
-        if merged and merged[-1].record == name and start <= merged[-1].end:
-            merged[-1] = Interval(name, merged[-1].start, max(end, merged[-1].end))
-        else:
-            merged.append(Interval(name, start, end))
-    return merged
+    merged: list[tuple[str, int, int, dict[str, None]]] = []
+    for record, start, end, name in sorted(
+        (genome.contig(region.record), region.start, region.end, region.name) for region in wanted
+    ):
+        names: dict[str, None] = {}
+        if merged and merged[-1][0] == record and start <= merged[-1][2]:
+            _, start, last_end, names = merged.pop()
+            end = max(end, last_end)
+        names[name] = None
+        merged.append((record, start, end, names))
+    return [Interval(record, start, end, ", ".join(filter(None, names))) for record, start, end, names in merged]
 
 
 class RegionFilter:

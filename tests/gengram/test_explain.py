@@ -85,6 +85,18 @@ def check_page(folder) -> StrictPage:
     return page
 
 
+def test_regions_have_the_names_of_their_bed_file(explain, tmp_path):
+    rows = [(35060, 35070, "TATA <b>box</b>"), (35065, 35080, "CAAT"), (35100, 35110, "x" * 99)]
+    bed = "".join(f"chr21_25.7M\t{start}\t{end}\t{name}\n" for start, end, name in rows)
+    (tmp_path / "some.bed").write_text(bed)
+    options = ["--fasta", FASTA, "--output", "out", "--context", "40", "--no-mutate"]
+    assert explain("some.bed", *options)[0] == 0
+    check_page(tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    for heading in ("35,061-35,080 (TATA &lt;b&gt;box&lt;/b&gt;, CAAT)", f"35,101-35,110 ({'x' * 60}...)"):
+        assert page.count(f"chr21_25.7M:{heading}</h2>") == page.count(f"chr21_25.7M:{heading}</a>") == 1
+
+
 def test_a_region_with_a_knock_out(explain, tmp_path, tiny_folder):  # noqa: F811
     words = ["chr21_25.7M:35,061-35,080", "--fasta", FASTA, "--gtf", GTF, "--output", "out", "--context", "40"]
     code, out, error = explain(*words, "--knock-out", "GTA", "--knock-out-reverse-complement", "--json")

@@ -174,6 +174,17 @@ def test_regions_are_merged_and_sorted_by_name():
         regions_of(genome, ["chr3:1-10"])
 
 
+def test_merged_regions_keep_the_names_of_a_bed_file(tmp_path):
+    bed = tmp_path / "some.bed"
+    bed.write_text("chr2\t50\t60\tlast\nchr2\t10\t20\tTATA\nchr2\t0\t10\t.\nchr2\t15\t30\tCAAT\nchr2\t15\t18\tTATA\n")
+    found = regions_of(genome_of({"chr2": "A" * 100}), ["chr2:80-90"], [bed])
+    assert [(str(region), region.name) for region in found] == [
+        ("chr2:1-30", "TATA, CAAT"),
+        ("chr2:51-60", "last"),
+        ("chr2:80-90", ""),
+    ]
+
+
 KILLED = """
 import os, signal, sys
 from dataclasses import replace
