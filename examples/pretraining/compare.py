@@ -12,7 +12,7 @@ With `learning_rates` in the plan, every arm of every architecture is first trai
 
 Every run is one call of `pretrain.py`. One that is done is not done again, be its result in the output folder or in an
 earlier report (`--report`, or `--done` for those of other plans); one that was cut off continues from its last
-checkpoint.
+checkpoint. With `--keep-models` the trained models stay in `OUTPUT/models`.
 """
 
 import argparse
@@ -130,7 +130,12 @@ def unpack(path: Path, output: Path) -> None:
             write_whole(name, json.dumps({**result, "training": found["plan"]["training"]}) + "\n")
 
 
-def train(run: dict[str, Any], dataset: str, output: Path) -> dict[str, Any]:
+def model_of(run: dict[str, Any], output: Path) -> Path:
+    """The folder of a run's trained model, if models are kept."""
+    return output / "models" / run_name(run)
+
+
+def train(run: dict[str, Any], dataset: str, output: Path, keeps_model: bool = False) -> dict[str, Any]:
     """One call of `pretrain.py`; leaves `RUN.json` when it has ended well, and returns what is in it.
 
     Raises:
@@ -180,8 +185,16 @@ def train(run: dict[str, Any], dataset: str, output: Path) -> dict[str, Any]:
         "log": [{name: line[name] for name in kept if name in line} for line in lines],
         "machine": summary["machine"],
     }
+    if keeps_model:
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        kept_model = model_of(run, output)
+        shutil.rmtree(kept_model, ignore_errors=True)
+        kept_model.parent.mkdir(exist_ok=True)
+        folder.rename(kept_model)
     write_whole(output / f"{run_name(run)}.json", json.dumps(result) + "\n")
-    shutil.rmtree(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
     return result
 
 
@@ -354,13 +367,18 @@ def _draw_routers(axis: Any, found: dict[str, Any], colours: dict[str, str]) -> 
 
 def train_missing(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Do those of the runs that have left no result."""
-    missing = [run for run in runs if not is_done(run, arguments.output)]
+    keeps = arguments.keep_models
+    missing = [
+        run
+        for run in runs
+        if not is_done(run, arguments.output) or (keeps and not model_of(run, arguments.output).exists())
+    ]
     if not arguments.dataset:
         if missing:
             print(f"{len(missing)} of {len(runs)} runs are missing; give --dataset to do them")
         return
     with ThreadPoolExecutor(arguments.processes) as pool:
-        done = [pool.submit(train, run, arguments.dataset, arguments.output) for run in missing]
+        done = [pool.submit(train, run, arguments.dataset, arguments.output, keeps) for run in missing]
         try:
             for number, (run, result) in enumerate(zip(missing, done, strict=True), start=1):
                 bits = result.result()["bits_per_base"]
@@ -378,6 +396,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="JSON file of all results; what it has is not done again")
     parser.add_argument("--done", type=Path, nargs="+", default=[], help="reports of other plans, to do no run twice")
     parser.add_argument("--figure", type=Path, help="draw this SVG or PNG")
+    parser.add_argument("--keep-models", action="store_true", help="leave the trained models in OUTPUT/models")
     arguments = parser.parse_args()
     plan = json.loads(arguments.plan.read_text())
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from example_scripts import run_script
+from tiny_models import tiny_model
 from tolerances import BITS_PER_BASE_FP32
 
-from gengram import GengramForCausalLM, GengramForMaskedLM
+from gengram import GengramForCausalLM, GengramForMaskedLM, GengramTokenizer
+from gengram.cli import main
 from gengram.data_preparation import SplitRule, WindowOptions, prepare_genome_dataset
 
 TINY = {
@@ -119,7 +121,7 @@ def test_the_comparison_does_what_is_missing_and_reports(dataset, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     words = ["--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path / "out")]
     first = run("compare.py", *words, "--dataset", str(dataset))
-    assert "7 of 7" in first
+    assert "7 of 7" in first and not (tmp_path / "out" / "models").exists()
     report, figure = tmp_path / "report.json", tmp_path / "figure.svg"
     again = run("compare.py", *words, "--dataset", str(dataset), "--report", str(report), "--figure", str(figure))
     assert " of 7" not in again and again.strip() in first
@@ -153,6 +155,11 @@ def test_a_comparison_that_was_cut_off_continues_where_it_was(dataset, tmp_path)
     (work / "checkpoint-3").mkdir()  # cut off while it was written
     run(*words, str(tmp_path / "cut"))
     assert not work.exists()
+    (tmp_path / "whole" / "models" / "dense--memory--1").mkdir(parents=True)  # kept by an earlier call
+    kept = run(*words, str(tmp_path / "whole"), "--keep-models")
+    assert "3 of 3" in kept and not (tmp_path / "whole" / "work" / "dense--no_gate--1").exists()
+    names = {path.name for path in (tmp_path / "whole" / "models").rglob("*")}
+    assert {"dense--no_gate--1", "model.safetensors"} <= names and not any("checkpoint" in name for name in names)
     for name in ("dense--no_gate--1", "dense--memory--1", "Llama--no_gate--1"):
         whole, cut = (json.loads((tmp_path / which / f"{name}.json").read_text()) for which in ("whole", "cut"))
         assert whole["bits_per_base"] == cut["bits_per_base"]
@@ -187,3 +194,37 @@ def test_windows_of_exons_have_partners_of_the_same_letters_share_in_introns(tmp
             inside = any(start <= place < end for start, end in exons)
             assert inside == (label == "1")
             assert inside or distance >= 60
+
+
+def test_differences_of_pairs_over_seeds(tmp_path):
+    pytest.importorskip("sklearn")
+    generator = np.random.default_rng(0)
+    texts = ["".join(generator.choice(list("ACGT"), 30)) for _ in range(90)]
+    labels = [text.count("TA") > 1 for text in texts]
+    for name, part in (("train", slice(60)), ("test", slice(60, 90))):
+        rows = [f"{text},{int(label)}" for text, label in zip(texts[part], labels[part], strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["sequence,label", *rows]) + "\n")
+    (tmp_path / "suite.yaml").write_text(
+        "name: s\ntasks: [{name: TA, train: train.csv, test: test.csv, protocols: [frozen]}]\n"
+    )
+    folders, expected = [], []
+    for seed in (1, 2):
+        for kind, layers in (("baseline", []), ("memory", [1])):
+            model = tiny_model(GengramForCausalLM, seed=seed, memory_layers=layers)
+            model.save_pretrained(tmp_path / f"{kind}-{seed}")
+            GengramTokenizer(model_max_length=48).save_pretrained(tmp_path / f"{kind}-{seed}")
+        folders.append(str(tmp_path / f"probes-{seed}"))
+        models = [str(tmp_path / f"{kind}-{seed}") for kind in ("baseline", "memory")]
+        options = ["--suite", str(tmp_path / "suite.yaml"), "--data", str(tmp_path), "--output", folders[-1]]
+        assert main(["bench", *models, *options, "--quiet", "--device", "cpu"]) == 0
+        found = json.loads((tmp_path / f"probes-{seed}" / "results.json").read_text())
+        values = {result["model"]: result["metrics"]["mcc"]["value"] for result in found}
+        expected.append(values[models[1]] - values[models[0]])
+    report, figure = tmp_path / "report.json", tmp_path / "figure.svg"
+    table = run("twins/probe_differences.py", *folders, "--report", str(report), "--figure", str(figure))
+    (row,) = json.loads(report.read_text())
+    assert [pair["value"] for pair in row["pairs"]] == pytest.approx(expected)
+    assert row["mean"] == pytest.approx(np.mean(expected))
+    half = 12.7062047 * np.std(expected, ddof=1) / np.sqrt(2)  # Student's t of one degree of freedom
+    assert row["half_width_95"] == pytest.approx(half)
+    assert f"| {np.mean(expected):+.3f} ± {half:.3f} |" in table and figure.stat().st_size > 1000
