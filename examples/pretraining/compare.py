@@ -16,6 +16,7 @@ checkpoint. With `--keep-models` the trained models stay in `OUTPUT/models`.
 """
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -268,12 +269,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Every run beside its means; ablations, or differences from the arm with memory; losses of routers, if any."""
+    """Every run beside its means; ablations, or differences from the arm with memory; losses of routers, if any.
+
+    With `curves` in the plan, arms are points of these: name of the axis -> arm -> number.
+    """
     arms = list(found["plan"]["arms"])
     colours = {arm: f"C{place}" for place, arm in enumerate(arms)}
     second = _draw_ablations if "ablations" in found["plan"] else _draw_differences
     has_routers = any("router_load_balancing_loss" in line for run in found["runs"] for line in run["log"])
-    panels = [_draw_runs, second, *([_draw_routers] if has_routers else [])]
+    curves = [functools.partial(_draw_curve, name=name) for name in found["plan"].get("curves", {})]
+    panels = [*(curves or [_draw_runs, second]), *([_draw_routers] if has_routers else [])]
     figure, axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 4.5), layout="constrained")
     for panel, axis in zip(panels, axes, strict=True):
         panel(axis, found, colours)
@@ -299,6 +304,29 @@ def _draw_runs(axis: Any, found: dict[str, Any], colours: dict[str, str]) -> Non
         )
     lines = [architecture.replace(", ", ",\n").replace(" (", "\n(") for architecture in architectures]
     axis.set_xticks(range(len(architectures)), lines, fontsize=8)
+    axis.set_ylabel("held-out bits per base")
+    axis.set_title("every seed, and the mean with its 95 % interval over seeds", fontsize=10)
+    axis.legend(fontsize=8)
+
+
+def _draw_curve(axis: Any, found: dict[str, Any], colours: dict[str, str], name: str) -> None:
+    """Arms that differ in one number, and the arm without memory as a band."""
+    places = found["plan"]["curves"][name]
+    rows = [row for row in found["rows"] if row["arm"] in places]
+    rows.sort(key=lambda row: places[row["arm"]])
+    for run in found["runs"]:
+        if run["arm"] in places:
+            axis.plot(places[run["arm"]], run["bits_per_base"], ".", color="C0", alpha=0.6)
+    halves = [0.0 if math.isnan(row["half_width_95"]) else row["half_width_95"] for row in rows]
+    numbers = [places[row["arm"]] for row in rows]
+    axis.errorbar(numbers, [row["bits_per_base"] for row in rows], halves, capsize=4, color="C0", label="memory")
+    for row in found["rows"]:
+        if row["arm"] == "baseline":
+            low, high = (row["bits_per_base"] + side * row["half_width_95"] for side in (-1, 1))
+            axis.axhspan(low, high, color="C1", alpha=0.2)
+            axis.axhline(row["bits_per_base"], color="C1", label="baseline")
+    axis.set_xticks(sorted(set(numbers)))
+    axis.set_xlabel(name)
     axis.set_ylabel("held-out bits per base")
     axis.set_title("every seed, and the mean with its 95 % interval over seeds", fontsize=10)
     axis.legend(fontsize=8)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from example_scripts import run_script
+from example_scripts import EXAMPLES, load_example, run_script
 from tiny_models import tiny_model
 from tolerances import BITS_PER_BASE_FP32
 
@@ -131,6 +131,25 @@ def test_the_comparison_does_what_is_missing_and_reports(dataset, tmp_path):
     assert abs(with_memory - wide) / with_memory < 0.05
     assert rows["dense", "memory"]["minus_memory"] == 0
     assert figure.stat().st_size > 1000
+
+
+def test_arms_that_differ_in_a_number_are_a_curve(tmp_path):
+    compare = load_example("pretraining/compare.py")
+    plan = json.loads((EXAMPLES / "pretraining/comparisons/depth.json").read_text())
+    bits = {"layer 1": 1.91, "window 6": 1.92, "memory": 1.93, "baseline": 1.94}
+    for run_ in compare.tuning_runs(plan) + [{**each, "learning_rate": 0.0015} for each in compare.planned_runs(plan)]:
+        found = bits.get(run_["arm"], 1.95) + 0.01 * run_["seed"] + (run_["learning_rate"] != 0.0015)
+        counts = dict.fromkeys(("parameters", "parameters_used_per_token", "trained_tokens"), 1)
+        result = {**run_, **counts, "bits_per_base": found, "log": [{"step": 1, "loss": 1.0}]}
+        (tmp_path / f"{compare.run_name(run_)}.json").write_text(json.dumps(result))
+    report = compare.report(plan, tmp_path)
+    assert len(report["runs"]) == len(report["tuning"]) == 36
+    compare.draw(report, tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").stat().st_size > 1000
+    _, axis = compare.pyplot().subplots()
+    compare._draw_curve(axis, report, {}, "window (bases)")
+    numbers, means = next(line.get_data() for line in axis.get_lines() if len(line.get_xdata()) == 4)
+    assert list(numbers) == [6, 12, 21, 34] and list(means) == pytest.approx([1.94, 1.97, 1.95, 1.97])
 
 
 @pytest.mark.slow
