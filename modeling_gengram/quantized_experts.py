@@ -187,7 +187,17 @@ def _product(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
     if is_narrow and x.device.type == "cpu" and (len(x) <= _FEW_TOKENS or not _multiplies_bfloat16()):
         if x.shape[-1] % _PACK == 0 and is_aligned(numbers) and is_aligned(x):
             return torch._weight_int8pack_mm(x, numbers, scale.to(x.dtype))
+    if _takes_scales_apart(x, numbers):
+        return F.linear(x, numbers.to(x.dtype)).mul_(scale.to(x.dtype))
     return F.linear(x, dequantize(numbers, scale, x.dtype))
+
+
+def _takes_scales_apart(x: Tensor, numbers: Tensor) -> bool:
+    """Whether a row's scale may be multiplied with sums of its numbers, which are fewer than the numbers.
+
+    These are exact in bfloat16, too. In float16 their sums would not fit.
+    """
+    return numbers.dtype == torch.int8 and x.dtype != torch.float16
 
 
 def _parts(experts: Tensor, count: int) -> list[tuple[int, slice]]:
@@ -224,7 +234,10 @@ def _linear_backward(grad: Tensor, numbers: Tensor, scale: Tensor, experts: Tens
     halving = 1 if numbers.dtype == torch.int8 else 2
     result = grad.new_zeros(len(grad), numbers.shape[2] * halving)
     for expert, tokens in _parts(experts, len(numbers)):
-        result[tokens] = grad[tokens] @ dequantize(numbers[expert], scale[expert], grad.dtype)
+        if _takes_scales_apart(grad, numbers):
+            result[tokens] = (grad[tokens] * scale[expert].to(grad.dtype)) @ numbers[expert].to(grad.dtype)
+        else:
+            result[tokens] = grad[tokens] @ dequantize(numbers[expert], scale[expert], grad.dtype)
     return result
 
 

@@ -130,6 +130,17 @@ def test_numbers_may_stand_anywhere_in_memory_and_have_rows_of_any_length(dtype,
         assert (found - expected).norm() <= QUANTIZED_PRODUCT_BF16 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_whole_numbers_that_float16_cannot_hold(kind, dtype):
+    numbers, scale = quantize(torch.full((1, 32, 1024), 0.02, dtype=dtype), kind)
+    x = torch.full((40, 1024), 100.0, dtype=dtype, requires_grad=True)
+    found = _linear(x, numbers, scale, torch.zeros(40, dtype=torch.int64))
+    assert bool(((found.double() - 2048).abs() <= QUANTIZED_PRODUCT_BF16 * 2048).all())
+    found.backward(torch.full_like(found, 100.0))
+    assert bool(((x.grad.double() - 64).abs() <= QUANTIZED_PRODUCT_BF16 * 64).all())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_small_weights_in_float16_are_not_cut_off(kind):
     weight = (torch.randn(6, 64).clamp(-2, 2) * torch.logspace(-8, -4, 6)[:, None]).half()
