@@ -192,7 +192,8 @@ def test_plans_train_every_arm_with_every_rate_and_then_the_best(compare, tmp_pa
     asked = []
     best = {"baseline": 1.0, "memory": 2.4}
 
-    def train(run, dataset, output):
+    def train(run, dataset, output, keeps_model):
+        assert not keeps_model
         asked.append(run)
         result = {**run, "bits_per_base": abs(run["learning_rate"] - best[run["arm"]]) + run["seed"], "parameters": 1}
         result |= {"parameters_used_per_token": 1, "trained_tokens": 1, "log": [{"step": 1}]}

@@ -359,6 +359,8 @@ def test_a_masked_model_scores_and_embeds_but_does_not_continue(tmp_path):
 def test_health_models_counts_and_page(client):
     assert client.get("/health").json()["status"] == "ok"
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    unequal = {"variants": [{"reference": "ACGT", "alternative": "ACG"}]}
+    assert client.post("/v1/score", json=unequal).status_code == 400
     counts = client.get("/metrics").text
     assert (
         'gengram_requests_total{path="/v1/score",status="400"}' in counts and "gengram_batch_sequences_sum" in counts
