@@ -41,6 +41,11 @@ class Interval:
         """As samtools writes it, from 1 and with its end."""
         return f"{self.record}:{self.start + 1}-{self.end}"
 
+    @property
+    def place(self) -> str:
+        """The same for readers: `chr1:1,001-2,000`."""
+        return f"{self.record}:{self.start + 1:,}-{self.end:,}"
+
 
 def read_bed(path: str | Path, lengths: Mapping[str, int] | None = None) -> Iterator[Interval]:
     """The regions of a BED file of three or more columns, in its order.

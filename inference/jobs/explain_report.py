@@ -64,7 +64,7 @@ def _section_of_region(
     job: "ExplainJob", tables: dict[str, pa.Table], region: Interval, number: int, pictures: Path
 ) -> str:
     name, letters = model_name(job.model.model), job.genome.fetch(region.record, region.start, region.end)
-    numbers, place = numbers_of(tables["bases"], region), _place(region)
+    numbers, place = numbers_of(tables["bases"], region), region.place
     parts = [f'<section id="region{number}">\n<h2>{html_text(_heading(region))}</h2>\n']
 
     def add(kind: str, caption: str, draw: Any) -> None:
@@ -105,16 +105,12 @@ def _section_of_region(
     return "".join([*parts, "</section>\n"])
 
 
-def _place(region: Interval) -> str:
-    return f"{region.record}:{region.start + 1:,}-{region.end:,}"
-
-
 def _heading(region: Interval) -> str:
     """A region's place, and what its BED file calls it."""
     if not region.name:
-        return _place(region)
+        return region.place
     name = region.name if len(region.name) <= MOST_OF_NAME else f"{region.name[:MOST_OF_NAME]}..."
-    return f"{_place(region)} ({name})"
+    return f"{region.place} ({name})"
 
 
 def _is_there(table: pa.Table, region: Interval) -> bool:

@@ -52,15 +52,11 @@ def draw(job: MutateJob | DependencyJob, region: Interval, path: Path) -> None:
     if isinstance(job, DependencyJob):
         letters = job.genome.fetch(region.record, region.start, region.end)
         strands = "" if job.is_masked else _STRANDS_OF_CAUSAL[job.model.strands]
-        title = f"Dependencies by {name}, {_place(region)}{strands}"
+        title = f"Dependencies by {name}, {region.place}{strands}"
         draw_dependencies(read_written(job.output, SCHEMA), region, letters, path, title)
         return
-    title = f"Effects{f' on {job.label_name}' if job.label_name else ''} by {name}, {_place(region)}"
+    title = f"Effects{f' on {job.label_name}' if job.label_name else ''} by {name}, {region.place}"
     draw_mutations(read_written(job.output, job.schema), region, path, title, job.effect)
-
-
-def _place(region: Interval) -> str:
-    return f"{region.record}:{region.start + 1:,}-{region.end:,}"
 
 
 def draw_mutations(table: pa.Table, region: Interval, path: str | Path, title: str, effect: str = "llr") -> None:

@@ -231,7 +231,7 @@ def _finish(
             color=STRAND_COLOURS[strand], size=9, ha=side, va="bottom",
         )  # fmt: skip
     steps = "" if width == 1 else f", means of {width:,} bases"
-    axes[0].set_title(f"{region.record}:{region.start + 1:,}-{region.end:,} by {model}{steps}", size=11)
+    axes[0].set_title(f"{region.place} by {model}{steps}", size=11)
 
 
 def read_genes_of(path: Path | None, region: Interval) -> list[Gene]:
