@@ -40,8 +40,8 @@ def stream_genome_dataset(
 ) -> IterableDataset:
     """One split as an `IterableDataset` that reads the FASTA files as it goes and writes nothing.
 
-    The columns are those of `features`. Each worker of a data loader reads all files and keeps its share, so prefer
-    `prepare_genome_dataset` and `load_dataset(folder, streaming=True)` for more than a few passes.
+    The columns are those of `features`. One worker of a data loader reads all files, and others have nothing to do, so
+    prefer `prepare_genome_dataset` and `load_dataset(folder, streaming=True)` for more than a few passes.
 
     Raises:
         InputError: if a file can be read only once, as pipes; and while it is read, as `prepare_genome_dataset`.

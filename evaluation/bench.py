@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ..support.errors import InputError, MissingExtraError, plain_words, quoted
 from ..support.figures import pyplot
 from ..support.input_file import is_read_once, shown_name
@@ -102,13 +104,16 @@ def bench(
         with _named(run.task, data, run):
             result = KINDS[type(run.task)].run(run.protocol, run.model, run.task, loaded[1], run.seed, progress)
         name = None if run.model is None else run.model.name
-        described = {"task": run.task.name, "model": name, "protocol": run.protocol, "seed": run.seed}
+        described: dict[str, Any] = {"task": run.task.name, "model": name, "protocol": run.protocol, "seed": run.seed}
+        described["loading"] = None if run.model is None else _loading(run.model)
         seconds = {"seconds": time.perf_counter() - start, "machine": describe_machine()}
         results[run.path] = without_nan({**described, **result, **seconds})
         write_run(run.path, results[run.path])
+    plan += _earlier(suite, models, data, output, {run.path for run in plan}, results)
+    plan.sort(key=lambda run: suite.tasks.index(run.task))
     found = [{"suite": suite.name, "metric": run.task.metric, **results[run.path]} for run in plan]
     shown = [{name: value for name, value in result.items() if name not in FIELDS} for result in found]
-    write_report(suite, shown, paired_differences(found), output)
+    write_report(suite, shown, paired_differences(found, models[0].name if models else None), output)
     return shown
 
 
@@ -134,6 +139,45 @@ def _runs(
         for seed in seeds
     ]
     return list({run.path: run for run in runs}.values())
+
+
+def _loading(model: EvaluatedModel) -> dict[str, Any]:
+    """How a model is loaded, as JSON can hold it."""
+    loading = {"dtype": str(model.dtype).removeprefix("torch."), **model.loading}
+    return {name: value for name, value in loading.items() if isinstance(value, str | bool | int | float | None)}
+
+
+def _earlier(
+    suite: Suite,
+    models: Sequence[EvaluatedModel],
+    data: Path,
+    output: Path,
+    planned: set[Path],
+    results: dict[Path, dict[str, Any]],
+) -> list[Run]:
+    """Runs of earlier calls whose task, data and model are still the same; their results are put into `results`.
+
+    A model that was loaded in several ways, as in two dtypes, has those runs only that are like the ones now, or else
+    like the newest.
+    """
+    tasks = {task.name: task for task in suite.tasks}
+    known = {model.name: model for model in models}
+    found = []
+    paths = set((output / "runs").glob("*.json")) - planned
+    for path in sorted(paths, key=lambda path: (-path.stat().st_mtime_ns, path.name)):
+        stored = read_run(path)
+        if stored is None or stored["task"] not in tasks or "loading" not in stored:  # an older version's
+            continue
+        task, protocol, name, seed = tasks[stored["task"]], stored["protocol"], stored["model"], stored["seed"]
+        model = None
+        if name is not None:
+            loading = dict(stored["loading"])
+            dtype = getattr(torch, loading.pop("dtype"))
+            model = known.setdefault(name, EvaluatedModel(name, None, dtype, **loading))
+        if run_path(output, task, protocol, model, seed, data) == path:
+            results[path] = stored
+            found.append(Run(task, protocol, model, seed, path))
+    return sorted(found, key=lambda run: (run.way, run.path))
 
 
 def _read(task: Task, data: Path, protocols: Sequence[str]) -> Any:

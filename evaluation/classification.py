@@ -20,6 +20,8 @@ from .sequence_baselines import FEATURES, check_one_length
 from .suite import ClassificationTask, FineTuningOptions
 
 _ROWS_FOR_CHOICE = 2000
+_OF_TRAINING_ROWS = ("duplicates_in_train", "conflicts_in_train")  # see `Overlap.counts`
+_OF_TEST_ROWS = ("test_rows_in_train", "conflicting_labels", "test_rows_near_train")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def frozen(model: EvaluatedModel, trial: Trial) -> Predictions:
     choices = [(layer, pooling) for layer in range(model.encoder.layers) for pooling in POOLINGS]
     found = model.embed(rows.sequences, choices, trial.task.both_strands, trial.progress)
     scores = {
-        choice: score_of_features(vectors, rows.labels, trial.seed, rows.groups) for choice, vectors in found.items()
+        choice: score_of_features(vectors, rows.labels, trial.seed, rows.groups, trial.task.metric)
+        for choice, vectors in found.items()
     }
     best = max(scores, key=lambda choice: scores[choice])
     return _on_embeddings(model, trial, best, trial.task.classifiers)
@@ -72,10 +75,12 @@ def _on_embeddings(
 
 def _chosen(classifiers: Sequence[str], vectors: Any, trial: Trial) -> Predictions:
     """What the best classifier says of the test rows; `vectors` are of the training rows, then of the test rows."""
-    train = trial.train
-    classifier, name, score = choose(classifiers, vectors[: len(train)], train.labels, trial.seed, train.groups)
+    train, metric = trial.train, trial.task.metric
+    classifier, name, score = choose(
+        classifiers, vectors[: len(train)], train.labels, trial.seed, train.groups, metric
+    )
     probabilities = class_probabilities(classifier, vectors[len(train) :], len(train.classes))
-    return probabilities, {"classifier": name, "held_out_auc": score}
+    return probabilities, {"classifier": name, f"held_out_{metric}": score}
 
 
 def full_fine_tuning(model: EvaluatedModel, trial: Trial, with_lora: bool = False) -> Predictions:
@@ -123,7 +128,7 @@ def read_classification(task: ClassificationTask, data: Path, protocols: Sequenc
     """
     columns = {"sequence_column": task.sequence, "label_column": task.label}
     where = source_name(task.train, data)
-    train = read_labelled(task.train, data, group_column=task.fold, **columns)
+    train = read_labelled(task.train, data, group_column=task.fold, positive=task.positive, **columns)
     check_classes(train, where)
     if task.fold is None:
         splits = [TrainAndTest(train, read_labelled(task.test, data, classes=train.classes, **columns))]
@@ -163,17 +168,21 @@ def run_classification(
     """Fit and test one protocol on one task; with folds, the probabilities of all folds are put together."""
     labels, probabilities, details, overlaps = [], [], [], []
     for split in splits:
-        overlaps.append(overlap(split.train, split.test))
         train = split.train.sample(task.most_train, seed)
         check_classes(train, f"the {len(train)} rows drawn (most_train)")
-        predicted, chosen = CLASSIFICATION[protocol](model, Trial(task, train, split.test, seed, progress))
+        overlaps.append(overlap(train, split.test))
+        of_test, chosen = CLASSIFICATION[protocol](model, Trial(task, train, split.test, seed, progress))
         labels.append(split.test.labels)
-        probabilities.append(predicted)
+        probabilities.append(of_test)
         details.append(chosen)
     if model is not None:
         model.forget()
     rows = np.concatenate(labels)
-    found = evaluate(rows, np.concatenate(probabilities))
+    predicted = np.concatenate(probabilities)
+    found = evaluate(rows, predicted)
+    is_far = ~np.concatenate([each.is_near_train for each in overlaps])
+    far = evaluate(rows[is_far], predicted[is_far]) if is_far.any() and not is_far.all() else {}
+    counts_of_overlap = [each.counts() for each in overlaps]
     classes = splits[0].train.classes
     counts = np.bincount(rows, minlength=len(classes))
     return {
@@ -183,8 +192,7 @@ def run_classification(
         "train_rows": min(len(splits[0].train), task.most_train or len(splits[0].train)),
         "test_rows": sum(map(len, labels)),
         "test_rows_of_classes": dict(zip(classes, counts.tolist(), strict=True)),
-        "duplicates_in_train": max(found.duplicates_in_train for found in overlaps),
-        "conflicts_in_train": max(found.conflicts_in_train for found in overlaps),
-        "test_rows_in_train": sum(found.test_rows_in_train for found in overlaps),
-        "conflicting_labels": sum(found.conflicting_labels for found in overlaps),
+        **{name: max(each[name] for each in counts_of_overlap) for name in _OF_TRAINING_ROWS},
+        **{name: sum(each[name] for each in counts_of_overlap) for name in _OF_TEST_ROWS},
+        "metrics_far_from_train": {name: estimate.numbers() for name, estimate in far.items()},
     }

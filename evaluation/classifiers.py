@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 
 from ..support.errors import MissingExtraError
-from .metrics import auc
+from .metrics import METRICS, auc
 
 HELD_OUT_SHARE = 0.2
 _SPLITS_TRIED = 1000
@@ -117,17 +117,22 @@ def class_probabilities(classifier: Any, features: Any, classes: int) -> np.ndar
 
 
 def choose(
-    kinds: Iterable[str], features: Any, labels: np.ndarray, seed: int, groups: np.ndarray | None = None
+    kinds: Iterable[str],
+    features: Any,
+    labels: np.ndarray,
+    seed: int,
+    groups: np.ndarray | None = None,
+    metric: str = "auc",
 ) -> tuple[Any, str, float]:
-    """The best classifier, fitted on all rows; its name, and its score on the rows held out for the choice.
-
-    The score is the area under the ROC curve; for more than two classes, the mean of one against the rest.
+    """The best classifier, fitted on all rows; its name, and its metric on the rows held out for the choice.
 
     Args:
         kinds: of `candidates`.
         features: (rows, features), dense or sparse.
         labels: (rows,) 0..classes-1, two rows or more of each class.
         seed: of the split, and of what classifiers draw.
+        metric: of `metrics.METRICS`, the one that the test rows will be judged by; of equals, the one with the larger
+            area under the ROC curve is chosen.
         groups: (rows,) what may not be torn apart.
 
     Raises:
@@ -135,29 +140,37 @@ def choose(
     """
     fit_rows, choose_rows = held_out(labels, groups, seed)
     is_sparse, can_stop_early = not isinstance(features, np.ndarray), _can_stop_early(labels[fit_rows])
-    best: tuple[float, str, Any] | None = None
+    best: tuple[tuple[float, float], str, Any] | None = None
     for kind in kinds:
         for name, classifier in candidates(kind, seed, is_sparse, can_stop_early).items():
-            score = _score(classifier, features, labels, fit_rows, choose_rows)
+            score = _score(classifier, features, labels, fit_rows, choose_rows, metric)
             if best is None or score > best[0]:
                 best = (score, f"{kind}, {name}", classifier)
     if best is None:
         raise ValueError("expected one kind of classifier or more, got none.")
     score, name, classifier = best
     _fit(classifier, features, labels)
-    return classifier, name, score
+    return classifier, name, score[0]
 
 
-def score_of_features(features: np.ndarray, labels: np.ndarray, seed: int, groups: np.ndarray | None = None) -> float:
-    """How well one moderate logistic regression does on held-out rows: cheap, for choosing among features."""
+def score_of_features(
+    features: np.ndarray, labels: np.ndarray, seed: int, groups: np.ndarray | None = None, metric: str = "auc"
+) -> tuple[float, float]:
+    """How well one moderate logistic regression does on held-out rows: cheap, for choosing among features.
+
+    Returns:
+        The metric, and the area under the ROC curve, to tell equals apart.
+    """
     fit_rows, choose_rows = held_out(labels, groups, seed)
-    return _score(_logistic(StandardScaler(), 1e-2, seed), features, labels, fit_rows, choose_rows)
+    return _score(_logistic(StandardScaler(), 1e-2, seed), features, labels, fit_rows, choose_rows, metric)
 
 
-def _score(classifier: Any, features: Any, labels: np.ndarray, fit_rows: np.ndarray, choose_rows: np.ndarray) -> float:
+def _score(
+    classifier: Any, features: Any, labels: np.ndarray, fit_rows: np.ndarray, choose_rows: np.ndarray, metric: str
+) -> tuple[float, float]:
     _fit(classifier, features[fit_rows], labels[fit_rows])
     probabilities = class_probabilities(classifier, features[choose_rows], int(labels.max()) + 1)
-    return auc(labels[choose_rows], probabilities)
+    return METRICS[metric](labels[choose_rows], probabilities), auc(labels[choose_rows], probabilities)
 
 
 def _can_stop_early(labels: np.ndarray) -> bool:

@@ -26,25 +26,27 @@ def drawn_of(found: Mapping[str, Estimate], *rows: np.ndarray) -> dict[str, Any]
     return {"rows_digest": digest.hexdigest()[:12], "drawn": drawn}
 
 
-def paired_differences(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How much every further model differs from the first one, by task and protocol, in the task's metric.
+def paired_differences(results: Sequence[Mapping[str, Any]], reference: str | None = None) -> list[dict[str, Any]]:
+    """How much every further model differs from one of them, by task and protocol, in the task's metric.
 
     The interval is a paired one: the 95 % percentile interval of the difference over bootstrap samples of the rows,
     the same samples for both. Over several seeds the mean is compared. Models that were tested on other rows, as where
     one could not score some variants, are left out.
 
     Args:
-        results: runs, those of the first model before others.
+        results: runs.
+        reference: the model to compare with, by default the first; what it was not run on is left out.
 
     Returns:
         A row each: task, protocol, metric, model, reference, value, low, high (None if not defined).
     """
     tasks = list(dict.fromkeys((result["task"], result["protocol"]) for result in results if result["model"]))
+    models = [reference, *(result["model"] for result in results)]
+    reference = next((model for model in models if model is not None), None)
     found = []
     for task, protocol in tasks:
         runs = [run for run in results if (run["task"], run["protocol"]) == (task, protocol)]
-        reference, *others = dict.fromkeys(run["model"] for run in runs)
-        for model in others:
+        for model in dict.fromkeys(run["model"] for run in runs if run["model"] != reference):
             pairs = _pairs(runs, model, reference)
             if pairs:
                 shared = {"task": task, "protocol": protocol, "metric": runs[0]["metric"]}
@@ -55,7 +57,7 @@ def paired_differences(results: Sequence[Mapping[str, Any]]) -> list[dict[str, A
 _Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
-def _pairs(runs: Iterable[Mapping[str, Any]], model: str, reference: str) -> list[_Pair]:
+def _pairs(runs: Iterable[Mapping[str, Any]], model: str, reference: str | None) -> list[_Pair]:
     """Runs of two models with the same seed, on the same rows."""
     by_seed = {(run["model"], run["seed"]): run for run in runs}
     pairs = [

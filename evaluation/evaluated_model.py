@@ -32,6 +32,15 @@ class EvaluatedModel:
         return SequenceEncoder(self.name, dtype=self.dtype, device=self.device, **self.loading)
 
     @functools.cached_property
+    def commit(self) -> str | None:
+        """Of a model on the Hub, the commit that is loaded; None if that cannot be told."""
+        try:
+            config = load_config(self.name, **self.loading)
+        except (OSError, ValueError):
+            return None
+        return getattr(config, "_commit_hash", None)
+
+    @functools.cached_property
     def is_masked(self) -> bool:
         """Whether it predicts masked bases."""
         return head_of(load_config(self.name, **self.loading)) == "masked"

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data_preparation.leakage import KmerSketch, canonical_kmers, containment, sketch
 from ..sequences.alphabet import IUPAC, reverse_complement
 from ..sequences.fasta import read_fasta
 from ..support.errors import InputError, quoted, shortened
-from .tables import class_name, is_missing, is_number, place, read_table, text_table
+from .tables import class_name, in_order, is_missing, is_number, place, read_table, text_table
 
 _LETTERS = "".join(IUPAC)
+_MOST_KMERS = 1 << 24  # of the training rows that are kept: 128 MB
 _DNA = re.compile(f"[{_LETTERS}{_LETTERS.lower()}]+")
 
 
@@ -25,7 +27,7 @@ class LabelledSequences:
     Args:
         sequences: DNA, in upper case, T for U.
         labels: (rows,) index into `classes`.
-        classes: names of the classes, sorted.
+        classes: names of the classes, sorted; of two, the second is the positive one, whose AUPRC is computed.
         groups: (rows,) what may not be torn apart by a split (the fold of each row), if there is such a thing.
     """
 
@@ -66,6 +68,11 @@ class LabelledSequences:
         rows = np.concatenate(added)
         return self.take(np.sort(np.concatenate([np.setdiff1d(chosen, spare[: len(rows)]), rows])))
 
+    def joined(self, others: "LabelledSequences") -> "LabelledSequences":
+        """These rows, and then those of others with the same classes; without groups."""
+        sequences, labels = [*self.sequences, *others.sequences], np.concatenate([self.labels, others.labels])
+        return replace(self, sequences=sequences, labels=labels, groups=None)
+
     def class_rows(self) -> dict[str, int]:
         """How many rows each class has."""
         return dict(zip(self.classes, np.bincount(self.labels, minlength=len(self.classes)).tolist(), strict=True))
@@ -78,6 +85,7 @@ def read_labelled(
     label_column: str = "label",
     group_column: str | None = None,
     classes: Sequence[str] | None = None,
+    positive: str | None = None,
 ) -> LabelledSequences:
     """Read one split of a labelled set.
 
@@ -87,10 +95,11 @@ def read_labelled(
         data: folder that paths are relative to.
         sequence_column, label_column, group_column: names of columns.
         classes: all classes, if rows of this split may lack some.
+        positive: of two classes, the one that comes second.
 
     Raises:
         InputError: if a column is missing, there are no rows, a cell is empty, a sequence is not DNA (IUPAC codes), or
-            a class is not among `classes`; the message names the file and the row.
+            a class is not among `classes`, or `positive` is not one of two; the message names the file and the row.
         OSError: if a file cannot be read.
     """
     where = source_name(source, data)
@@ -108,7 +117,13 @@ def read_labelled(
             )
     sequences = sequences_of(table, sequence_column, where)
     names = table[label_column].map(class_name)
-    known = sorted(names.unique()) if classes is None else list(classes)
+    known = in_order(names.unique()) if classes is None else list(classes)
+    if positive is not None and classes is None:
+        if len(known) != 2 or class_name(positive) not in known:
+            raise InputError(
+                f"{where}: expected two classes, one of them {positive!r} (positive), got {quoted(known)}."
+            )
+        known.sort(key=class_name(positive).__eq__)
     strange = sorted(set(names) - set(known))
     if strange:
         raise InputError(
@@ -228,19 +243,27 @@ def _read_classes(files: Mapping[str, str], data: Path, columns: Sequence[str]) 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How often a sequence, or its reverse complement, occurs more than once.
+    """How often a sequence, or its reverse complement, occurs more than once, whole or in part.
 
     Args:
         duplicates_in_train: rows of the training split that repeat an earlier one.
         conflicts_in_train: of these, rows whose label differs from those before.
         test_rows_in_train: rows of the test split that occur in the training split.
         conflicting_labels: of these, rows whose label differs there.
+        is_near_train: (test rows,) which of them occur there, or share half of their 31-mers or more with the training
+            rows taken together, as windows of one region do.
     """
 
     duplicates_in_train: int
     conflicts_in_train: int
     test_rows_in_train: int
     conflicting_labels: int
+    is_near_train: np.ndarray
+
+    def counts(self) -> dict[str, int]:
+        """All of it as numbers of rows, by name."""
+        counts = {name: value for name, value in vars(self).items() if name != "is_near_train"}
+        return {**counts, "test_rows_near_train": int(self.is_near_train.sum())}
 
 
 def overlap(train: LabelledSequences, test: LabelledSequences) -> Overlap:
@@ -248,15 +271,34 @@ def overlap(train: LabelledSequences, test: LabelledSequences) -> Overlap:
     seen: dict[str, set[str]] = {}
     duplicates = train_conflicts = 0
     for text, label in zip(train.sequences, train.labels, strict=True):
-        key = min(text, reverse_complement(text))
-        labels = seen.setdefault(key, set())
+        labels = seen.setdefault(_of_either_strand(text), set())
         duplicates += bool(labels)
         train_conflicts += bool(labels) and train.classes[label] not in labels
         labels.add(train.classes[label])
-    shared = conflicts = 0
-    for text, label in zip(test.sequences, test.labels, strict=True):
-        found = seen.get(min(text, reverse_complement(text)))
-        if found is not None:
-            shared += 1
-            conflicts += test.classes[label] not in found
-    return Overlap(duplicates, train_conflicts, shared, conflicts)
+    found = [seen.get(_of_either_strand(text)) for text in test.sequences]
+    shared = np.array([labels is not None for labels in found], dtype=bool)
+    conflicts = sum(
+        labels is not None and test.classes[label] not in labels
+        for labels, label in zip(found, test.labels, strict=True)
+    )
+    near = shared | near_rows(train.sequences, test.sequences)
+    return Overlap(duplicates, train_conflicts, int(shared.sum()), conflicts, near)
+
+
+def near_rows(train: Sequence[str], test: Sequence[str]) -> np.ndarray:
+    """(test rows,) bool: which share half of their 31-mers, of either strand, or more with the training rows.
+
+    From some millions of k-mers on, both are sketches of these. What is shorter than 31 bases shares none.
+    """
+    outer = KmerSketch(scale=1, most=_MOST_KMERS)
+    for text in train:
+        outer.add(text)
+        outer.end_run()
+    kept = outer.kmers()
+    return np.array(
+        [containment(sketch(canonical_kmers(text), outer.scale), kept) >= 0.5 for text in test], dtype=bool
+    )
+
+
+def _of_either_strand(text: str) -> str:
+    return min(text, reverse_complement(text))

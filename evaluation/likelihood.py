@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from .differences import drawn_of
 from .evaluated_model import EvaluatedModel
 from .markov import MarkovModel
 from .suite import LikelihoodTask
+
+_ORIGIN = re.compile(r"(.*):(\d+)-(\d+)\([+-]\)", re.DOTALL)  # see `genome_dataset.features`
 
 
 @torch.inference_mode()
@@ -52,8 +55,12 @@ def bits_of_examples(
     return np.concatenate(bits), np.concatenate(bases)
 
 
-def bits_per_base(bits: np.ndarray, bases: np.ndarray) -> Estimate:
+def bits_per_base(bits: np.ndarray, bases: np.ndarray, places: np.ndarray | None = None) -> Estimate:
     """Bits per base of examples, each with its sum of bits and its number of bases.
+
+    Args:
+        bits, bases: (examples,)
+        places: (examples,) numbers from 0 of what is drawn together for the interval; by default each example alone.
 
     Raises:
         ValueError: if there are no bases, or bits are not finite.
@@ -64,8 +71,37 @@ def bits_per_base(bits: np.ndarray, bases: np.ndarray) -> Estimate:
         raise ValueError(
             f"expected finite bits, got others for {int((~np.isfinite(bits)).sum())} of {len(bits)} examples."
         )
+    if places is not None:
+        bits, bases = np.bincount(places, bits), np.bincount(places, bases)
     with np.errstate(invalid="ignore"):  # a sample of examples may have no bases
         return estimate(lambda rows: bits[rows].sum() / bases[rows].sum(), len(bits))
+
+
+def places_of(dataset: Dataset) -> np.ndarray | None:
+    """Which examples to draw together, because both strands of the same bases say nearly the same of a model.
+
+    Places are parts of records, as long as four examples. Packed examples of the two strands begin at other bases, so
+    that now and then one is in the next part.
+
+    Args:
+        dataset: what `gengram prepare` wrote.
+
+    Returns:
+        (examples,) numbers from 0; None if only forward strands are in it, or it does not say.
+    """
+    if "origin" not in dataset.column_names:
+        return None
+    first = [origins[0] if origins else "" for origins in dataset["origin"]]
+    if not any(origin.endswith("(-)") for origin in first):
+        return None
+    parsed = [_ORIGIN.fullmatch(origin) for origin in first]
+    if not all(parsed):
+        return None
+    found = [(origin[1], int(origin[2]), int(origin[3])) for origin in parsed if origin is not None]
+    part = 4 * max(end - start for _, start, end in found)
+    names = [(record, (start + end) // 2 // part) for record, start, end in found]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names])
 
 
 def read_splits(task: LikelihoodTask, data: Path, protocols: Sequence[str] = ()) -> dict[str, Dataset]:
@@ -159,7 +195,7 @@ def run_likelihood(
 ) -> dict[str, Any]:
     """Bits per base of the test split by one protocol."""
     bits, bases, details = LIKELIHOOD[protocol](model, splits, progress=progress)
-    found = {"bits_per_base": bits_per_base(bits, bases)}
+    found = {"bits_per_base": bits_per_base(bits, bases, places_of(splits["test"]))}
     return {
         "metrics": {name: estimate.numbers() for name, estimate in found.items()},
         **drawn_of(found, bases),

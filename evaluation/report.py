@@ -95,7 +95,7 @@ def markdown(suite: Suite, results: Sequence[dict[str, Any]], differences: Seque
         "",
         "Value and 95 % bootstrap interval of the test rows; with several seeds, the mean of each. Bold: best.",
     ]
-    lines += _notes(results) + _differences(results, differences) + _strata(results)
+    lines += _notes(results) + _differences(results, differences) + _far(results) + _strata(results)
     return "\n".join(lines) + "\n"
 
 
@@ -114,6 +114,13 @@ def _notes(results: Sequence[dict[str, Any]]) -> list[str]:
                 f"({result['conflicting_labels']} with another label); {repeated} training rows are repeats "
                 f"({result['conflicts_in_train']} with another label)."
             )
+        near, far = result.get("test_rows_near_train", 0), result.get("metrics_far_from_train", {})
+        if near > shared:
+            of = f"{near} of {result['test_rows']} test rows"
+            also = f"; {result['metric']} of the others below." if far else "."
+            lines.append(f"- {task}: {of} share half of their 31-mers or more with training rows{also}")
+        if result["metric"] == "auprc" and len(result.get("test_rows_of_classes", {})) == 2:
+            lines.append(f"- {task}: AUPRC is that of the class {quoted(list(result['test_rows_of_classes'])[1:])}.")
         absent = [name for name, rows in result.get("test_rows_of_classes", {}).items() if not rows]
         if absent:
             lines.append(
@@ -143,6 +150,24 @@ def _differences(results: Sequence[dict[str, Any]], differences: Sequence[dict[s
         names = [row["task"], row["protocol"], shown[row["model"]], row["metric"]]
         lines.append(f"| {' | '.join(map(_cell, names))} | {_estimate_text([row], signed=True)} |")
     return [*lines, "", "95 % interval over bootstrap samples of the test rows, the same samples for both models."]
+
+
+def _far(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of the main metric on the test rows that are not nearly training rows."""
+    found = [
+        {**result, "metrics": result["metrics_far_from_train"]}
+        for result in results
+        if result.get("test_rows_near_train") and result["metrics_far_from_train"]
+    ]
+    if not found:
+        return []
+    tasks, ways, values = _main_values(found)
+    lines = ["", "## Without test rows that share half of their 31-mers or more with training rows", ""]
+    lines += ["| task | " + " | ".join(map(_cell, ways)) + " |", "|" + "---|" * (len(ways) + 1)]
+    for task in tasks:
+        cells = [_estimate_text(values[task, way]) if (task, way) in values else "" for way in ways]
+        lines.append(f"| {_cell(task)} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _strata(results: Sequence[dict[str, Any]]) -> list[str]:

@@ -17,8 +17,9 @@ from .classification import FINE_TUNING
 from .evaluated_model import EvaluatedModel
 from .suite import ClassificationTask, LikelihoodTask, Task, VariantTask
 
-_FORMAT = 3  # counts up when the same run gives another result; runs of before are then done again
-_MODEL_FILES = (".safetensors", ".bin", ".json", ".py")
+_FORMAT = 4  # counts up when the same run gives another result; runs of before are then done again
+# Endings of what a model folder may hold: weights, configuration, code and the tokenizer's files.
+_MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".py", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
 
 
 def run_path(output: Path, task: Task, protocol: str, model: EvaluatedModel | None, seed: int, data: Path) -> Path:
@@ -29,13 +30,15 @@ def run_path(output: Path, task: Task, protocol: str, model: EvaluatedModel | No
         task, protocol, model, seed: the run.
         data: folder that the task's paths are relative to.
     """
-    unused = {"protocols", "metric"} | (set() if protocol in FINE_TUNING else {"fine_tuning"})
+    unused = {"protocols"} | (set() if protocol in FINE_TUNING else {"fine_tuning"})
+    if protocol in FINE_TUNING or not isinstance(task, ClassificationTask):
+        unused.add("metric")  # nothing is chosen by it
     described = {
         "format": _FORMAT,
         "task": {name: value for name, value in asdict(task).items() if name not in unused},
         "data": [_content(path) for path in data_files(task, data)],
         "protocol": protocol,
-        "model": None if model is None else [model.name, str(model.dtype), model.loading, _weights(model.name)],
+        "model": None if model is None else [model.name, str(model.dtype), model.loading, _content_of(model)],
         "seed": seed,
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -112,13 +115,14 @@ def _hash(path: Path, size: int, changed: int) -> str:
     return digest.hexdigest()
 
 
-def _weights(name: str) -> list[Any] | None:
-    """What tells the files of a local model folder from others under the same name."""
-    folder = Path(name)
+def _content_of(model: EvaluatedModel) -> list[Any] | None:
+    """What tells a model from others under the same name: the files of its folder, or its commit on the Hub."""
+    folder = Path(model.name)
     if not folder.is_dir():
-        return None
-    files = sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES)
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        return [model.commit]
+    files = sorted(path for path in folder.rglob("*") if path.suffix in _MODEL_FILES)
+    kept = [path for path in files if not path.relative_to(folder).parts[0].startswith((".", "checkpoint-"))]
+    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in kept]
 
 
 def _checksum(result: Mapping[str, Any]) -> str:

@@ -84,7 +84,9 @@ class ClassificationTask:
         train, test: sources of `labelled_data.read_labelled`. Without `test`, `fold` names a column of `train`, and
             each of its three or more values is tested once by a classifier of all the others.
         sequence, label: columns.
-        metric: the one that tables and plots show; all are reported.
+        positive: of two classes, the one whose AUPRC is computed; by default the larger number, or the second by its
+            letters.
+        metric: the one that tables and plots show, and by which classifiers are chosen; all are reported.
         protocols: names of `protocols.CLASSIFICATION`.
         classifiers: what the protocol `frozen` chooses among: logistic, mlp, xgboost.
         both_strands: embed the reverse complement too.
@@ -98,6 +100,7 @@ class ClassificationTask:
     fold: str | None = None
     sequence: str = "sequence"
     label: str = "label"
+    positive: str | None = None
     metric: str = "mcc"
     protocols: tuple[str, ...] = ("frozen", "baseline-kmer", "baseline-kmer-xgboost", "baseline-positional")
     classifiers: tuple[str, ...] = ("logistic", "mlp")

@@ -73,11 +73,17 @@ def text_table(columns: Mapping[str, Iterable[Any]]) -> pd.DataFrame:
 
 
 def class_name(cell: str) -> str:
-    """The name of a class: a whole number is one class however it is written, as `1`, `1.0` or ` 1 `."""
+    """The name of a class: a whole number is one class however it is written, as `1`, `1.0`, `+1` or ` 1 `."""
     text = cell.strip()
-    whole = re.fullmatch(r"([+-]?\d+)\.0*", text)
-    text = whole[1] if whole else text
-    return "0" if text in ("-0", "+0") else text
+    whole = re.fullmatch(r"(?:\+|(-?))(\d+)(?:\.0*)?", text)
+    text = (whole[1] or "") + whole[2] if whole else text
+    return "0" if text == "-0" else text
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes, each once: numbers by their size, others by their letters."""
+    found = sorted(set(names))
+    return sorted(found, key=float) if all(map(is_number, found)) else found
 
 
 def is_missing(names: pd.Series) -> np.ndarray:

@@ -18,7 +18,7 @@ Left in the output folder: the model (adapters merged into it, and by themselves
 `predictions.parquet` of the test rows.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,7 @@ class ModelArguments(SequenceHeadArguments):
 @dataclass
 class DataArguments(TableArguments):
     label_column: str = field(default="label", metadata={"help": "name of the column of labels"})
+    positive: str | None = field(default=None, metadata={"help": "of two labels, the one whose AUPRC is computed"})
     group_column: str | None = field(default=None, metadata={"help": "rows of a group are held out together"})
 
 
@@ -98,7 +99,8 @@ def read_tables(arguments: DataArguments, seed: int) -> dict[str, LabelledSequen
         OSError: if there is no such file.
     """
     columns = {"sequence_column": arguments.sequence_column, "label_column": arguments.label_column}
-    train = read_labelled(arguments.train, Path(), **columns, group_column=arguments.group_column)
+    options = {"group_column": arguments.group_column, "positive": arguments.positive}
+    train = read_labelled(arguments.train, Path(), **columns, **options)
     check_classes(train, arguments.train, least=1 if arguments.validation is not None else 2)
     test = read_labelled(arguments.test, Path(), **columns, classes=train.classes)
     if arguments.validation is not None:
@@ -149,7 +151,7 @@ def main() -> None:
             "rows": {name: len(table) for name, table in tables.items()},
             "rows_of_classes": {name: table.class_rows() for name, table in tables.items()},
             "classes": classes,
-            "overlap": asdict(overlap(tables["train"], test)),
+            "overlap": overlap(tables["train"].joined(tables["validation"]), test).counts(),
             "trained_parameters": trained_parameters,
             "longest_sequence": longest,
             "context": context,

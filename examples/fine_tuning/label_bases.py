@@ -250,7 +250,9 @@ def evaluate(table: pd.DataFrame, classes: tuple[str, ...]) -> dict[str, dict[st
 
 def load_model(arguments: ModelArguments, classes: tuple[str, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model with a new head on every token, and its tokenizer."""
-    return load_with_new_head(AutoModelForTokenClassification, arguments, **named_classes(classes))
+    model, tokenizer = load_with_new_head(AutoModelForTokenClassification, arguments, **named_classes(classes))
+    tokenizer.padding_side = "right"  # a window's bases come first, see `table_of_bases`
+    return model, tokenizer
 
 
 def probabilities_of(outputs: torch.Tensor | tuple, labels: torch.Tensor) -> torch.Tensor:

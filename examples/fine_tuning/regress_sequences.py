@@ -4,9 +4,9 @@
         --output_dir OUTPUT
 
 Files are CSV, TSV or Parquet (also compressed), with a column of sequences and one of numbers. Without
-`--validation`, a tenth of the training rows is held out; the epoch with the smallest loss on these rows is kept. Any
-model of the Hub works whose tokenizer reads DNA, and everything that `transformers.TrainingArguments` knows is an
-option (`--learning_rate`, `--bf16`, `--num_train_epochs`, ...).
+`--validation`, a tenth of the training rows is held out, repeats of a sequence together; the epoch with the smallest
+loss on these rows is kept. Any model of the Hub works whose tokenizer reads DNA, and everything that
+`transformers.TrainingArguments` knows is an option (`--learning_rate`, `--bf16`, `--num_train_epochs`, ...).
 
 The model learns targets of mean 0 and standard deviation 1; the mean and deviation of the training rows are in its
 configuration: prediction = logit * config.target_deviation + config.target_mean.
@@ -45,10 +45,11 @@ from transformers import (
     Trainer,
 )
 
-from gengram.evaluation.labelled_data import sequences_of
+from gengram.evaluation.labelled_data import near_rows, sequences_of
 from gengram.evaluation.tables import is_number, place
 from gengram.evaluation.tables import read_table as read_text
 from gengram.inference.loaded_model import context_length
+from gengram.sequences.alphabet import reverse_complement
 from gengram.support.bootstrap import Estimate, estimate
 
 ModelArguments = SequenceHeadArguments
@@ -92,8 +93,8 @@ def read_tables(arguments: DataArguments, seed: int) -> dict[str, pd.DataFrame]:
     if arguments.validation is not None:
         validation = read_table(arguments.validation, arguments)
     else:
-        validation = train.sample(max(1, len(train) // 10), random_state=seed)
-        train = train.drop(validation.index)
+        held_out = rows_held_out(train["sequence"].tolist(), seed)
+        train, validation = train[~held_out], train[held_out]
     with np.errstate(over="ignore"):
         deviation = train["target"].std(ddof=0) if len(train) else 0.0
     if not 0 < deviation < np.inf:
@@ -102,6 +103,19 @@ def read_tables(arguments: DataArguments, seed: int) -> dict[str, pd.DataFrame]:
             f"train on with a standard deviation of {deviation}."
         )
     return {"train": train, "validation": validation, "test": test}
+
+
+def of_either_strand(sequences: list[str]) -> list[str]:
+    """Sequences, the same for both strands."""
+    return [min(sequence, reverse_complement(sequence)) for sequence in sequences]
+
+
+def rows_held_out(sequences: list[str], seed: int) -> np.ndarray:
+    """(rows,) bool: a tenth of the rows, or a few more; what repeats, on either strand, is held out together."""
+    names = of_either_strand(sequences)
+    counts = pd.Series(names).value_counts(sort=False).sample(frac=1, random_state=seed)
+    chosen = counts.index[counts.cumsum().shift(fill_value=0) < max(1, len(names) // 10)]
+    return pd.Series(names).isin(chosen).to_numpy()
 
 
 def load_model(
@@ -181,9 +195,13 @@ def main() -> None:
     logits = logits_of(trainer.predict(data_of(tables["test"])).predictions)
     predictions = logits[:, 0].astype(np.float64) * deviation + mean  # (rows,)
     if trainer.is_world_process_zero():
+        known = [*tables["train"]["sequence"], *tables["validation"]["sequence"]]
+        is_known = np.isin(of_either_strand(tables["test"]["sequence"].tolist()), of_either_strand(known))
         report = {
             "metrics": {name: value.numbers() for name, value in evaluate(targets, predictions).items()},
             "rows": {name: len(table) for name, table in tables.items()},
+            "test_rows_in_train": int(is_known.sum()),
+            "test_rows_near_train": int((is_known | near_rows(known, tables["test"]["sequence"].tolist())).sum()),
             "longest_sequence": int(max(table["sequence"].str.len().max() for table in tables.values())),
             "context": context,
             "model": vars(model_arguments),

@@ -17,6 +17,7 @@ checkpoint. With `--keep-models` the trained models stay in `OUTPUT/models`.
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import shutil
@@ -131,6 +132,35 @@ def unpack(path: Path, output: Path) -> None:
             write_whole(name, json.dumps({**result, "training": found["plan"]["training"]}) + "\n")
 
 
+def identity_of(dataset: str) -> str:
+    """What tells a data set's folder from others: the hash of its files; of a data set on the Hub its name."""
+    files = sorted(Path(dataset).glob("data/*.parquet"))
+    if not files:
+        return dataset
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def check_dataset(dataset: str | None, reports: list[Path], output: Path) -> str | None:
+    """Note which data set the results in `output` are of; returns what tells it from others, if that is known.
+
+    Raises:
+        ValueError: if earlier results are of another one. Those of before this was noted are taken as they are.
+    """
+    noted = output / "dataset.json"
+    known = {path: json.loads(path.read_text()).get("dataset") for path in [noted, *reports] if path.exists()}
+    known = {path: identity for path, identity in known.items() if identity is not None}
+    identity = identity_of(dataset) if dataset else next(iter(known.values()), None)
+    for path, other in known.items():
+        if other != identity:
+            raise ValueError(
+                f"{path}: its runs are of another data set than {dataset or noted}; give another --output, and no "
+                "report of others."
+            )
+    if identity is not None:
+        write_whole(noted, json.dumps({"dataset": identity}) + "\n")
+    return identity
+
+
 def model_of(run: dict[str, Any], output: Path) -> Path:
     """The folder of a run's trained model, if models are kept."""
     return output / "models" / run_name(run)
@@ -148,9 +178,6 @@ def train(run: dict[str, Any], dataset: str, output: Path, keeps_model: bool = F
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(run))
-    for checkpoint in folder.glob("checkpoint-*"):
-        if not (checkpoint / "trainer_state.json").exists():  # what is written last
-            shutil.rmtree(checkpoint)
     (folder / "config.in.json").write_text(json.dumps(run["fields"]))
     options = {
         "save_steps": 50,
@@ -202,7 +229,8 @@ def train(run: dict[str, Any], dataset: str, output: Path, keeps_model: bool = F
 def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
     """A row per architecture and arm, with the paired difference from the arm with memory of the same seeds.
 
-    `pooled` has that difference over all architectures and seeds.
+    `pooled` has that difference over all architectures; its interval is over the seeds, each the mean of its
+    architectures, since these share the seed's tokens and order.
     """
     results = results_of(sorted(with_best_rates(plan, output), key=run_name), output)
     tried = results_of(tuning_runs(plan), output)
@@ -247,9 +275,11 @@ def report(plan: dict[str, Any], output: Path) -> dict[str, Any]:
         rows.append(row)
     pooled = {}
     for arm in plan["arms"]:
-        paired = minus_memory([run for run in results if run["arm"] == arm]) if arm != "memory" else []
-        if paired:
-            mean, half = interval_over_seeds(paired)
+        of_arm = [run for run in results if run["arm"] == arm]
+        by_seed = [minus_memory([run for run in of_arm if run["seed"] == seed]) for seed in plan["seeds"]]
+        paired = [difference for differences in by_seed for difference in differences]
+        if paired and arm != "memory":
+            mean, half = interval_over_seeds([sum(found) / len(found) for found in by_seed if found])
             above = sum(difference > 0 for difference in paired)
             pooled[arm] = {"pairs": len(paired), "above_memory": above, "minus_memory": mean, "half_width_95": half}
     return {"plan": plan, "rows": rows, "pooled": pooled, "runs": results} | ({"tuning": tried} if tried else {})
@@ -428,9 +458,10 @@ def main() -> None:
     arguments = parser.parse_args()
     plan = json.loads(arguments.plan.read_text())
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for earlier in [arguments.report, *arguments.done]:
-        if earlier and earlier.exists():
-            unpack(earlier, arguments.output)
+    earlier = [path for path in (arguments.report, *arguments.done) if path and path.exists()]
+    identity = check_dataset(arguments.dataset, earlier, arguments.output)
+    for path in earlier:
+        unpack(path, arguments.output)
     train_missing(tuning_runs(plan), arguments)
     train_missing(with_best_rates(plan, arguments.output), arguments)
     found = report(plan, arguments.output)
@@ -441,7 +472,7 @@ def main() -> None:
             f"above in {pooled['above_memory']} of {pooled['pairs']} pairs"
         )
     if arguments.report:
-        write_whole(arguments.report, json.dumps(found) + "\n")
+        write_whole(arguments.report, json.dumps(found | ({"dataset": identity} if identity else {})) + "\n")
     if arguments.figure:
         draw(found, arguments.figure)
 

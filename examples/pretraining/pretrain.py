@@ -22,7 +22,8 @@ import torch
 from datasets import load_dataset
 from memory_kinds import new_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gengram import GengramConfig, GengramForCausalLM, GengramForMaskedLM, GengramTokenizer
 from gengram.data_preparation import DataCollatorForGenomeModeling
@@ -73,12 +74,23 @@ def build_model(arguments: ModelArguments) -> Any:
 
 
 class PretrainingTrainer(Trainer):
-    """Also logs what the router does: its losses, each expert's share of the tokens, the entropy of its choice."""
+    """Evaluates with a collator of its own, and also logs what the router does.
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    That is its losses, each expert's share of the tokens, and the entropy of its choice.
+    """
+
+    def __init__(self, *args: Any, evaluation_collator: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._evaluation_collator = evaluation_collator  # hides the same bases in every evaluation
         self._router: dict[str, torch.Tensor] = {}
         self._router_steps = 0
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        of_training, self.data_collator = self.data_collator, self._evaluation_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = of_training
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -123,6 +135,32 @@ class JsonLog(TrainerCallback):
         line = {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 1), **logs}
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+class Epochs(TrainerCallback):
+    """Tells the collator of each epoch, so that other bases are hidden in it; also after a run was cut off."""
+
+    def __init__(self, collator: DataCollatorForGenomeModeling):
+        self.collator = collator
+        self.epoch: int | None = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int(state.epoch or 0) if self.epoch is None else self.epoch + 1
+        self.collator.set_epoch(self.epoch)
+
+
+def last_whole_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint, but none that was cut off while it was written."""
+    whole = [folder for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_whole(folder)]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # what is written last
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class LanguageModelingLoss:
@@ -175,20 +213,22 @@ def main() -> None:
     arguments.include_num_input_tokens_seen = "all"
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    share = None if is_causal else model_arguments.mask_probability
+    collator, evaluation_collator = (DataCollatorForGenomeModeling(tokenizer, share, seed) for _ in range(2))
     trainer = PretrainingTrainer(
         model=model,
         args=arguments,
         train_dataset=data[data_arguments.train_split].with_format("numpy"),
         eval_dataset=None if validation is None else validation.with_format("numpy"),
         processing_class=tokenizer,
-        data_collator=DataCollatorForGenomeModeling(
-            tokenizer, None if is_causal else model_arguments.mask_probability, arguments.data_seed or arguments.seed
-        ),
+        data_collator=collator,
+        evaluation_collator=evaluation_collator,
         compute_metrics=metric,
         preprocess_logits_for_metrics=metric.token_losses,
-        callbacks=[JsonLog(output / "log.jsonl")],
+        callbacks=[JsonLog(output / "log.jsonl"), Epochs(collator)],
     )
-    checkpoint = arguments.resume_from_checkpoint or get_last_checkpoint(arguments.output_dir)
+    checkpoint = arguments.resume_from_checkpoint or last_whole_checkpoint(output)
     defaults = {option.name: option.default for option in fields(TrainingArguments)}
     record = {
         "model": vars(model_arguments),

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from gengram import GengramTokenizer
 from gengram.data_preparation import DataCollatorForGenomeModeling
@@ -45,3 +46,45 @@ def test_masked_modelling_hides_bases_in_the_stated_shares():
 def test_a_share_out_of_range_is_an_error():
     with pytest.raises(ValueError, match="mask_probability"):
         DataCollatorForGenomeModeling(TOKENIZER, mask_probability=1.5)
+
+
+@pytest.mark.parametrize("seed", [-1, -7])
+def test_a_negative_seed_is_an_error(seed):
+    with pytest.raises(ValueError, match="seed must be 0 or more"):
+        DataCollatorForGenomeModeling(TOKENIZER, mask_probability=0.3, seed=seed)
+
+
+def hidden_of(data: list[dict], collator: DataCollatorForGenomeModeling, epochs: int = 1, **loading) -> list[list]:
+    """Of each epoch, what is hidden of each example."""
+    loader = DataLoader(data, collate_fn=collator, **loading)
+    found = []
+    for epoch in range(epochs):
+        collator.set_epoch(epoch)
+        found.append([row.tolist() for batch in loader for row in batch["labels"]])
+    return found
+
+
+def test_masks_of_a_seed_do_not_depend_on_workers_and_batches_and_differ_between_epochs():
+    data = examples(*[letter + "ACGTTGCAGG" * 6 for letter in "ACGT"])
+
+    def collator():
+        return DataCollatorForGenomeModeling(TOKENIZER, mask_probability=0.3, seed=0)
+
+    expected = hidden_of(data, collator(), epochs=2, batch_size=1)
+    assert len({str(row) for epoch in expected for row in epoch}) == 8
+    assert hidden_of(data, collator(), epochs=2, batch_size=4) == expected
+    for persistent in (False, True):
+        loading = {"num_workers": 2, "persistent_workers": persistent}
+        assert hidden_of(data, collator(), epochs=2, batch_size=2, **loading) == expected
+    other = hidden_of(data, DataCollatorForGenomeModeling(TOKENIZER, mask_probability=0.3, seed=1), batch_size=1)
+    assert other[0] != expected[0]
+
+
+def test_without_a_seed_workers_and_epochs_hide_different_bases():
+    data = examples(*["ACGTTGCAGG" * 6] * 4)
+    collator = DataCollatorForGenomeModeling(TOKENIZER, mask_probability=0.3)
+    torch.manual_seed(0)
+    first = hidden_of(data, collator, epochs=2, batch_size=1, num_workers=2)
+    assert len({str(row) for epoch in first for row in epoch}) == 8
+    torch.manual_seed(0)
+    assert hidden_of(data, collator, epochs=2, batch_size=1, num_workers=2) == first

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -104,6 +105,44 @@ def test_a_suite_of_every_kind_and_what_it_leaves(data, tiny_folder, tmp_path, c
     monkeypatch.setattr(bench_module, "KINDS", stopped)
     assert main([*words, "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out == report
+
+
+def test_the_report_is_of_all_runs_that_are_still_those_of_the_suite(data, tiny_folder, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    table = pd.read_csv(data / "test.csv")
+    for name in ("train.csv", "test.csv", "genome.fa", "variants.csv"):
+        shutil.copy(data / name, tmp_path / name)
+
+    def run(*words: str) -> dict:
+        (tmp_path / "suite.yaml").write_text(
+            "tasks:\n"
+            "- {name: motif, train: train.csv, test: test.csv, metric: auc, protocols: [linear, baseline-kmer]}\n"
+            "- {name: effects, kind: variants, variants: variants.csv, fasta: genome.fa, first_base: 101, flank: 12}\n"
+        )
+        files = ["--suite", str(tmp_path / "suite.yaml"), "--data", str(tmp_path), "--output", str(tmp_path / "out")]
+        assert main(["bench", *words, *files, "--quiet"]) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert len({(r["task"], r["protocol"], r["model"], r["seed"]) for r in results}) == len(results)
+        report = capsys.readouterr().out
+        assert all(f"| {task} |" in report for task in {r["task"] for r in results})
+        return {(r["task"], r["protocol"]): r for r in results}
+
+    effects = {("effects", "zero-shot"), ("effects", "baseline-transversion")}
+    motif = {("motif", "linear"), ("motif", "baseline-kmer")}
+    before = run(str(folder))
+    assert set(before) == effects | motif and next(iter(before))[0] == "motif"
+    assert before["motif", "linear"]["loading"]["dtype"] == "float32"
+    assert run("--tasks", "effects") == before == run(str(folder), "--protocols", "linear", "--tasks", "motif")
+    assert run(str(folder), "--tasks", "effects", "--dtype", "bfloat16").keys() == effects | {
+        ("motif", "baseline-kmer")
+    }
+    table.iloc[::-1].to_csv(tmp_path / "test.csv", index=False)
+    assert run("--tasks", "effects").keys() == effects
+    assert run(str(folder)).keys() == effects | motif
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("A\nC\n")  # of a model whose tokenizer has such a file
+    assert run("--tasks", "motif").keys() == {("motif", "baseline-kmer"), ("effects", "baseline-transversion")}
 
 
 @pytest.mark.parametrize(

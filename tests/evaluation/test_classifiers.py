@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
+from sklearn.metrics import matthews_corrcoef, roc_auc_score
 from sklearn.model_selection import GroupShuffleSplit, StratifiedShuffleSplit
 
 from gengram.evaluation.classifiers import candidates, choose, class_probabilities, held_out, score_of_features
@@ -53,7 +54,28 @@ def test_a_choice_of_nothing_and_of_an_unknown_classifier_are_errors():
         choose([], features, labels, seed=0)
     with pytest.raises(ValueError, match="got 'forest'"):
         choose(["forest"], features, labels, seed=0)
-    assert score_of_features(features, labels, seed=0) == 1
+    assert score_of_features(features, labels, seed=0) == (1, 1)
+
+
+def test_the_classifier_is_chosen_by_the_metric_that_the_test_rows_are_judged_by():
+    generator = np.random.default_rng(1)
+    labels = (np.arange(400) % 10 == 0).astype(int)
+    features = generator.normal(size=(400, 40))
+    features[:, :5] += labels[:, None] * 0.8
+    found = {metric: choose(["logistic"], features, labels, seed=0, metric=metric) for metric in ("auc", "mcc")}
+    fit_rows, choose_rows = held_out(labels, None, 0)
+    scores = {}
+    for name, classifier in candidates("logistic", 0, is_sparse=False).items():
+        classifier.fit(features[fit_rows], labels[fit_rows])
+        predicted = classifier.predict_proba(features[choose_rows])
+        truth = labels[choose_rows]
+        scores[f"logistic, {name}"] = {
+            "auc": roc_auc_score(truth, predicted[:, 1]),
+            "mcc": matthews_corrcoef(truth, predicted.argmax(1)),
+        }
+    for metric, (_, name, score) in found.items():
+        assert scores[name][metric] == pytest.approx(score) == max(each[metric] for each in scores.values())
+    assert scores[found["auc"][1]]["mcc"] == 0 < found["mcc"][2]  # the best by AUC calls every row negative
 
 
 labels_of_rows = st.lists(st.integers(0, 3), min_size=2, max_size=40).map(np.array)

@@ -3,7 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gengram.evaluation.labelled_data import LabelledSequences, check_classes, overlap, read_labelled
+from gengram.evaluation.labelled_data import LabelledSequences, check_classes, near_rows, overlap, read_labelled
+from gengram.sequences.alphabet import reverse_complement
 from gengram.support.errors import InputError
 
 
@@ -136,6 +137,58 @@ def test_overlap_counts_either_strand(tmp_path):
     found = overlap(read_labelled("a.csv", tmp_path), read_labelled("b.csv", tmp_path))
     assert (found.duplicates_in_train, found.conflicts_in_train) == (2, 1)
     assert (found.test_rows_in_train, found.conflicting_labels) == (3, 1)
+
+
+def random_sequence(generator: np.random.Generator, length: int) -> str:
+    return "".join(generator.choice(list("ACGT"), length))
+
+
+def test_windows_of_one_region_are_near_one_another():
+    """Half of the 31-mers, by brute force, of either strand and of several training rows together."""
+    generator = np.random.default_rng(0)
+    genome, strange = random_sequence(generator, 400), random_sequence(generator, 400)
+    train = [genome[:100], reverse_complement(genome[150:250]), "ACGT" * 5, genome[300:400]]
+    test = [genome[start : start + 100] for start in range(0, 301, 5)]
+    test += [
+        strange[:100],
+        strange[:30],
+        "ACGT" * 5,
+        strange[:90] + "N" * 40,
+        genome[:60] + "N" * 60,
+        reverse_complement(test[2]),
+    ]
+
+    def kmers(text: str) -> set[str]:
+        found = {text[i : i + 31] for i in range(len(text) - 30) if "N" not in text[i : i + 31]}
+        return found | {reverse_complement(kmer) for kmer in found}
+
+    known = set().union(*map(kmers, train))
+    expected = [bool(kmers(text)) and len(kmers(text) & known) >= len(kmers(text)) / 2 for text in test]
+    assert near_rows(train, test).tolist() == expected and 20 < sum(expected) < 60
+    rows = LabelledSequences(train, np.array([0, 1, 0, 1]), ["a", "b"])
+    found = overlap(rows, LabelledSequences(test, np.zeros(len(test), dtype=int), ["a", "b"]))
+    is_whole = [text in train or reverse_complement(text) in train for text in test]
+    assert found.is_near_train.tolist() == [near or whole for near, whole in zip(expected, is_whole, strict=True)]
+    assert found.counts() == {
+        "duplicates_in_train": 0,
+        "conflicts_in_train": 0,
+        "test_rows_in_train": sum(is_whole),
+        "conflicting_labels": 2,
+        "test_rows_near_train": int(found.is_near_train.sum()),
+    }
+    assert near_rows([], ["ACGT" * 10]).tolist() == [False] and near_rows(train, []).tolist() == []
+
+
+def test_a_positive_class_is_the_second_of_two(tmp_path):
+    (tmp_path / "a.csv").write_text("sequence,label\nA,+1\nC,-1\nG,1.0\n")
+    found = read_labelled("a.csv", tmp_path)
+    assert (found.classes, found.labels.tolist()) == (["-1", "1"], [1, 0, 1])
+    (tmp_path / "b.csv").write_text("sequence,label\nA,nonbinding\nC,binding\n")
+    assert read_labelled("b.csv", tmp_path).classes == ["binding", "nonbinding"]
+    found = read_labelled("b.csv", tmp_path, positive="binding")
+    assert (found.classes, found.labels.tolist()) == (["nonbinding", "binding"], [0, 1])
+    with pytest.raises(InputError, match=r"b\.csv: expected two classes, one of them 'bound' \(positive\), got"):
+        read_labelled("b.csv", tmp_path, positive="bound")
 
 
 def test_data_sets_of_the_hub_are_checked_like_files(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from datasets import Dataset
 from tolerances import LOG_LIKELIHOOD_FP32
 
 from gengram import GengramForCausalLM, GengramTokenizer
-from gengram.evaluation.likelihood import bits_of_examples, bits_per_base, causal_likelihood
+from gengram.evaluation.likelihood import bits_of_examples, bits_per_base, causal_likelihood, places_of
 from gengram.inference.loaded_model import LoadedModel
 
 TEXTS = ["ACGTTGCAAATTGAC<EOD>ACNT", "GGCTA", "TTT"]
@@ -42,6 +42,28 @@ def test_the_interval_is_around_the_weighted_mean():
         bits_per_base(np.zeros(2), np.zeros(2, dtype=int))
     with pytest.raises(ValueError, match="finite bits, got others for 1 of 2 examples"):
         bits_per_base(np.array([np.nan, 1]), np.ones(2, dtype=int))
+
+
+def test_both_strands_of_the_same_bases_are_drawn_together():
+    """The interval of examples and their reverse complements is that of the examples."""
+    generator = np.random.default_rng(0)
+    bits, bases = generator.uniform(150, 200, 40), np.full(40, 100)
+    origins = [[f"chr:{i % 20}:{1000 * i}-{1000 * i + 100}({strand})"] for i in range(40) for strand in "+-"]
+    ids = {"input_ids": [[5]] * 80}
+    places = places_of(Dataset.from_dict({**ids, "origin": origins}))
+    assert places.tolist() == np.repeat(np.arange(40), 2).tolist()
+    found = bits_per_base(bits.repeat(2), bases.repeat(2), places)
+    alone = bits_per_base(bits, bases)
+    assert found.numbers() == pytest.approx(alone.numbers())
+    apart = bits_per_base(bits.repeat(2), bases.repeat(2))
+    assert apart.high - apart.low < 0.8 * (alone.high - alone.low)
+    forward = [[origin[0].replace("(-)", "(+)")] for origin in origins]
+    assert places_of(Dataset.from_dict({**ids, "origin": forward})) is None
+    assert places_of(Dataset.from_dict(ids)) is None
+    packed = [
+        [f"a:{start}-{start + 90}({strand})", "b:0-10(+)"] for start, strand in ((0, "+"), (37, "-"), (400, "+"))
+    ]
+    assert places_of(Dataset.from_dict({"input_ids": [[5]] * 3, "origin": packed})).tolist() == [0, 0, 1]
 
 
 class RotatedTokenizer:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gengram.evaluation.tables import class_name, counted, is_missing, place, read_table, text_table
+from gengram.evaluation.tables import class_name, counted, in_order, is_missing, place, read_table, text_table
 from gengram.support.errors import InputError
 
 COLUMNS = ["sequence", "label"]
@@ -155,11 +155,18 @@ def test_folders_and_what_is_read_once_are_refused(tmp_path):
     "cell, name",
     [
         *[("1", "1"), ("1.0", "1"), ("1.", "1"), (" 1.000 ", "1"), ("-0.0", "0"), ("1.5", "1.5"), ("007", "007")],
+        *[("+0", "0"), ("+1", "1"), ("-1", "-1"), ("+-1", "+-1"), ("+", "+")],
         *[("1e3", "1e3"), ("NA", "NA"), ("True", "True"), (" two words ", "two words"), ("", "")],
     ],
 )
 def test_names_of_classes(cell, name):
     assert class_name(cell) == name
+
+
+def test_classes_are_in_the_order_of_numbers_or_letters():
+    assert in_order(["10", "2", "-1", "2"]) == ["-1", "2", "10"]
+    assert in_order(["nonbinding", "binding"]) == ["binding", "nonbinding"]
+    assert in_order(["10", "2", "NA"]) == ["10", "2", "NA"] and in_order([]) == []
 
 
 def test_words_for_nothing_are_missing_among_numbers_only():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,32 @@ def test_regression_targets_that_cannot_be_scaled(targets, tmp_path):
     arguments = regress.DataArguments(train=str(path), test=str(path))
     with pytest.raises(ValueError, match=r"t\.tsv: expected two or more targets that differ"):
         regress.read_tables(arguments, seed=0)
+
+
+def test_repeats_of_a_sequence_are_held_out_together():
+    generator = np.random.default_rng(0)
+    once = ["".join(generator.choice(list("ACGT"), 20)) for _ in range(40)]
+    sequences = [*once, *map(reverse_complement, once), *once]
+    found = regress.rows_held_out(sequences, seed=3)
+    assert (found[:40] == found[40:80]).all() and (found[:40] == found[80:]).all() and found.sum() == 12
+    assert not (found == regress.rows_held_out(sequences, seed=4)).all()
+    assert regress.rows_held_out(once, seed=3).sum() == 4
+    assert regress.rows_held_out(["ACG", "TTT"], seed=3).sum() == 1
+
+
+@pytest.mark.slow
+def test_labels_of_bases_do_not_depend_on_the_side_of_padding(model, tmp_path):
+    write_genome(tmp_path)
+    options = ["--fasta", tmp_path / "genome.fa", "--gtf", tmp_path / "genes.gtf", "--splits", tmp_path / "splits.tsv"]
+    found = {}
+    for side in ("right", "left"):
+        shutil.copytree(model, tmp_path / side)
+        GengramTokenizer(model_max_length=512, padding_side=side).save_pretrained(tmp_path / side)
+        words = [*options, "--model", tmp_path / side, "--window", 170, "--max_steps", 1, "--learning_rate", 0]
+        report = run("label_bases.py", tmp_path / f"of-{side}", *words)
+        found[side] = report["metrics"], pd.read_parquet(tmp_path / f"of-{side}" / "predictions.parquet")
+    assert found["right"][0] == found["left"][0]
+    pd.testing.assert_frame_equal(found["right"][1], found["left"][1])
 
 
 def test_classes_that_cannot_be_learned_are_said_with_their_file(tmp_path):

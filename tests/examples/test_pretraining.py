@@ -105,6 +105,29 @@ def test_the_masked_objective(dataset, tmp_path):
 
 
 @pytest.mark.slow
+def test_masks_are_those_of_the_whole_run_after_a_cut_and_with_workers_and_the_same_in_every_evaluation(
+    dataset, tmp_path
+):
+    words = ["--objective", "masked", "--max_steps", "6", "--save_steps", "5", "--per_device_train_batch_size", "32"]
+    words += ["--logging_steps", "1", "--data_seed", "0"]  # an epoch has four steps
+    evaluating = ["--eval_steps", "2", "--learning_rate", "0"]
+    whole = pretrain(dataset, tmp_path / "whole", *words, num_local_experts=0)
+    checkpoint = tmp_path / "cut" / "checkpoint-5"
+    checkpoint.parent.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-5", checkpoint)
+    (checkpoint.parent / "checkpoint-6").mkdir()  # cut off while it was written
+    (checkpoint.parent / "checkpoint-6" / "trainer_state.json").write_text("{")
+    cut = pretrain(dataset, tmp_path / "cut", *words, "--dataloader_num_workers", "2", num_local_experts=0)
+    losses = {line["step"]: line["loss"] for line in whole if "loss" in line}
+    assert len(set(losses.values())) == 6
+    assert [line["loss"] for line in cut if "loss" in line] == [losses[6]]
+    still = pretrain(dataset, tmp_path / "still", *words, *evaluating, num_local_experts=0)
+    assert len({line["eval_bits_per_base"] for line in still if "eval_bits_per_base" in line}) == 1
+    trained = [line["loss"] for line in still if "loss" in line]
+    assert len(set(trained)) == 6
+
+
+@pytest.mark.slow
 def test_the_comparison_does_what_is_missing_and_reports(dataset, tmp_path):
     plan = {
         "base": {**TINY, "num_local_experts": 0},
@@ -131,6 +154,35 @@ def test_the_comparison_does_what_is_missing_and_reports(dataset, tmp_path):
     assert abs(with_memory - wide) / with_memory < 0.05
     assert rows["dense", "memory"]["minus_memory"] == 0
     assert figure.stat().st_size > 1000
+    shutil.copytree(dataset, tmp_path / "other")
+    parquet = next((tmp_path / "other" / "data").glob("train-*"))
+    shutil.copy(next((tmp_path / "other" / "data").glob("validation-*")), parquet)
+    other = run_script("pretraining/compare.py", *words, "--dataset", str(tmp_path / "other"))
+    assert other.returncode != 0 and "its runs are of another data set" in other.stderr
+    words[-1] = str(tmp_path / "out-2")
+    other = run_script("pretraining/compare.py", *words, "--dataset", str(tmp_path / "other"), "--done", str(report))
+    assert other.returncode != 0 and "report.json: its runs are of another data set" in other.stderr
+
+
+def test_the_interval_over_all_architectures_is_one_over_seeds(tmp_path):
+    compare = load_example("pretraining/compare.py")
+    plan = {
+        "base": TINY,
+        "architectures": {"a": {}, "b": {}},
+        "arms": {"memory": {}, "baseline": {"memory_layers": []}},
+        "seeds": [1, 2, 3],
+        "training": {},
+    }
+    gains = {("a", 1): 0.01, ("a", 2): 0.02, ("a", 3): 0.03, ("b", 1): 0.03, ("b", 2): 0.04, ("b", 3): 0.05}
+    for run_ in compare.planned_runs(plan):
+        gain = gains[run_["architecture"], run_["seed"]] if run_["arm"] == "baseline" else 0.0
+        counts = dict.fromkeys(("parameters", "parameters_used_per_token", "trained_tokens"), 1)
+        result = {**run_, **counts, "bits_per_base": 1.9 + gain, "log": [{"step": 1, "loss": 1.0}]}
+        (tmp_path / f"{compare.run_name(run_)}.json").write_text(json.dumps(result))
+    pooled = compare.report(plan, tmp_path)["pooled"]["baseline"]
+    assert pooled["pairs"] == pooled["above_memory"] == 6 and pooled["minus_memory"] == pytest.approx(0.03)
+    # Means of the seeds are 0.02, 0.03, 0.04; t(0.975, 2) = 4.302653.
+    assert pooled["half_width_95"] == pytest.approx(4.302653 * 0.01 / 3**0.5)
 
 
 def test_arms_that_differ_in_a_number_are_a_curve(tmp_path):
