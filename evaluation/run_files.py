@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..inference.model_folder import model_files
 from ..support.errors import InputError
 from ..support.input_file import shown_name
 from ..support.whole_output import write_whole
@@ -18,8 +19,6 @@ from .evaluated_model import EvaluatedModel
 from .suite import ClassificationTask, LikelihoodTask, Task, VariantTask
 
 _FORMAT = 4  # counts up when the same run gives another result; runs of before are then done again
-# Endings of what a model folder may hold: weights, configuration, code and the tokenizer's files.
-_MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".py", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
 
 
 def run_path(output: Path, task: Task, protocol: str, model: EvaluatedModel | None, seed: int, data: Path) -> Path:
@@ -120,9 +119,8 @@ def _content_of(model: EvaluatedModel) -> list[Any] | None:
     folder = Path(model.name)
     if not folder.is_dir():
         return [model.commit]
-    files = sorted(path for path in folder.rglob("*") if path.suffix in _MODEL_FILES)
-    kept = [path for path in files if not path.relative_to(folder).parts[0].startswith((".", "checkpoint-"))]
-    return [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in kept]
+    files = model_files(folder).items()
+    return [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files]
 
 
 def _checksum(result: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What can be wrong with the folder of a model before Transformers opens it, which often says too little of it."""
+"""The folder of a model: which files of it matter, and what can be wrong with it before Transformers opens it."""
 
 import json
 import os
@@ -10,7 +10,28 @@ from ..support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
 
 _JSON = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _WEIGHTS = ("*.safetensors", "*.bin")
+# Endings of what decides what a model computes: weights, configuration, code and the tokenizer's files.
+_ENDINGS = (".safetensors", ".bin", ".pt", ".json", ".py", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
+# What `Trainer` leaves beside a model to go on with training: large, and nothing that a model is loaded from.
+_OF_TRAINING = {
+    *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt"),
+    *("training_args.bin", "trainer_state.json"),
+}
 _MOST_BYTES = 1 << 28  # of a JSON file; a tokenizer's can be large
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that decide what its model computes, by their names in it, sorted.
+
+    Other checkpoints of a training (`checkpoint-500`) and hidden files are no part of the model.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        is_other = inside.parts[0].startswith((".", "checkpoint-")) or path.name in _OF_TRAINING
+        if path.suffix in _ENDINGS and not is_other and path.is_file():
+            found[inside.as_posix()] = path
+    return found
 
 
 def check_model_folder(name: str | Path) -> None:

@@ -18,6 +18,7 @@ from ..explanation import explain_memory, memories_by_layer
 from ..kmer_totals import SCHEMA as TOTALS_SCHEMA
 from ..kmer_totals import KmerTotals
 from ..loaded_model import LoadedModel, head_of
+from ..model_folder import model_files
 from ..readiness import SHORTEST, Readiness, random_pieces, readiness
 from ..table_structure import check_clustering, codon_structure, kmers_of, sizes_of, symmetry, value_norms
 from .job import JobChunk, ModelOptions, Worker
@@ -58,7 +59,7 @@ class ExplainModelJob:
         """The files that decide the result."""
         found = {} if self.fasta is None else {"fasta": self.fasta}
         if self.twin is not None and (folder := Path(self.twin.model)).is_dir():
-            found |= {f"twin/{path.name}": path for path in sorted(folder.glob("*.safetensors"))}
+            found |= {f"twin/{name}": path for name, path in model_files(folder).items()}
         return found
 
     def settings(self) -> dict[str, Any]:

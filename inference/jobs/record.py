@@ -9,6 +9,7 @@ from typing import Any
 
 from ...support.progress import progress_bar
 from ...support.versions import installed_version
+from ..model_folder import model_files
 from .job import Job, ModelOptions
 
 _VERSIONS = ("gengram", "torch", "transformers")
@@ -38,9 +39,8 @@ def _model_record(options: ModelOptions, progress: str | None) -> dict[str, Any]
     folder = Path(options.model)
     if not folder.is_dir():
         return {**options.settings(), "commit": getattr(options.load_config(), "_commit_hash", None)}
-    names = ("*.safetensors", "config.json", "tokenizer*.json", "*.py")
-    files = sorted({path for name in names for path in folder.glob(name)})
-    return {**options.settings(), "files": {path.name: _file_record(path, progress)["sha256"] for path in files}}
+    files = {name: _file_record(path, progress)["sha256"] for name, path in model_files(folder).items()}
+    return {**options.settings(), "files": files}
 
 
 def _file_record(path: Path, progress: str | None) -> dict[str, Any]:

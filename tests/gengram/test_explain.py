@@ -207,7 +207,7 @@ def test_the_whole_model_beside_its_twin(explain, tmp_path, tiny_folder):  # noq
     rows = rows_of(tmp_path / "out", "kmers")
     assert len(rows) == 2 * (4 + 16 + 64) and sum(row["occurrences"] or 0 for row in rows) > 0
     record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert set(record["inputs"]) == {"fasta", "twin/model.safetensors"}
+    assert set(record["inputs"]) >= {"fasta", "twin/model.safetensors", "twin/config.json"}
     code, _, error = explain("--model-only", FASTA, "--twin", str(tiny_folder), "--output", "same")
     assert code == 1 and "trained without its memory" in error and "has a motif memory" in error
     tiny_model(GengramForCausalLM, memory_layers=[], num_hidden_layers=1).save_pretrained(tmp_path / "short")

@@ -1,5 +1,6 @@
 """The engine of the jobs: whole or not at all, once each, resumable, in parts, in several processes and on Ray."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -110,6 +111,29 @@ def test_another_run_for_the_same_output_is_not_mixed_in(job, tmp_path):
     with pytest.raises(ValueError, match=r"differs in inputs.numbers.sha256"):
         run_job(job, tmp_path / "out.parquet")
     assert squares(run_job(job, tmp_path / "out.parquet", restart=True).output) == [n**2 for n in reversed(NUMBERS)]
+
+
+@pytest.mark.parametrize(
+    "name, decides",
+    [
+        *((name, True) for name in ("pytorch_model.bin", "adapter_config.json", "vocab.txt", "code/own.py")),
+        *((name, True) for name in ("spiece.model", "chat_template.jinja", "additional_chat_templates/a.jinja")),
+        *((name, False) for name in ("README.md", "optimizer.pt", "checkpoint-5/model.safetensors", ".cache/a.json")),
+    ],
+)
+def test_a_run_goes_on_only_with_the_same_model(job, tmp_path, name, decides):
+    place = tmp_path / "model" / name
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"one")
+    job.model = ModelOptions(str(tmp_path / "model"))
+    with pytest.raises(RuntimeError):
+        run_job(replace(job, fail_at=11), tmp_path / "out.parquet")
+    place.write_bytes(b"two")
+    expected = (
+        pytest.raises(InputError, match=f"differs in model.files.{name}") if decides else contextlib.nullcontext()
+    )
+    with expected:
+        run_job(job, tmp_path / "out.parquet")
 
 
 def test_a_run_that_finished_nothing_leaves_nothing(job, tmp_path):
