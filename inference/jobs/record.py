@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...support.errors import InputError
+from ...support.printable import printable
 from ...support.progress import progress_bar
 from ...support.versions import installed_version
 from ..model_folder import model_files
@@ -36,11 +39,16 @@ def record_of(job: Job, progress: str | None = None) -> dict[str, Any]:
 
 def _model_record(options: ModelOptions, progress: str | None) -> dict[str, Any]:
     """The model's options, and its commit on the Hub or the SHA-256 of the files in its folder."""
-    folder = Path(options.model)
-    if not folder.is_dir():
+    if not Path(options.model).is_dir():
         return {**options.settings(), "commit": getattr(options.load_config(), "_commit_hash", None)}
-    files = {name: _file_record(path, progress)["sha256"] for name, path in model_files(folder).items()}
+    files = {name: _file_record(path, progress)["sha256"] for name, path in _files_of(options).items()}
     return {**options.settings(), "files": files}
+
+
+def _files_of(options: ModelOptions) -> dict[str, Path]:
+    """The files in the model's folder; of a model on the Hub none, since its commit says which they are."""
+    folder = Path(options.model)
+    return model_files(folder) if folder.is_dir() else {}
 
 
 def _file_record(path: Path, progress: str | None) -> dict[str, Any]:
@@ -54,6 +62,47 @@ def _file_record(path: Path, progress: str | None) -> dict[str, Any]:
             digest.update(piece)
             bar.update(len(piece))
     return {"path": str(path), "bytes": size, "sha256": digest.hexdigest()}
+
+
+class RunFiles:
+    """The inputs of a run and the files of its model, to notice when one changes while the run still reads it.
+
+    Args:
+        job: whose files are looked at; make this before the record, which reads them.
+    """
+
+    def __init__(self, job: Job):
+        self._inputs, self._model = job.inputs, _files_of(job.model)
+        self._seen = {path: _state(path) for path in (*self._inputs.values(), *self._model.values())}
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Refuse to go on with files that are no longer those of the record; only what was touched is read.
+
+        Raises:
+            InputError: if one has changed or is gone.
+        """
+        touched = [path for path, state in self._seen.items() if _state(path) != state]
+        if not touched:
+            return
+        digests = {path: record["inputs"][role]["sha256"] for role, path in self._inputs.items()}
+        digests |= {path: record["model"]["files"][name] for name, path in self._model.items()}
+        for path in touched:
+            state = _state(path)
+            if state is None or _file_record(path, None)["sha256"] != digests[path]:
+                raise InputError(
+                    f"{printable(path)} has changed since this run began, so that results would not belong to it; "
+                    "nothing was written. Put it back as it was to go on, or add --restart to begin anew."
+                )
+            self._seen[path] = state
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """What changes with a file, whoever writes it; None if it is gone."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino
 
 
 def record_json(record: Mapping[str, Any]) -> str:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from ...support.progress import progress_bar
 from .finished_chunks import FinishedChunks
 from .job import Job, JobChunk
 from .processes import Share, device_of_process, launched_process
-from .record import record_of
+from .record import RunFiles, record_of
 
 ENGINES = ("local", "ray")
 
@@ -49,7 +51,8 @@ def run_job(
         progress: whether to show progress on stderr.
 
     Raises:
-        ValueError: if the input, an option or what an earlier run left cannot be used.
+        ValueError: if the input, an option or what an earlier run left cannot be used, or a file that was read has
+            changed since.
         OSError: if a file cannot be read or written.
     """
     output = Path(output)
@@ -57,6 +60,7 @@ def run_job(
         raise ValueError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}.")
     if output.exists() or output.is_symlink():
         raise FileExistsError(f"{output} exists already; choose another output or remove it first.")
+    files = RunFiles(job)
     record = record_of(job, job.name if progress else None)
     sizes, starts = _sizes_and_starts(job)  # finds what is wrong with the input
     wanted = (shard or Share()).consecutive(len(sizes), starts)
@@ -69,9 +73,12 @@ def run_job(
         total = sum(sizes[index] for index in process.spread(wanted))
         done_before = total - sum(sizes[index] for index in missing)
         with progress_bar(job.name if progress else None, job.unit, total=total, initial=done_before) as bar:
-            compute = _compute_on_ray if engine == "ray" else _compute_here
+            compute = _computed_on_ray if engine == "ray" else _computed_here
             try:
-                compute(job, _chosen(job, missing), finished, bar.update)
+                for index, result in compute(job, _chosen(job, missing), bar.update):
+                    files.check(record)  # so that what is kept is of the files in the record
+                    finished.save(index, result)
+                files.check(record)
             except BaseException as error:
                 finished.fail(error)
                 if process.count == 1 and len(finished.missing(wanted)) == len(wanted):
@@ -83,9 +90,14 @@ def run_job(
         if is_writer:
             for _ in finished.wait_for(wanted):
                 pass
-            _publish(
-                output, finished.folder / "output", lambda path: job.write(finished.results(wanted), path, record)
-            )
+
+            def write(path: Path) -> None:
+                try:
+                    job.write(finished.results(wanted), path, record)
+                finally:  # what it reads again may have changed, which is then why it failed
+                    files.check(record)
+
+            _publish(output, finished.folder / "output", write)
             finished.remove()
     finally:
         finished.close()
@@ -114,19 +126,17 @@ def _chosen(job: Job, indices: list[int]) -> Iterator[tuple[int, JobChunk]]:
             return
 
 
-def _compute_here(
-    job: Job,
-    chunks: Iterator[tuple[int, JobChunk]],
-    finished: FinishedChunks,
-    advance: Callable[[int], Any],
-) -> None:
+def _computed_here(
+    job: Job, chunks: Iterator[tuple[int, JobChunk]], advance: Callable[[int], Any]
+) -> Iterator[tuple[int, pa.Table]]:
+    """Index and result of each chunk."""
     worker = None
     for index, chunk in chunks:
         worker = worker or job.worker(device_of_process(job.model.device))
         progress = _ChunkProgress(chunk.size, advance)
         if hasattr(worker, "advance"):
             worker.advance = progress
-        finished.save(index, worker(chunk.content))
+        yield index, worker(chunk.content)
         progress.finish()
 
 
@@ -145,16 +155,14 @@ class _ChunkProgress:
         self(self._left)
 
 
-def _compute_on_ray(
-    job: Job,
-    chunks: Iterator[tuple[int, JobChunk]],
-    finished: FinishedChunks,
-    advance: Callable[[int], Any],
-) -> None:
+def _computed_on_ray(
+    job: Job, chunks: Iterator[tuple[int, JobChunk]], advance: Callable[[int], Any]
+) -> Iterator[tuple[int, pa.Table]]:
+    """The same in whatever order they are finished."""
     from .on_ray import results_on_ray
 
     for index, size, result in results_on_ray(job, chunks):
-        finished.save(index, result)
+        yield index, result
         advance(size)
 
 

@@ -31,6 +31,7 @@ from gengram.evaluation.evaluated_model import EvaluatedModel
 from gengram.evaluation.suite_files import read_suite
 from gengram.evaluation.variants import read_labelled_variants, zero_shot
 from gengram.inference.effects import SCORES
+from gengram.inference.jobs.score import ScoreJob
 from gengram.inference.variant_effects import variant_effects
 from gengram.inference.window_effects import WindowEffects
 from gengram.sequences.genome import open_genome
@@ -462,6 +463,26 @@ def test_a_damaged_line_is_named_before_the_work(tmp_path, vcf, genome, capsys, 
     monkeypatch.setattr("gengram.inference.jobs.score.ScoreWorker", None)
     said = refused(capsys, path, "--fasta", genome, "--output", tmp_path / "out.vcf")
     assert re.search(r"damaged\.vcf, line \d+: expected a record of 11 tab-separated columns", said)
+
+
+@pytest.mark.parametrize("change", [lambda lines: lines[::-1], lambda lines: lines[:5]], ids=["reversed", "cut"])
+@pytest.mark.parametrize("output", ["out.vcf", "out.tsv"])
+def test_variants_that_change_before_they_are_written_are_not_written(
+    tmp_path, vcf, genome, capsys, monkeypatch, output, change
+):
+    live = tmp_path / "live.vcf"
+    live.write_text(vcf.read_text())
+
+    def write(*arguments):
+        header, lines = lines_of(vcf)
+        live.write_text("".join(f"{line}\n" for line in [*header, *change(lines)]))
+        return original(*arguments)
+
+    original = ScoreJob.write
+    monkeypatch.setattr(ScoreJob, "write", write)
+    words = [live, "--fasta", genome, "--context", 40, "--model", run.model, "--output", tmp_path / output]
+    assert "live.vcf has changed since this run began" in refused(capsys, *words)
+    assert not (tmp_path / output).exists()
 
 
 def test_gengram_mini_is_the_default_model(tmp_path, vcf, genome):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ class Squares:
     joined: int = 1  # chunks that belong together
     kill_at: int | None = None  # the number at which the process dies, once
     fail_at: int | None = None
+    at_number: tuple[int, Callable[[], object]] | None = None  # what happens when this number is squared
+    at_write: Callable[[], object] | None = None  # what happens while the output is written
     name: str = "squares"
     unit: str = "number"
 
@@ -41,6 +44,8 @@ class Squares:
         def compute(numbers):
             if self.fail_at in numbers:
                 raise RuntimeError(f"cannot square {self.fail_at}")
+            if self.at_number is not None and self.at_number[0] in numbers:
+                self.at_number[1]()
             if self.kill_at in numbers:
                 died = self.numbers.with_suffix(".died")
                 if not died.exists():
@@ -55,6 +60,8 @@ class Squares:
     def write(self, results, output, record):
         assert [table.num_rows for table in results] == [table.num_rows for table in results]  # read again each time
         write_table(results, output, record, SCHEMA)
+        if self.at_write is not None:
+            self.at_write()
 
 
 def main():

@@ -239,6 +239,50 @@ def test_a_damaged_result_is_computed_again(job, tmp_path):
     assert squares(run_job(job, tmp_path / "out.parquet").output) == [number**2 for number in NUMBERS]
 
 
+@pytest.mark.parametrize("when", ["first", "last", "writing"])
+@pytest.mark.parametrize("change", ["shorter", "longer", "same size", "another file", "gone"])
+def test_an_input_that_changes_during_a_run_leaves_no_output(job, tmp_path, change, when):
+    before, other = job.numbers.read_text(), tmp_path / "other"
+    other.write_text(before[::-1])
+    actions = {
+        "shorter": lambda: job.numbers.write_text("0 1"),
+        "longer": lambda: job.numbers.write_text(f"{before} 20 21 22 23"),
+        "same size": lambda: job.numbers.write_text(before[::-1]),
+        "another file": lambda: other.replace(job.numbers),
+        "gone": job.numbers.unlink,
+    }
+    act = {"at_write": actions[change]} if when == "writing" else {}
+    act = act or {"at_number": (0 if when == "first" else 19, actions[change])}
+    with pytest.raises(InputError, match=r"numbers\.txt has changed since this run began.*--restart"):
+        run_job(replace(job, **act), tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+    job.numbers.write_text(before)  # put back as it was: what is kept is still right
+    assert squares(run_job(job, tmp_path / "out.parquet").output) == [number**2 for number in NUMBERS]
+
+
+def test_a_model_that_changes_during_a_run_leaves_no_output(job, tmp_path):
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(b"one")
+    changing = replace(
+        job, model=ModelOptions(str(weights.parent)), at_number=(10, lambda: weights.write_bytes(b"two"))
+    )
+    with pytest.raises(InputError, match=r"model\.safetensors has changed since this run began"):
+        run_job(changing, tmp_path / "out.parquet")
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_an_input_that_is_only_touched_has_not_changed(job, tmp_path):
+    def touch():
+        text = job.numbers.read_text()
+        job.numbers.unlink()
+        job.numbers.write_text(text)
+        os.utime(job.numbers, (1, 1))
+
+    summary = run_job(replace(job, at_number=(10, touch), at_write=touch), tmp_path / "out.parquet")
+    assert squares(summary.output) == [number**2 for number in NUMBERS]
+
+
 @pytest.mark.parametrize("what", ["pipe", "folder", "nothing"])
 def test_inputs_that_cannot_be_read_twice_are_refused(job, tmp_path, what):
     place = tmp_path / "input"
