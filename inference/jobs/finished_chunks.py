@@ -3,6 +3,7 @@
 .OUTPUT.chunks/
     record.json         what is computed and how; only a run with an equal record goes on from here
     lock-0              held by process 0 while it runs; the system frees it when the process ends, however
+    start.json, here-1  how the processes of a run begin together: see `common_start.py`
     failed-1            why process 1 ended, for process 0, which waits for it
     00000012.arrow      result of chunk 12, there as a whole or not at all
     output/             where process 0 writes the output, before it gets its name
@@ -23,13 +24,18 @@ from ...support.errors import InputError
 from ...support.printable import printable
 from ...support.whole_output import write_whole
 from ...support.work_folder import locked
+from .common_start import let_others_begin, wait_to_begin
+from .processes import Share
 from .record import differences
 
+_RECORD = "record.json"
 _POLL = 0.2  # seconds between two looks at what other processes finished
 # What a run leaves; names that begin with a dot are files that are not whole yet.
 _CONTENTS = {
-    "record.json": stat.S_ISREG,
+    _RECORD: stat.S_ISREG,
     "lock-*": stat.S_ISREG,
+    "start.json": stat.S_ISREG,
+    "here-*": stat.S_ISREG,
     "failed-*": stat.S_ISREG,
     "*.arrow": stat.S_ISREG,
     ".*": stat.S_ISREG,
@@ -43,55 +49,69 @@ class FinishedChunks:
     Args:
         output: the file or folder that they are for.
         record: of the run.
-        process: number of this process among those that work on the same output.
+        process: this process among those that work on the same output; they begin together.
         restart: whether to discard what an earlier run left, whatever it is.
 
     Raises:
         InputError: if the folder holds results of another run, or anything that a run of ours does not leave, or
-            another process of this number is working on the output.
+            another process of this number is working on the output, or process 0 on another one.
+        TimeoutError: if not all processes begin.
     """
 
-    def __init__(self, output: Path, record: Mapping[str, Any], process: int = 0, restart: bool = False):
+    def __init__(self, output: Path, record: Mapping[str, Any], process: Share, restart: bool = False):
         self.folder = output.parent / f".{output.name}.chunks"
         self._process = process
-        self._started = time.time()
         output.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:
-            opened.enter_context(locked(self.folder, output, _CONTENTS, f"lock-{process}"))
-            self._keep_record(record, restart)
+            opened.enter_context(locked(self.folder, output, _CONTENTS, f"lock-{process.index}"))
+            if process.index == 0:
+                self._prepare(record, restart)
+                if process.count > 1:
+                    let_others_begin(self.folder, process.count)
+            else:
+                wait_to_begin(self.folder, process.index)
+                self._check_common(record)
             self._lock = opened.pop_all()
 
-    def _keep_record(self, record: Mapping[str, Any], restart: bool) -> None:
-        place = self.folder / "record.json"
-        with contextlib.suppress(FileNotFoundError):
-            (self.folder / f"failed-{self._process}").unlink()
-        if place.exists():
-            try:
-                before = json.loads(place.read_bytes())
-            except (ValueError, RecursionError):
-                before = {}
-            changed = differences(before, record) if isinstance(before, dict) else ["record"]
+    def _prepare(self, record: Mapping[str, Any], restart: bool) -> None:
+        """Leave in the folder what this run goes on from, and its record."""
+        if any(self.folder.glob("*.arrow")):
+            changed = self._changed(record)
             if changed and not restart:
                 raise InputError(
                     f"{printable(self.folder)} keeps the finished part of another run for the same output, which "
                     f"differs in {', '.join(changed[:8])}. Repeat that command to go on with it, or add --restart to "
                     "discard it."
                 )
-            if changed or (restart and self._process == 0):
+            if restart:
                 self._discard()
-        write_whole(place, json.dumps(record))
-        if self._process == 0:
-            self._discard_output()
-
-    def _discard_output(self) -> None:
-        """Remove what a run that was killed while it wrote has left."""
-        with contextlib.suppress(FileNotFoundError):
+        for path in self.folder.glob("failed-*"):
+            path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # of a run that was killed while it wrote
             shutil.rmtree(self.folder / "output")
+        write_whole(self.folder / _RECORD, json.dumps(record))
+
+    def _changed(self, record: Mapping[str, Any]) -> list[str]:
+        """Where a record differs from the one in the folder, which may be damaged, or missing."""
+        before = None
+        with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+            before = json.loads((self.folder / _RECORD).read_bytes())
+        return differences(before, record) if isinstance(before, dict) else ["record"]
 
     def _discard(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name != "output" and not path.name.startswith("lock-"):
+        """Remove the chunks and then their record, so that no kill between leaves them without one."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _RECORD):
+            if path.name != "output" and not path.name.startswith(("lock-", "here-", ".here-")):
                 path.unlink()
+
+    def _check_common(self, record: Mapping[str, Any]) -> None:
+        """Refuse to work on another run than process 0 does, unless that has finished already."""
+        changed = self._changed(record)
+        if changed and self.folder.exists():
+            raise InputError(
+                f"process {self._process.index} of this run differs from process 0 in {', '.join(changed[:8])}; give "
+                "all of them the same options, files and versions."
+            )
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:08d}.arrow"
@@ -129,19 +149,18 @@ class FinishedChunks:
 
     def fail(self, error: BaseException) -> None:
         """Tell process 0 that this one ended."""
-        write_whole(self.folder / f"failed-{self._process}", f"{type(error).__name__}: {error}")
+        write_whole(self.folder / f"failed-{self._process.index}", f"{type(error).__name__}: {error}")
 
     def wait_for(self, indices: Iterable[int]) -> Iterator[int]:
         """Wait until other processes have finished these chunks; yields how many came at each look.
 
         Raises:
-            RuntimeError: if one of the processes ended with an error since this one started.
+            RuntimeError: if one of the processes ended with an error.
         """
         missing = self.missing(indices)
         while missing:
             for path in self.folder.glob("failed-*"):
-                if path.stat().st_mtime >= self._started:
-                    raise RuntimeError(f"process {path.name.partition('-')[2]} of this run ended: {path.read_text()}")
+                raise RuntimeError(f"process {path.name.partition('-')[2]} of this run ended: {path.read_text()}")
             time.sleep(_POLL)
             left = self.missing(missing)
             yield len(missing) - len(left)

@@ -40,7 +40,8 @@ def run_job(
     """Compute a job into `output`, which appears whole or not at all.
 
     A run that is stopped, however, keeps its finished chunks in `.OUTPUT.chunks`; the same call goes on from there and
-    gives the same bytes. Processes that torchrun or accelerate launches share the chunks, and process 0 writes.
+    gives the same bytes. Processes that torchrun or accelerate launches begin together and share the chunks; process 0
+    writes.
 
     Args:
         job: what to do.
@@ -67,7 +68,7 @@ def run_job(
     if shard is not None:
         record["shard"] = f"{shard.index + 1}/{shard.count}"
     process = launched_process()
-    finished = FinishedChunks(output, record, process.index, restart)
+    finished = FinishedChunks(output, record, process, restart)
     try:
         missing = finished.missing(process.spread(wanted))
         total = sum(sizes[index] for index in process.spread(wanted))

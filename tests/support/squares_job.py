@@ -65,13 +65,14 @@ class Squares:
 
 
 def main():
-    """`python squares_job.py NUMBERS OUTPUT [KILL_AT]`: a process of its own."""
+    """`python squares_job.py NUMBERS OUTPUT [KILL_AT|--restart]`: a process of its own."""
     import sys
 
     from gengram.inference.jobs import run_job
 
-    kill_at = int(sys.argv[3]) if len(sys.argv) > 3 else None
-    run_job(Squares(Path(sys.argv[1]), ModelOptions(), kill_at=kill_at), sys.argv[2])
+    restart = sys.argv[3:] == ["--restart"]
+    kill_at = int(sys.argv[3]) if sys.argv[3:] and not restart else None
+    run_job(Squares(Path(sys.argv[1]), ModelOptions(), kill_at=kill_at), sys.argv[2], restart=restart)
 
 
 if __name__ == "__main__":

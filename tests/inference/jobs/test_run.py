@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,6 +45,38 @@ def in_process(*arguments, **environment):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def launched(job, output, rank, count, *arguments):
+    """One of the processes that torchrun would start."""
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    return in_process(job.numbers, output, *arguments, **environment)
+
+
+def ended_well(processes):
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=300)  # a hang fails instead of staying
+            assert process.returncode == 0, error
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def appears(*paths):
+    """Wait for the first of these."""
+    for _ in range(30_000):
+        if any(path.exists() for path in paths):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"none of {paths} appeared")
+
+
+def leave_unfinished(job, output):
+    """What a run leaves that fails after three of seven chunks."""
+    with pytest.raises(RuntimeError):
+        run_job(replace(job, fail_at=11), output)
 
 
 def test_an_output_holds_all_results_in_order_and_the_record(job, tmp_path):
@@ -143,6 +177,40 @@ def test_a_run_that_finished_nothing_leaves_nothing(job, tmp_path):
     run_job(replace(job, per_chunk=4), tmp_path / "out.parquet")  # so that a wrong option can be mended
 
 
+@pytest.mark.parametrize("kills_after", range(1, 6))
+def test_a_kill_while_an_earlier_run_is_discarded_mixes_nothing(job, tmp_path, monkeypatch, kills_after):
+    folder = tmp_path / ".out.parquet.chunks"
+
+    class Killed(BaseException):
+        pass
+
+    def unlink(self, *arguments, **options):
+        original(self, *arguments, **options)
+        if self.parent == folder:
+            removed.append(self)
+            if len(removed) == kills_after:
+                raise Killed
+
+    original, removed = Path.unlink, []
+    leave_unfinished(job, tmp_path / "out.parquet")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", unlink)
+        run_job(replace(job, per_chunk=4), tmp_path / "out.parquet", restart=True)
+    if list(folder.glob("*.arrow")):
+        with pytest.raises(InputError, match=r"differs in settings\.per_chunk"):
+            run_job(replace(job, per_chunk=4), tmp_path / "out.parquet")
+    else:
+        run_job(replace(job, per_chunk=4), tmp_path / "out.parquet")
+        assert squares(tmp_path / "out.parquet") == [number**2 for number in NUMBERS]
+
+
+def test_chunks_without_a_record_are_of_another_run(job, tmp_path):
+    leave_unfinished(job, tmp_path / "out.parquet")
+    (tmp_path / ".out.parquet.chunks" / "record.json").unlink()
+    with pytest.raises(InputError, match=r"keeps the finished part of another run.*differs in record\..*--restart"):
+        run_job(job, tmp_path / "out.parquet")
+
+
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("name", ["", "record.json", "00000000.arrow"])
 def test_a_work_folder_of_somebody_else_is_refused(job, tmp_path, name):
@@ -173,15 +241,54 @@ def test_chunks_that_belong_together_stay_in_one_part(job, tmp_path):
 
 
 def test_launched_processes_make_one_output(job, tmp_path):
-    processes = [
-        in_process(job.numbers, tmp_path / "out.parquet", RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
-        for rank in (1, 0)
-    ]
-    assert [process.wait() for process in processes] == [0, 0], [process.stderr.read() for process in processes]
+    processes = [launched(job, tmp_path / "out.parquet", rank, 2) for rank in (1, 0)]
+    ended_well(processes)
     assert squares(tmp_path / "out.parquet") == [number**2 for number in NUMBERS]
     assert len(computed(job)) == 7 and not list(tmp_path.glob(".out*"))
-    for process in processes:
-        process.stderr.close()
+
+
+def test_launched_processes_discard_together_what_an_earlier_run_left(job, tmp_path):
+    output, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.chunks"
+    process = launched(job, output, 1, 2, "--restart")
+    appears(folder / "lock-1")
+    leave_unfinished(job, output)  # under the eyes of process 1, as of a launch before
+    (folder / "start.json").write_text(json.dumps({"word": "of before", "answers": {"1": "of before"}}))
+    appears(folder / "here-1")
+    ended_well([process, launched(job, output, 0, 2, "--restart")])
+    assert squares(output) == [number**2 for number in NUMBERS]
+    assert len(computed(job)) == 3 + 7 and not list(tmp_path.glob(".out*"))
+
+
+def test_a_launched_process_without_chunks_may_come_late(job, tmp_path):
+    job.numbers.write_text("5")
+    output = tmp_path / "out.parquet"
+    processes = [launched(job, output, 0, 3)]
+    appears(tmp_path / ".out.parquet.chunks" / "record.json", output)
+    processes += [launched(job, output, rank, 3) for rank in (1, 2)]
+    ended_well(processes)
+    assert squares(output) == [25] and not list(tmp_path.glob(".out*"))
+
+
+def test_launched_processes_with_different_options_are_refused(job, tmp_path, monkeypatch):
+    process = launched(job, tmp_path / "out.parquet", 0, 2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"process 1 of this run differs from process 0 in settings\.per_chunk; give"):
+        run_job(replace(job, per_chunk=4), tmp_path / "out.parquet")
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("rank, missing", [("0", "process 1, 2 of 3"), ("1", "process 0")])
+def test_a_launched_process_does_not_wait_for_ever(job, tmp_path, monkeypatch, rank, missing):
+    monkeypatch.setattr("gengram.inference.jobs.common_start.LONGEST_WAIT", 0.0)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(TimeoutError, match=f"{missing} did not begin within 0 minutes.*as torchrun does"):
+        run_job(job, tmp_path / "out.parquet")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    run_job(replace(job, per_chunk=4), tmp_path / "out.parquet")  # nothing was finished, so other options may come
 
 
 def test_two_runs_at_once_for_one_output_are_refused(job, tmp_path, monkeypatch):
