@@ -38,6 +38,11 @@ def line_with(line: str, additions: Mapping[str, str], prefix: str) -> str:
     return "\t".join(cells)
 
 
+def indexes_of(path: Path) -> list[Path]:
+    """The index files that `write_vcf` may put beside a file, of which it makes one at most."""
+    return [path.with_name(path.name + ending) for ending in (".tbi", ".csi")] if path.suffix == ".gz" else []
+
+
 def write_vcf(path: Path, lines: Iterable[str]) -> None:
     """Write lines to a `.vcf` file, or to a `.vcf.gz` file by bgzip, with an index beside it if they are sorted.
 

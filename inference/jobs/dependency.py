@@ -20,7 +20,7 @@ from .job import JobChunk, ModelOptions, Worker
 from .mutate import DEFAULT_CONTEXT, window_sizes
 from .region_tables import RegionTableJob, rounded
 from .regions import texts_and_beds
-from .tables import check_table_output, write_table
+from .tables import beside_table, check_table_output, write_table
 
 SCHEMA = pa.schema(
     [
@@ -70,6 +70,10 @@ class DependencyJob(RegionTableJob):
     def worker(self, device: str | None) -> Worker:
         """Load the model, and open the genome."""
         return DependencyWorker(self, device)
+
+    def beside(self, output: Path) -> list[Path]:
+        """The record of a TSV."""
+        return beside_table(output)
 
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Write the table."""

@@ -137,6 +137,10 @@ class EmbedJob:
         )
         return _Embedder(self, encoder)
 
+    def beside(self, output: Path) -> list[Path]:
+        """Nothing: each format holds the record."""
+        return []
+
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Parts put together, and written in the format of the output's name."""
         write_embeddings(_Rows(results, self.pooling), output, record, self.width)

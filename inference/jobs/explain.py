@@ -187,6 +187,10 @@ class ExplainJob(RegionTableJob):
         """Load the model, and open the genome."""
         return _Worker(self, device)
 
+    def beside(self, output: Path) -> list[Path]:
+        """Nothing: all is in the folder."""
+        return []
+
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Write the tables, the pictures and the report that shows them."""
         from .explain_report import write_html_report

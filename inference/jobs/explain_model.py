@@ -82,6 +82,10 @@ class ExplainModelJob:
         """Load the model."""
         return _Worker(self, device)
 
+    def beside(self, output: Path) -> list[Path]:
+        """Nothing: all is in the folder."""
+        return []
+
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Write the numbers, the table of k-mers, the picture and the report that shows them."""
         from .explain_model_report import write_model_report

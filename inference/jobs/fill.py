@@ -27,7 +27,7 @@ from ..filling import (
 from ..loaded_model import head_of
 from .job import JobChunk, ModelOptions, Worker
 from .run import JobSummary, run_job
-from .tables import TABLE_SUFFIXES, check_table_output, write_table
+from .tables import TABLE_SUFFIXES, beside_table, check_table_output, write_table
 
 SCHEMA = pa.schema(
     [
@@ -166,6 +166,11 @@ class FillJob:
 
         return fill
 
+    def beside(self, output: Path) -> list[Path]:
+        """The table if the output is FASTA, and the record of a TSV."""
+        table = self.table_of(output)
+        return [*([] if table == output else [table]), *beside_table(table)]
+
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """The table, and the sequences if the output is FASTA; counts what was written."""
         self.counts.clear()
@@ -225,7 +230,7 @@ def fill_job(
     head = head_of(model.load_config())
     most = model.bases_at_once(context)
     check_fill_options(most, joint, longest_run, least_probability)
-    job = FillJob(
+    return FillJob(
         Path(sequences),
         model,
         head == "masked",
@@ -237,9 +242,6 @@ def fill_job(
         least_probability,
         f".{table}",
     )
-    if job.table_of(output).exists():
-        raise FileExistsError(f"{job.table_of(output)} exists already; choose another output or remove it first.")
-    return job
 
 
 def fill_file(sequences: str | Path, output: str | Path, **options: Any) -> JobSummary:

@@ -127,6 +127,10 @@ class GenerateJob:
             "sequence": sequence,
         }
 
+    def beside(self, output: Path) -> list[Path]:
+        """How the sequences were made."""
+        return [output.with_name(f"{output.name}.json")]
+
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """The FASTA file, and beside it how it was made."""
         with fasta_output(output) as fasta:
@@ -134,7 +138,8 @@ class GenerateJob:
                 for row in table.to_pylist():
                     fasta.begin(row["name"], row["description"])
                     fasta.add(row["sequence"])
-        write_whole(output.with_name(f"{output.name}.json"), json.dumps(record, indent=2) + "\n")
+        (place,) = self.beside(output)
+        write_whole(place, json.dumps(record, indent=2) + "\n")
 
 
 def generate_file(output: str | Path, prompts: str | Path | None = None, **options: Any) -> JobSummary:

@@ -66,12 +66,15 @@ class Job(Protocol):
             device: where to run.
         """
 
+    def beside(self, output: Path) -> list[Path]:
+        """Files that `write` may make beside `output`, such as an index or the record; they must not exist, either."""
+
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Write the output from the results of all chunks in their order, each read when it is asked for.
 
         Args:
             results: of the chunks; every loop over them reads them again.
-            output: a path that does not exist yet; what appears there is published as a whole.
+            output: a path that does not exist yet; what appears there, and `beside` it, is published as a whole.
             record: of the run, to be kept in the output.
         """
 

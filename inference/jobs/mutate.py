@@ -21,7 +21,7 @@ from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
 from .region_tables import RegionTableJob, rounded
 from .regions import texts_and_beds
-from .tables import check_table_output, read_written, write_table
+from .tables import beside_table, check_table_output, read_written, write_table
 
 DEFAULT_CONTEXT = 512
 CLASSES = "classes"  # the head of a classifier of sequences
@@ -110,6 +110,10 @@ class MutateJob(RegionTableJob):
     def worker(self, device: str | None) -> "MutateWorker":
         """Load the model, and open the genome."""
         return MutateWorker(self, device)
+
+    def beside(self, output: Path) -> list[Path]:
+        """The record of a TSV."""
+        return beside_table(output)
 
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Write the table, and count its rows."""

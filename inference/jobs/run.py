@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...support.printable import printable
 from ...support.progress import progress_bar
 from .finished_chunks import FinishedChunks
 from .job import Job, JobChunk
@@ -45,7 +46,7 @@ def run_job(
 
     Args:
         job: what to do.
-        output: file or folder to make; must not exist.
+        output: file or folder to make; must not exist, nor what the job writes beside it.
         engine: "local", or "ray" for Ray's actors, one per GPU (or per processor).
         shard: compute only this part and write only its part of the output.
         restart: discard what an earlier run left.
@@ -54,13 +55,13 @@ def run_job(
     Raises:
         ValueError: if the input, an option or what an earlier run left cannot be used, or a file that was read has
             changed since.
-        OSError: if a file cannot be read or written.
+        OSError: if a file cannot be read or written; or the output, or what stands beside it, exists.
     """
     output = Path(output)
     if engine not in ENGINES:
         raise ValueError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}.")
-    if output.exists() or output.is_symlink():
-        raise FileExistsError(f"{output} exists already; choose another output or remove it first.")
+    places = [output, *job.beside(output)]
+    _check_free(places)
     files = RunFiles(job)
     record = record_of(job, job.name if progress else None)
     sizes, starts = _sizes_and_starts(job)  # finds what is wrong with the input
@@ -98,7 +99,7 @@ def run_job(
                 finally:  # what it reads again may have changed, which is then why it failed
                     files.check(record)
 
-            _publish(output, finished.folder / "output", write)
+            _publish(places, finished.folder / "output", write)
             finished.remove()
     finally:
         finished.close()
@@ -176,10 +177,17 @@ def _say_what_is_kept(error: BaseException, finished: FinishedChunks, wanted: ra
         error.__notes__ = [*getattr(error, "__notes__", ()), words]  # `add_note`, which Python 3.10 lacks
 
 
-def _publish(output: Path, folder: Path, write: Callable[[Path], None]) -> None:
-    """Write inside `folder`, then give what was written its name beside the output."""
+def _check_free(places: list[Path]) -> None:
+    for place in places:
+        if os.path.lexists(place):
+            raise FileExistsError(f"{printable(place)} exists already; choose another output or remove it first.")
+
+
+def _publish(places: list[Path], folder: Path, write: Callable[[Path], None]) -> None:
+    """Write the first of some places and those beside it inside `folder`, then give what was written its name."""
     folder.mkdir()
-    written = folder / output.name  # writers choose by the name's end
-    write(written)
-    for path in sorted(folder.iterdir(), key=lambda path: path == written):  # an index before its file
-        os.replace(path, output.parent / path.name)
+    write(folder / places[0].name)  # writers choose by the name's end
+    _check_free(places)  # once more: hours have passed
+    for place in reversed(places):  # an index before its file
+        if (folder / place.name).exists():
+            os.replace(folder / place.name, place)

@@ -18,7 +18,7 @@ from ..variant_effects import VariantEffect, effects_of_checked
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
 from .regions import GenomeJob, RegionFilter, inputs_of_beds, regions_of
-from .score_outputs import OUTPUTS, check_fits_vcf, score_table, write_scores
+from .score_outputs import OUTPUTS, beside_scores, check_fits_vcf, score_table, write_scores
 from .tables import check_table_output
 
 DEFAULT_CONTEXT = 512
@@ -108,6 +108,10 @@ class ScoreJob(GenomeJob):
     def worker(self, device: str | None) -> "ScoreWorker":
         """Load the model, and open the genome."""
         return ScoreWorker(self, device)
+
+    def beside(self, output: Path) -> list[Path]:
+        """An index of VCF, or the record of a TSV."""
+        return beside_scores(output)
 
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """Write the scores, and count them."""

@@ -13,12 +13,12 @@ from ...sequences.genome import Genome
 from ...sequences.variant_files import VariantFile
 from ...sequences.variants import SCORED
 from ...sequences.vcf import VariantRecord
-from ...sequences.vcf_output import header_with, line_with, write_vcf
+from ...sequences.vcf_output import header_with, indexes_of, line_with, write_vcf
 from ...support.errors import InputError, shortened
 from ..effects import NUMBERS, StrandEffects
 from ..variant_effects import VariantEffect
 from .record import record_json
-from .tables import write_table
+from .tables import beside_table, write_table
 
 OUTPUTS = (".vcf", ".vcf.gz", ".tsv", ".parquet")
 
@@ -72,6 +72,11 @@ def score_table(effects: Iterable[tuple[int, VariantEffect]]) -> pa.Table:
 def _numbers(found: StrandEffects) -> dict[str, float | None]:
     numbers = found.numbers()
     return {name: None if number is None else float(f"{number:.{_DIGITS}g}") for name, number in numbers.items()}
+
+
+def beside_scores(output: Path) -> list[Path]:
+    """What `write_scores` may put beside its file: an index of VCF, or the record of a TSV."""
+    return beside_table(output) if output.suffix in (".tsv", ".parquet") else indexes_of(output)
 
 
 def write_scores(

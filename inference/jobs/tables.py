@@ -27,6 +27,15 @@ def check_table_output(output: Path, allowed: Iterable[str] = TABLE_SUFFIXES) ->
         raise ValueError(f"--output: expected a name that ends in {', '.join(allowed)}, got {output.name!r}.")
 
 
+def beside_table(output: Path) -> list[Path]:
+    """Where `write_table` puts the record of a table that cannot hold it."""
+    return [] if output.suffix == ".parquet" else [_record_place(output)]
+
+
+def _record_place(output: Path) -> Path:
+    return output.with_name(f"{output.name}.json")
+
+
 def write_table(tables: Iterable[pa.Table], output: Path, record: dict[str, Any], schema: pa.Schema) -> None:
     """Write rows to a `.parquet` or `.tsv` file, and how they were made.
 
@@ -51,7 +60,7 @@ def write_table(tables: Iterable[pa.Table], output: Path, record: dict[str, Any]
         writer.writerow(schema.names)
         for table in tables:
             writer.writerows(zip(*(column.to_pylist() for column in table.cast(schema).columns), strict=True))
-    write_whole(output.with_name(f"{output.name}.json"), json.dumps(record, indent=2) + "\n")
+    write_whole(_record_place(output), json.dumps(record, indent=2) + "\n")
 
 
 def read_written(output: Path, schema: pa.Schema) -> pa.Table:
@@ -76,7 +85,7 @@ def record_of_table(output: Path) -> dict[str, Any] | None:
         if output.suffix == ".parquet":
             text = (pa.parquet.read_schema(output).metadata or {})[b"gengram"].decode()
         else:
-            text = output.with_name(f"{output.name}.json").read_text()
+            text = _record_place(output).read_text()
         record = json.loads(text)
     except (OSError, ValueError, KeyError):
         return None

@@ -77,6 +77,10 @@ class TrackJob(RegionJob):
         options = (self.model.strands, self.context, self.overlap, self.model.batch_tokens)
         return _Worker(TrackModel(loaded.model, tokens, self.is_masked, values, *options), self.genome)
 
+    def beside(self, output: Path) -> list[Path]:
+        """Nothing: all is in the folder."""
+        return []
+
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         contigs = {name: self.genome.contigs[name] for name in sorted(self.genome.contigs)}
         output.mkdir()

@@ -430,6 +430,13 @@ def test_what_is_not_sorted_gets_no_index(tmp_path, vcf, genome, caplog):
     assert any("not sorted, so it gets no index" in record.message for record in caplog.records)
 
 
+@pytest.mark.parametrize("name", ["out.vcf.gz.tbi", "out.vcf.gz.csi"])
+def test_an_index_of_another_file_is_not_left_beside_the_output(tmp_path, vcf, genome, capsys, name):
+    (tmp_path / name).write_text("of another file")
+    said = refused(capsys, vcf, "--fasta", genome, "--model", run.model, "--output", tmp_path / "out.vcf.gz")
+    assert f"{name} exists already" in said and [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("allele", ["", "A,T", "-", "NA N", "<DEL", "A;T"])
 def test_alleles_that_vcf_cannot_hold_are_refused_before_the_work(tmp_path, genome, capsys, allele):
     pd.DataFrame([("chr1", 6, "A", allele)], columns=COLUMNS[:4]).to_csv(tmp_path / "a.csv", index=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from gengram.inference.jobs import JobChunk, ModelOptions
-from gengram.inference.jobs.tables import write_table
+from gengram.inference.jobs.tables import beside_table, write_table
 
 SCHEMA = pa.schema([("number", pa.int64()), ("square", pa.int64())])
 
@@ -56,6 +56,9 @@ class Squares:
             return pa.table([numbers, [number**2 for number in numbers]], schema=SCHEMA)
 
         return compute
+
+    def beside(self, output):
+        return beside_table(output)
 
     def write(self, results, output, record):
         assert [table.num_rows for table in results] == [table.num_rows for table in results]  # read again each time

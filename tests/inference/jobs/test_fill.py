@@ -133,6 +133,7 @@ def test_the_command(sequences, tiny_folder, tmp_path, capsys):
         (["--output", "x.fa", "--longest-run", "0"], "longest_run: expected at least 1, got 0"),
         (["--output", "x.fa", "--context", "2000"], "expected a context of 1 to 1,024 bases"),
         (["--output", "there.fa"], "there.fa.tsv exists already"),
+        (["--output", "here.fa"], "here.fa.tsv.json exists already"),
         (["--output", "x.fa"], "in.fa, sequence 'p': expected letters of DNA, N, ? and [MASK], got 'E' at base 1"),
     ],
 )
@@ -140,7 +141,8 @@ def test_what_cannot_be_done_is_one_message(words, message, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.fa").write_text(">p\nMEEPQ\n")
     (tmp_path / "there.fa.tsv").touch()
+    (tmp_path / "here.fa.tsv.json").touch()
     assert main(["fill", "in.fa", *words]) == 1
     error = capsys.readouterr().err
     assert "error: " in error and message in error
-    assert {path.name for path in tmp_path.iterdir()} == {"in.fa", "there.fa.tsv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.fa", "there.fa.tsv", "here.fa.tsv.json"}

@@ -117,6 +117,13 @@ def test_a_masked_model_is_refused(tiny_folder, tmp_path):
         generate_file(tmp_path / "out.fa", model=ModelOptions(str(tmp_path)))
 
 
+def test_the_record_of_something_else_stays(options, tmp_path):
+    (tmp_path / "new.fa.json").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"new\.fa\.json exists already"):
+        generate_file(tmp_path / "new.fa", **options)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
+
+
 @pytest.mark.parametrize("text, letter", [("ACGT--AC", "-"), ("ACGTXXAC", "X"), ("MKVLAAG", "L"), ("ACG 61 T", " ")])
 def test_prompts_that_are_no_dna_are_refused_before_the_work(text, letter, options, tmp_path):
     (tmp_path / "prompts.fa").write_text(f">good\nACGT\n>bad\n{text}\n")

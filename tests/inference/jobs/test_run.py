@@ -105,6 +105,20 @@ def test_text_in_a_tsv_is_quoted_only_where_it_must_be(tmp_path):
     assert lines == ["text\tnumber", "chr1\t0.1", '"a ""b"""\t', "\t1e-09", "\t-3.0", ""]
 
 
+def test_what_stands_beside_an_output_is_not_overwritten(job, tmp_path):
+    own = tmp_path / "out.tsv.json"
+    own.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"out\.tsv\.json exists already; choose another output"):
+        run_job(job, tmp_path / "out.tsv")
+    assert not computed(job)
+    own.unlink()
+    with pytest.raises(FileExistsError, match=r"out\.tsv\.json exists already"):
+        run_job(replace(job, at_write=lambda: own.write_text("precious")), tmp_path / "out.tsv")
+    assert own.read_text() == "precious" and not (tmp_path / "out.tsv").exists()
+    own.unlink()
+    assert len(run_job(job, tmp_path / "out.tsv").output.read_text().splitlines()) == 21 and len(computed(job)) == 7
+
+
 def test_an_empty_input_gives_an_empty_table(job, tmp_path):
     job.numbers.write_text("")
     assert run_job(job, tmp_path / "out.parquet").items == 0
