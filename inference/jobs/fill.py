@@ -84,7 +84,7 @@ class FillJob:
     name: str = field(default="fill", init=False)
     unit: str = field(default="gap", init=False)
     counts: Counter[str] = field(default_factory=Counter, init=False)  # gaps that were written, by status
-    long_runs: int = field(default=0, init=False)
+    long_runs: int = field(default=0, init=False)  # of the whole file
     long_run_bases: int = field(default=0, init=False)
 
     @property
@@ -109,11 +109,11 @@ class FillJob:
         Raises:
             InputError: if the file cannot be read, or a sequence is not DNA.
         """
-        self.long_runs = self.long_run_bases = 0
+        long_runs = long_run_bases = 0
         waiting: list[_Wanted] = []
         for record, (name, _, found) in enumerate(self._records()):
-            self.long_runs += found.long_runs
-            self.long_run_bases += found.long_run_bases
+            long_runs += found.long_runs
+            long_run_bases += found.long_run_bases
             wanted = self._windows(record, name, found)
             first = list(itertools.islice(wanted, _WINDOWS_PER_CHUNK))
             if len(waiting) + len(first) > _WINDOWS_PER_CHUNK:
@@ -127,6 +127,8 @@ class FillJob:
                 yield _chunk(more, continues=True)
         if waiting:
             yield _chunk(waiting)
+        # Here, since later readings stop where a run has nothing more to compute.
+        self.long_runs, self.long_run_bases = long_runs, long_run_bases
 
     def _records(self) -> Iterator[tuple[str, str, GappedSequence]]:
         """Name, description and letters of each sequence; the longest one has to fit into memory."""

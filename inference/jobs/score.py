@@ -57,7 +57,7 @@ class ScoreJob(GenomeJob):
     unit: str = field(default="variant", init=False)
     inputs: Mapping[str, Path] = field(init=False)  # the files that decide the result
     counts: Counter[str] = field(default_factory=Counter, init=False)  # of what was written, by status
-    left_out: int = field(default=0, init=False)  # records outside the regions
+    left_out: int = field(default=0, init=False)  # records of the whole file outside the regions
 
     def __post_init__(self) -> None:
         check_table_output(self.output, OUTPUTS)
@@ -83,12 +83,12 @@ class ScoreJob(GenomeJob):
         content: list[_Checked] = []
         file = read_variants(self.variants)
         becomes_vcf = not file.is_vcf and self.output.suffix not in (".tsv", ".parquet")
-        is_wanted, self.left_out = self._filter(), 0
+        is_wanted, left_out = self._filter(), 0
         for number, record in enumerate(file):
             if becomes_vcf:
                 check_fits_vcf(record)
             if not is_wanted(record.contig, record.start):
-                self.left_out += 1
+                left_out += 1
                 continue
             if not record.alternatives:
                 content.append((number, Variant(record.contig, record.start, record.reference, "."), "no_alt"))
@@ -99,6 +99,7 @@ class ScoreJob(GenomeJob):
         if content:
             yield JobChunk(len(content), content)
         check.finish()
+        self.left_out = left_out  # here, since later readings stop where a run has nothing more to compute
 
     def _filter(self) -> Callable[[str, int], bool]:
         if not (self.regions or self.beds):

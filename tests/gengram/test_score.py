@@ -345,6 +345,20 @@ def test_regions_that_together_are_everything_give_everything(tmp_path, vcf, gen
     assert found["record"]["settings"]["regions"] == ["chr2:40-40"]
 
 
+@pytest.mark.parametrize("words", [[], ["--shard", "1/2"]])
+def test_records_outside_the_regions_are_counted_to_the_end_of_the_file(tmp_path, genome, capsys, monkeypatch, words):
+    monkeypatch.setattr("gengram.inference.jobs.score._ALLELES_PER_CHUNK", 5)
+    sequence = sequences(genome)["chr1"]
+    places = [*range(10, 20), *range(100, 130)]  # of which the first 10 lie in the region
+    rows = [("chr1", place + 1, sequence[place], "N") for place in places]
+    pd.DataFrame(rows, columns=COLUMNS[:4]).to_csv(tmp_path / "a.csv", index=False)
+    command = ["score", tmp_path / "a.csv", "--fasta", genome, "--model", run.model, "--context", 40, "--json"]
+    command += ["--regions", "chr1:1-50", "--output", tmp_path / "out.tsv", *words]
+    assert main([*map(str, command)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["alleles"], found["records_left_out"]) == (5 if words else 10, 30)
+
+
 @pytest.mark.parametrize(
     "region, said", [("chr3:1-5", "no record 'chr3'"), ("chr2:1-50", "its end is 50"), ("none.bed", "none.bed")]
 )

@@ -8,7 +8,7 @@ from tolerances import POSTERIOR
 
 from gengram.cli import main
 from gengram.inference.filling import GapFiller, gap_windows
-from gengram.inference.jobs import ModelOptions, Share
+from gengram.inference.jobs import ModelOptions, Share, run_job
 from gengram.inference.jobs.fill import SCHEMA, fill_file, fill_job
 from gengram.inference.loaded_model import load_model
 from gengram.sequences.fasta import stream_fasta
@@ -122,6 +122,14 @@ def test_the_command(sequences, tiny_folder, tmp_path, capsys):
     assert main([*words, "--output", str(tmp_path / "out.tsv"), "--json", "--nearest"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["gaps"]["too_many_gaps"] == 0 and sum(found["gaps"].values()) == 29 and found["long_runs"] == 1
+
+
+def test_long_runs_are_counted_to_the_end_of_the_file(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("gengram.inference.jobs.fill._WINDOWS_PER_CHUNK", 1)
+    (tmp_path / "in.fa").write_text(">a\nACGNACG\n>b\nAC" + "N" * 20 + "GT\n>c\nACGNACG\n>d\nAC" + "N" * 20 + "GT\n")
+    job = fill_job(tmp_path / "in.fa", tmp_path / "out.tsv", model=model)
+    run_job(job, tmp_path / "out.tsv", shard=Share(0, 4))
+    assert (job.counts.total(), job.long_runs, job.long_run_bases) == (1, 2, 40)
 
 
 @pytest.mark.parametrize(
