@@ -12,7 +12,7 @@ shifted, not shortened:
 
 d is 1 for deletions, which pull in one base from the right, and else 0. N is L - d where a contig is shorter. With
 B = 1 these are the windows of `sequences.variants.variant_windows`. The last base of a contig has no deletion, as
-there is nothing to pull in.
+there is nothing to pull in. What has a window of too few bases, as on a contig of a single one, is `too_short`.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from typing import NamedTuple
 from ..sequences.alphabet import BASES
 from ..sequences.variants import SCORED, has_only_nucleotides
 from .effects import Change
+from .variant_effects import SHORTEST_CONTEXT
 
 DELETED = "-"
 
@@ -84,6 +85,7 @@ def mutations_of(
     places: Iterable[int],
     context: int,
     deletions: bool = False,
+    shortest: int = SHORTEST_CONTEXT,
 ) -> Iterator[Mutation]:
     """All substitutions, and deletions if they are wanted, of some places of a block, by place and alternative.
 
@@ -96,6 +98,7 @@ def mutations_of(
         places: within the block.
         context: bases of the window.
         deletions: whether single bases are deleted, too.
+        shortest: bases of a window that a model says anything of.
     """
     first, last = shared_window(block, length, context)
     window = fetch(first, last)
@@ -112,8 +115,13 @@ def mutations_of(
         for other in BASES:
             if other != base:
                 changed = window[:index] + other + window[index + 1 :]
-                yield Mutation(place, base, other, SCORED, Change(window, changed, index))
+                yield _mutation(place, base, other, Change(window, changed, index), shortest)
         if deletions and place < length - 1:
             index = place - first_of_deletions
             changed = longer[:index] + longer[index + 1 :]
-            yield Mutation(place, base, DELETED, SCORED, Change(longer[:-1], changed, index, 1, 0))
+            yield _mutation(place, base, DELETED, Change(longer[:-1], changed, index, 1, 0), shortest)
+
+
+def _mutation(place: int, base: str, other: str, change: Change, shortest: int) -> Mutation:
+    is_too_short = len(change.reference) < shortest
+    return Mutation(place, base, other, *(("too_short", None) if is_too_short else (SCORED, change)))

@@ -17,6 +17,7 @@ from ..embeddings import context_of
 from ..loaded_model import LoadedModel, context_length, head_of
 from ..memory_use import fast_memory
 from ..mutations import Block, Mutation, mutations_of, region_blocks
+from ..variant_effects import SHORTEST_CONTEXT
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions
 from .region_tables import RegionTableJob, rounded
@@ -170,6 +171,7 @@ class MutateWorker:
                 range(start, end),
                 context,
                 job.deletions,
+                1 if job.head == CLASSES else SHORTEST_CONTEXT,
             )
         )
         names = job.schema.names[4:7]

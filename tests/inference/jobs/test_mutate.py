@@ -130,6 +130,25 @@ def test_examples_of_docstrings(module):
     assert result.attempted and not result.failed
 
 
+def test_where_nothing_can_be_predicted_is_said_as_gengram_score_says_it(options, tmp_path):
+    (tmp_path / "short.fa").write_text(">one\nG\n>two\nCA\n")
+    job = mutate_job(tmp_path / "short.fa", tmp_path / "out.parquet", whole_genome=True, model=options, deletions=True)
+    run_job(job, job.output)
+    rows = read_written(job.output, job.schema).to_pylist()
+    assert [(row["chrom"], row["pos"], row["alt"], row["status"]) for row in rows] == [
+        *(("one", 1, base, "too_short") for base in "ACT"),
+        *(("two", 1, base, "scored") for base in "AGT"),
+        ("two", 1, "-", "too_short"),
+        *(("two", 2, base, "scored") for base in "CGT"),
+    ]
+    assert all((row["llr"] is None) == (row["status"] == "too_short") for row in rows)
+    (tmp_path / "same.csv").write_text("chrom,pos,ref,alt\none,1,G,A\ntwo,1,C,A\ntwo,1,CA,A\n")
+    words = ["--fasta", tmp_path / "short.fa", "--model", options.model, "--output", tmp_path / "scores.tsv", "-q"]
+    assert main(["score", str(tmp_path / "same.csv"), *map(str, words), "--scores", "llr", "--context", "48"]) == 0
+    statuses = [line.split("\t")[-1] for line in (tmp_path / "scores.tsv").read_text().splitlines()[1:]]
+    assert statuses == ["too_short", "scored", "too_short"]
+
+
 def test_blocks_are_even_and_cover_the_region():
     assert [tuple(block) for block in region_blocks(5, 105, 48)] == [(5, 38), (38, 71), (71, 105)]
     assert [tuple(block) for block in region_blocks(5, 6, 48)] == [(5, 6)]
