@@ -63,7 +63,7 @@ class BedGraphWriter:
     _OPTIONS = pa.csv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none")
 
     def __init__(self, path: Path, contigs: Mapping[str, int]) -> None:
-        self._file = pa.csv.CSVWriter(path, self._SCHEMA, write_options=self._OPTIONS)
+        self._file = path.open("wb")
 
     def __enter__(self) -> "BedGraphWriter":
         return self
@@ -73,8 +73,11 @@ class BedGraphWriter:
 
     def add(self, contig: str, start: int, values: np.ndarray) -> None:
         starts = np.flatnonzero(~np.isnan(values)) + start
-        columns = [pa.repeat(contig, len(starts)), starts, starts + 1, values[starts - start]]
-        self._file.write_table(pa.table(columns, schema=self._SCHEMA))
+        numbers = pa.table([starts, starts + 1, values[starts - start]], names=["start", "end", "value"])
+        lines = pa.BufferOutputStream()
+        pa.csv.write_csv(numbers, lines, self._OPTIONS)
+        name = f"{contig}\t".encode()  # written here, since Arrow refuses one with a quotation mark
+        self._file.writelines(name + line for line in lines.getvalue().to_pybytes().splitlines(keepends=True))
 
 
 FORMATS: dict[str, type[TrackWriter]] = {"bigwig": BigWigWriter, "bedgraph": BedGraphWriter}

@@ -110,7 +110,9 @@ def test_bedgraph_loses_nothing(fasta, options, tmp_path):
     with BedGraphWriter(tmp_path / "x.bedgraph", {"a": 9}) as file:
         file.add("a", 2, values)
         file.add("b", 0, values)
+        file.add('c"5\'"', 0, values)  # a contig may be called so
     np.testing.assert_array_equal(read_track(tmp_path / "x.bedgraph", "a", 2, 9), values)
+    np.testing.assert_array_equal(read_track(tmp_path / "x.bedgraph", 'c"5\'"', 0, 7), values)
     assert np.isnan(read_track(tmp_path / "x.bedgraph", "c", 0, 3)).all()
     job = track_job(fasta, options, ["chr2:20-90"], format="bedgraph")
     run_job(job, tmp_path / "text")
