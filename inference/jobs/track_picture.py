@@ -1,5 +1,6 @@
 """Pictures of tracks: genes, letters where there is room for them, and a panel for each value."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -53,16 +54,23 @@ def pictures_of(regions: Sequence[Interval], image: Path, longest: int = LONGEST
             f"--image: expected at most {MOST_PICTURES} regions of at most {longest:,} bases to draw, got "
             f"{len(regions):,} of up to {most:,}; draw fewer or shorter ones, or leave it out."
         )
-    places = {image: regions[0]} if len(regions) == 1 else {_own_name(image, region): region for region in regions}
+    places = {image: regions[0]} if len(regions) == 1 else _own_names(image, regions)
     for path in places:
         if path.exists():
             raise FileExistsError(f"{path} exists already; choose another picture or remove it first.")
     return places
 
 
-def _own_name(image: Path, region: Interval) -> Path:
-    words = f"{image.stem}.{region.record}_{region.start + 1}-{region.end}"
-    return image.with_name("".join(c if c.isalnum() or c in "._-" else "_" for c in words) + image.suffix)
+def _own_names(image: Path, regions: Sequence[Interval]) -> dict[Path, Interval]:
+    """A name for each region; those that would be alike, as of the records `a|b` and `a_b`, are numbered from 2 on."""
+    places: dict[Path, Interval] = {}
+    for region in regions:
+        words = f"{image.stem}.{region.record}_{region.start + 1}-{region.end}"
+        name = "".join(c if c.isalnum() or c in "._-" else "_" for c in words)
+        endings = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+        names = (image.with_name(f"{name}{ending}{image.suffix}") for ending in endings)
+        places[next(path for path in names if path not in places)] = region
+    return places
 
 
 def draw_tracks(

@@ -127,6 +127,15 @@ def test_each_region_has_a_picture_of_its_own(job, tmp_path):
         pictures.plan_pictures(track_job(FASTA, job.model, regions), tmp_path / "y.svg")
 
 
+def test_regions_whose_names_become_alike_keep_their_pictures(tmp_path):
+    records = ("a b", "a.b", "a:b", "a_b", "a|b")
+    regions = [Interval(record, 0, 5) for record in records]
+    places = pictures.pictures_of(regions, tmp_path / "x.svg")
+    assert list(places.values()) == regions
+    names = ["x.a_b_1-5.svg", "x.a.b_1-5.svg", *(f"x.a_b_1-5.{number}.svg" for number in (2, 3, 4))]
+    assert [path.name for path in places] == names
+
+
 def test_finished_tracks_are_known_by_their_record(job, folder, tmp_path):
     summary = finished_tracks(job, folder)
     assert summary.items == 600 and summary.computed == 0 and summary.is_written
