@@ -96,6 +96,7 @@ class EmbedJob:
             "pooling": self.pooling,
             "context": self.context,
             "overlap": self.overlap,
+            "chunks_by_batch_tokens": self.model.batch_tokens,
             "windows": "each base from the window in which the model sees most around it",
             **({"sequence_column": self.source.column} if self.source.kind == "table" else {}),
         }

@@ -77,6 +77,7 @@ class GenerateJob:
             "top_p": self.sampling.top_p,
             "seed": self.seed,
             "with_prompt": self.with_prompt,
+            "chunks_by_batch_tokens": self.model.batch_tokens,
             "beyond_the_context": "from half of the context on, which moves by half of it",
         }
 

@@ -148,5 +148,5 @@ class ModelOptions:
         return context_of(most_tokens, BaseTokens.of(tokenizer), context)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the numbers: all but the device."""
+        """What is recorded of them: all but the device. Of `batch_tokens` numbers depend by rounding only."""
         return {name: value for name, value in asdict(self).items() if name != "device"}

@@ -18,7 +18,8 @@ from .job import Job, ModelOptions
 _VERSIONS = ("gengram", "torch", "transformers")
 _PIECE = 2**22
 _LONG = 2**28  # bytes from which on reading a file shows progress
-_WITHOUT_EFFECT = {"command", "path"}  # the same file may be named in another way
+# The same file may be named in another way; a job whose chunks depend on `batch_tokens` has it in its settings, too.
+_WITHOUT_EFFECT = {"command", "path", "batch_tokens"}
 
 
 def record_of(job: Job, progress: str | None = None) -> dict[str, Any]:

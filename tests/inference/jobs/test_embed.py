@@ -216,6 +216,7 @@ def test_all_formats_hold_the_same_and_how_it_was_made(fasta, tmp_path, options,
             "pooling": pooling,
             "context": 48,
             "overlap": 24,
+            "chunks_by_batch_tokens": 2,
             "windows": "each base from the window in which the model sees most around it",
         }
         assert set(record["inputs"]["sequences"]) == {"path", "bytes", "sha256"} and record["model"]["files"]

@@ -15,8 +15,17 @@ import pytest
 from source_tree import ROOT
 from squares_job import Squares
 
+import gengram
 from gengram.inference.jobs import ModelOptions, Share, run_job
+from gengram.inference.jobs.dependency import dependency_job
+from gengram.inference.jobs.embed import embed_job
+from gengram.inference.jobs.explain import explain_job
+from gengram.inference.jobs.fill import fill_job
+from gengram.inference.jobs.generate import GenerateJob
+from gengram.inference.jobs.mutate import mutate_job
+from gengram.inference.jobs.score import ScoreJob
 from gengram.inference.jobs.tables import write_table
+from gengram.inference.jobs.track import track_job
 from gengram.support.errors import InputError
 
 NUMBERS = list(range(20))  # seven chunks
@@ -136,6 +145,37 @@ def test_a_failed_run_goes_on_where_it_stopped(job, tmp_path):
     assert summary.output.read_bytes() == whole and summary.computed == 11
     assert len(computed(job)) == 7  # nothing twice
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_run_that_lacked_memory_goes_on_with_smaller_batches(job, tmp_path):
+    leave_unfinished(job, tmp_path / "out.parquet")
+    smaller = replace(job, model=ModelOptions(batch_tokens=512))
+    record = json.loads(pq.read_schema(run_job(smaller, tmp_path / "out.parquet").output).metadata[b"gengram"])
+    assert record["model"]["batch_tokens"] == 512 and len(computed(job)) == 7
+
+
+@pytest.mark.parametrize("name", ["score", "mutate", "dependency", "fill", "track", "explain", "embed", "generate"])
+def test_jobs_whose_chunks_depend_on_the_batch_say_so_in_their_settings(name, tmp_path):
+    pytest.importorskip("pysam")
+    fasta, place = gengram.DEMO_DATA / "region.fa.gz", "chr21_25.7M:1-300"
+    (tmp_path / "gaps.fa").write_text(">a\nACGNNACGT\n>b\n" + "ACGTN" * 200 + "\n")
+
+    def job_of(model):
+        jobs = {
+            "score": lambda: ScoreJob(gengram.DEMO_DATA / "region.vcf.gz", fasta, tmp_path / "a.tsv", model),
+            "mutate": lambda: mutate_job(fasta, "a.tsv", [place], model=model),
+            "dependency": lambda: dependency_job(fasta, "a.tsv", [place], model=model),
+            "fill": lambda: fill_job(tmp_path / "gaps.fa", "a.tsv", model=model),
+            "track": lambda: track_job(fasta, model, whole_genome=True),
+            "explain": lambda: explain_job(fasta, "a", [place], model=model),
+            "embed": lambda: embed_job(fasta, "a.parquet", model=model),
+            "generate": lambda: GenerateJob(model, number=40),
+        }
+        return jobs[name]()
+
+    one, other = job_of(ModelOptions()), job_of(ModelOptions(batch_tokens=64))
+    is_cut_alike = [chunk[:2] for chunk in one.chunks()] == [chunk[:2] for chunk in other.chunks()]
+    assert is_cut_alike == (name not in ("embed", "generate")) == (one.settings() == other.settings())
 
 
 @pytest.mark.parametrize("kills", [[4], [0, 10, 19]])
