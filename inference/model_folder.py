@@ -28,7 +28,8 @@ def model_files(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        is_other = inside.parts[0].startswith((".", "checkpoint-")) or path.name in _OF_TRAINING
+        is_hidden = any(part.startswith(".") for part in inside.parts)
+        is_other = is_hidden or inside.parts[0].startswith("checkpoint-") or path.name in _OF_TRAINING
         if path.suffix in _ENDINGS and not is_other and path.is_file():
             found[inside.as_posix()] = path
     return found

@@ -76,7 +76,8 @@ class FinishedChunks:
     def _prepare(self, record: Mapping[str, Any], restart: bool) -> None:
         """Leave in the folder what this run goes on from, and its record."""
         if any(self.folder.glob("*.arrow")):
-            changed = self._changed(record)
+            before = self._kept_record()
+            changed = ["record"] if before is None else differences(before, record)
             if changed and not restart:
                 raise InputError(
                     f"{printable(self.folder)} keeps the finished part of another run for the same output, which "
@@ -91,12 +92,12 @@ class FinishedChunks:
             shutil.rmtree(self.folder / "output")
         write_whole(self.folder / _RECORD, json.dumps(record))
 
-    def _changed(self, record: Mapping[str, Any]) -> list[str]:
-        """Where a record differs from the one in the folder, which may be damaged, or missing."""
-        before = None
+    def _kept_record(self) -> dict[str, Any] | None:
+        """The record in the folder; None if there is none, or a damaged one."""
+        found = None
         with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
-            before = json.loads((self.folder / _RECORD).read_bytes())
-        return differences(before, record) if isinstance(before, dict) else ["record"]
+            found = json.loads((self.folder / _RECORD).read_bytes())
+        return found if isinstance(found, dict) else None
 
     def _discard(self) -> None:
         """Remove the chunks and then their record, so that no kill between leaves them without one."""
@@ -105,9 +106,10 @@ class FinishedChunks:
                 path.unlink()
 
     def _check_common(self, record: Mapping[str, Any]) -> None:
-        """Refuse to work on another run than process 0 does, unless that has finished already."""
-        changed = self._changed(record)
-        if changed and self.folder.exists():
+        """Refuse to work on another run than process 0 does, unless that has finished and removes the folder."""
+        common = self._kept_record()
+        changed = [] if common is None else differences(common, record)
+        if changed:
             raise InputError(
                 f"process {self._process.index} of this run differs from process 0 in {', '.join(changed[:8])}; give "
                 "all of them the same options, files and versions."

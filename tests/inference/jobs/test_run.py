@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from source_tree import ROOT
 from squares_job import Squares
 
 import gengram
-from gengram.inference.jobs import ModelOptions, Share, run_job
+from gengram.inference.jobs import ModelOptions, Share, finished_chunks, run_job
 from gengram.inference.jobs.dependency import dependency_job
 from gengram.inference.jobs.embed import embed_job
 from gengram.inference.jobs.explain import explain_job
@@ -206,7 +207,16 @@ def test_another_run_for_the_same_output_is_not_mixed_in(job, tmp_path):
     [
         *((name, True) for name in ("pytorch_model.bin", "adapter_config.json", "vocab.txt", "code/own.py")),
         *((name, True) for name in ("spiece.model", "chat_template.jinja", "additional_chat_templates/a.jinja")),
-        *((name, False) for name in ("README.md", "optimizer.pt", "checkpoint-5/model.safetensors", ".cache/a.json")),
+        *(
+            (name, False)
+            for name in (
+                "README.md",
+                "optimizer.pt",
+                "checkpoint-5/model.safetensors",
+                ".cache/a.json",
+                "eval/.cache/a.json",
+            )
+        ),
     ],
 )
 def test_a_run_goes_on_only_with_the_same_model(job, tmp_path, name, decides):
@@ -321,6 +331,16 @@ def test_a_launched_process_without_chunks_may_come_late(job, tmp_path):
     processes += [launched(job, output, rank, 3) for rank in (1, 2)]
     ended_well(processes)
     assert squares(output) == [25] and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("removed", [shutil.rmtree, lambda folder: (folder / "record.json").unlink(missing_ok=True)])
+def test_a_launched_process_without_chunks_may_find_the_output_written(job, tmp_path, monkeypatch, removed):
+    job.numbers.write_text("5")
+    monkeypatch.setattr(finished_chunks, "wait_to_begin", lambda folder, index: removed(folder))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    summary = run_job(job, tmp_path / "out.parquet")
+    assert (summary.computed, summary.is_written) == (0, False)
 
 
 def test_launched_processes_with_different_options_are_refused(job, tmp_path, monkeypatch):
