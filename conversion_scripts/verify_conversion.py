@@ -1,9 +1,10 @@
 """`gengram verify`: checks a converted folder against its record, its source and itself.
 
-1. Every tensor on disk has the bytes that the conversion wrote.
-2. Taken back through the table, these bytes are the source's: their hashes are those recorded when it was read.
-3. If the source is there, it still has these hashes.
-4. Two loads of the folder give the same weights, those on disk, and a forward pass is finite.
+1. Every tensor on disk has the bytes that the conversion wrote, and so have the tokenizer's files and the code.
+2. `config.json` describes the model of the recorded arguments.
+3. Taken back through the table, the tensors are the source's: their hashes are those recorded when it was read.
+4. If the source is there, it still has these hashes, and arguments that describe this model.
+5. Two loads of the folder give the same weights, those on disk, and a forward pass is finite.
 """
 
 import gc
@@ -14,15 +15,17 @@ from typing import Any
 
 import torch
 
+from ..configuration.configuration_gengram import GengramConfig
 from ..modeling_gengram.modeling_gengram import GengramForCausalLM
 from ..support.errors import ConversionError, quoted, shortened
 from ..support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
 from ..support.printable import printable
-from .files.conversion_record import ConversionRecord, needed_record
+from .files.conversion_record import ConversionRecord, file_digests, needed_record
 from .files.file_facts import check_unchanged, facts_in
 from .files.hf_folder import RECORD, StoredTensor, read_config, stored_tensors
 from .files.tensor_memory import reused_memory
 from .files.weight_hash import WeightHash, tensor_bytes, tensor_digest, weight_digest
+from .mapping.arguments import config_from_args, differing_fields
 from .mapping.match import Move, WeightPlan, match
 from .mapping.quantized import Kinds, quantization_of, quantized, scale_name, stored_specs
 from .mapping.weight_table import TABLE_VERSION
@@ -66,6 +69,8 @@ def verify_conversion(output: str | Path, source: str | Path | None = None, load
     tensors = stored_tensors(output)
     _check_against_record(output, record, tensors)
     report.checks.append(f"{len(tensors)} tensors on disk have the recorded names, shapes, dtypes and hashes")
+    _check_other_files(output, record, report)
+    _check_config(output, record, report)
     _check_round_trip(output, record, tensors, report)
     _check_source(output, record, source, report)
     if load:
@@ -116,6 +121,46 @@ def _check_against_record(output: Path, record: ConversionRecord, tensors: dict[
         raise ConversionError(
             f"{output}: the bytes of {len(wrong)} tensors are not those that were written: {quoted(wrong)}; the disk "
             "or a copy is damaged: convert again"
+        )
+
+
+def _check_other_files(output: Path, record: ConversionRecord, report: VerificationReport) -> None:
+    """The tokenizer, the code and the defaults of generation are those that were written."""
+    if not record.files:
+        report.skipped.append(f"the tokenizer and the code, whose hashes {RECORD} does not have (of an older version)")
+        return
+    found = file_digests(output, record.files)
+    missing = [name for name in record.files if name not in found]
+    if missing:
+        raise ConversionError(f"{output}: missing {quoted(missing)}; fetch the folder or convert again")
+    changed = [name for name, digest in found.items() if digest != record.files[name]]
+    if changed:
+        raise ConversionError(
+            f"{output}: {quoted(changed)} are not as the conversion wrote them: they do not have the hashes in "
+            f"{RECORD}; fetch the folder or convert again"
+        )
+    report.checks.append(f"{len(found)} other files, of tokenizer and code, have the recorded hashes")
+
+
+def _check_config(output: Path, record: ConversionRecord, report: VerificationReport) -> None:
+    if not record.args:
+        report.skipped.append(f"config.json with the arguments of the source, which {RECORD} does not have")
+        return
+    _refuse_another_model(output, config_from_args(record.args), f"the arguments in {RECORD}")
+    report.checks.append("config.json describes the model of the recorded arguments")
+
+
+def _refuse_another_model(output: Path, expected: GengramConfig, of: str) -> None:
+    config = read_config(output)
+    names = differing_fields(config, expected, all_fields=True)
+    names += ["architectures"] if config.architectures != expected.architectures else []
+    if names:
+        differing = [
+            f"{name} is {shortened(getattr(config, name))}, not {shortened(getattr(expected, name))}" for name in names
+        ]
+        raise ConversionError(
+            f"{output / 'config.json'} describes another model than {of}: {'; '.join(differing[:10])}; undo the "
+            "change, or convert again"
         )
 
 
@@ -185,6 +230,7 @@ def _check_source(
     wrong = [
         name for name, entry in expected.items() if tensor_digest([checkpoint.tensors[name].read()]) != entry.sha256
     ]
+    expected_config = config_from_args(checkpoint.args)
     config = read_config(output)
     kinds = quantization_of(config)
     plan = match({name: entry.shape for name, entry in expected.items()}, config)
@@ -195,7 +241,8 @@ def _check_source(
             f"{source}: {len(wrong)} tensors differ from those that were converted: {quoted(wrong)}; it is another "
             "checkpoint, or was changed since"
         )
-    report.checks.append(f"{len(expected)} tensors of {source} have the recorded hashes")
+    _refuse_another_model(output, expected_config, f"the arguments of {source}")
+    report.checks.append(f"{len(expected)} tensors of {source} have the recorded hashes, its arguments this model")
     if stale:
         raise ConversionError(
             f"{output}: {len(stale)} tensors are not what quantising the source gives: {quoted(stale)}; convert again"

@@ -1,6 +1,8 @@
 """Reads `conversion.json`, in which a conversion to Hugging Face says what it made of what."""
 
+import hashlib
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ class ConversionRecord:
         args: Megatron's arguments, as far as they are recorded.
         sources: The checkpoint's tensors, by Megatron's names.
         weights: The folder's tensors.
+        files: SHA-256 of the folder's other files, by name; empty in records of versions that did not note them.
     """
 
     table_version: Any
@@ -49,6 +52,7 @@ class ConversionRecord:
     args: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, RecordedTensor] = field(default_factory=dict)
     weights: dict[str, RecordedTensor] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def read_record(folder: SourcePath) -> ConversionRecord | None:
@@ -71,12 +75,19 @@ def read_record(folder: SourcePath) -> ConversionRecord | None:
             args=_of_kind(source.get("args"), dict) or {},
             sources=_tensors(source["tensors"]),
             weights=_tensors(content["weights"]),
+            files=_of_kind(content.get("files"), dict) or {},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConversionError(
             f"{path} is not the record of a conversion ({shortened(str(error))}); fetch or convert the folder again, "
             "or delete this file to do without it"
         ) from None
+
+
+def file_digests(folder: Path, names: Container[str]) -> dict[str, str]:
+    """SHA-256 of those files of a folder that have one of these names."""
+    files = sorted(path for path in folder.iterdir() if path.name in names and path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def needed_record(folder: Path) -> ConversionRecord:

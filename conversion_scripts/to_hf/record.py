@@ -11,7 +11,11 @@ from .job import ConversionJob
 
 
 def conversion_record(
-    job: ConversionJob, digests: dict[str, str], source_digests: dict[str, str], unchecked: dict[str, str]
+    job: ConversionJob,
+    digests: dict[str, str],
+    source_digests: dict[str, str],
+    unchecked: dict[str, str],
+    files: dict[str, str],
 ) -> dict[str, Any]:
     """What `conversion.json` says.
 
@@ -20,6 +24,7 @@ def conversion_record(
         digests: The hash of each tensor that was written.
         source_digests: The hash of each tensor that was read.
         unchecked: Why bytes of a tensor that was read could not be compared with a checksum.
+        files: The hash of each file that must stay as it was written, beside weights and `config.json`.
     """
     checkpoint, plan = job.checkpoint, job.plan
     return {
@@ -51,6 +56,7 @@ def conversion_record(
             }
             for spec in job.specs
         },
+        "files": files,
         "dropped": [{"name": entry.name, "reason": entry.reason, "bytes": entry.nbytes} for entry in job.dropped],
     }
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from ...configuration.configuration_gengram import GengramConfig
 from ...modeling_gengram.remote_code import write_remote_code
 from ...tokenization import GengramTokenizer
+from ..files.conversion_record import file_digests
 from ..files.hf_folder import RECORD
 from ..files.partial_folder import FinishedFile, FinishedPart, PartialFolder
 from ..files.safetensors_writer import HashedTensor, TensorSpec, write_safetensors
@@ -38,12 +39,14 @@ def write_folder(job: ConversionJob, place: PartialFolder, limit: int, progress:
     """
     digests, reader = _write_weights(job, place, limit, progress, fetch)
     folder = place.folder
+    described = {path.name for path in folder.iterdir()}  # weights and their index, whose tensors are recorded
     write_remote_code(job.config, folder)
-    job.config.save_pretrained(folder)
     generation_config(job.config).save_pretrained(folder)
     GengramTokenizer(model_max_length=job.config.max_position_embeddings).save_pretrained(folder)
+    others = file_digests(folder, {path.name for path in folder.iterdir()} - described)
+    job.config.save_pretrained(folder)
     shutil.copyfile(MODEL_CARD, folder / "README.md")
-    record = conversion_record(job, digests, reader.source_digests, reader.unchecked)
+    record = conversion_record(job, digests, reader.source_digests, reader.unchecked, others)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     job.checkpoint.check_unchanged()
     place.publish()

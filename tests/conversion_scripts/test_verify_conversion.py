@@ -22,13 +22,13 @@ def converted(small_torch, tmp_path):
 
 def test_a_good_folder(converted):
     report = verify_conversion(converted)
-    assert len(report.checks) == 4 and not report.skipped
+    assert len(report.checks) == 6 and not report.skipped
     assert "is verified" in report.summary()
 
 
 def test_the_authors_checkpoints(authors_checkpoint, tmp_path):
     convert_to_hf(authors_checkpoint, tmp_path / "out", progress=False)
-    assert len(verify_conversion(tmp_path / "out").checks) == 4
+    assert len(verify_conversion(tmp_path / "out").checks) == 6
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -47,7 +47,7 @@ def test_tied_and_grouped(tmp_path, megatron):
     weights = megatron.named_for(megatron.canonical(shape), shape, "grouped")
     source = megatron.save_torch(tmp_path / "source", weights, megatron.args(shape))
     convert_to_hf(source, tmp_path / "out", progress=False)
-    assert len(verify_conversion(tmp_path / "out").checks) == 4
+    assert len(verify_conversion(tmp_path / "out").checks) == 6
 
 
 def test_a_flipped_bit_names_the_tensor(converted):
@@ -122,19 +122,67 @@ def test_a_configuration_that_was_changed(converted):
     path = converted / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}))
-    with pytest.raises(ConversionError, match=r"tensors are not the source's|do not have the shapes"):
+    with pytest.raises(ConversionError, match="num_attention_heads is 2, not 4"):
         verify_conversion(converted)
     path.write_text(json.dumps({**config, "memory_layers": [99]}))
     with pytest.raises(ConversionError, match=r"config\.json is not valid"):
         verify_conversion(converted)
 
 
+OTHER_MODELS = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 77.0},
+    "rms_norm_eps": 0.25,
+    "memory_window": 7,
+    "memory_token_ids": [5, 8, 6, 7, 9],
+    "memory_pooling": "as_trained",
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 1,
+    "is_causal": False,
+    "architectures": ["GengramForMaskedLM"],
+}
+
+
+@pytest.mark.parametrize("field", OTHER_MODELS)
+def test_a_configuration_of_another_model_with_the_same_weights(field, converted):
+    path = converted / "config.json"
+    config = json.loads(path.read_text())
+    assert config[field] != OTHER_MODELS[field]
+    path.write_text(json.dumps({**config, field: OTHER_MODELS[field]}))
+    with pytest.raises(ConversionError, match=rf"another model than the arguments in conversion\.json: {field} is "):
+        verify_conversion(converted, load=False)
+    record = json.loads((converted / "conversion.json").read_text())
+    del record["source"]["args"]
+    (converted / "conversion.json").write_text(json.dumps(record))
+    with pytest.raises(ConversionError, match=rf"another model than the arguments of .*source.*: {field} is "):
+        verify_conversion(converted, load=False)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "modeling_gengram.py"])
+def test_other_files_that_are_gone_or_changed(name, converted):
+    path = converted / name
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ConversionError, match=f"'{name}' are not as the conversion wrote them"):
+        verify_conversion(converted, load=False)
+    path.unlink()
+    with pytest.raises(ConversionError, match=f"missing '{name}'"):
+        verify_conversion(converted, load=False)
+
+
+def test_a_record_of_an_older_version_without_hashes_of_other_files(converted):
+    path = converted / "conversion.json"
+    record = json.loads(path.read_text())
+    del record["files"]
+    path.write_text(json.dumps(record))
+    (reason,) = verify_conversion(converted, load=False).skipped[:-1]
+    assert "tokenizer" in reason
+
+
 def test_the_source(converted, small_torch, tmp_path, megatron):
     moved = tmp_path / "moved"
     small_torch.root.rename(moved)
     report = verify_conversion(converted)
-    assert len(report.checks) == 3 and "no longer at" in report.skipped[0]
-    assert len(verify_conversion(converted, source=moved).checks) == 4
+    assert len(report.checks) == 5 and "no longer at" in report.skipped[0]
+    assert len(verify_conversion(converted, source=moved).checks) == 6
     with pytest.raises(ConversionError, match="does not exist"):
         verify_conversion(converted, source=tmp_path / "nowhere")
     other = megatron.named_for(megatron.canonical(small_torch.shape, seed=1), small_torch.shape, "te")
@@ -151,7 +199,7 @@ def test_not_finite(tmp_path, megatron):
     convert_to_hf(source, tmp_path / "out", progress=False)
     with pytest.raises(ConversionError, match="not finite"):
         verify_conversion(tmp_path / "out")
-    assert len(verify_conversion(tmp_path / "out", load=False).checks) == 3
+    assert len(verify_conversion(tmp_path / "out", load=False).checks) == 5
 
 
 def test_loads_that_differ(converted, monkeypatch):
