@@ -1,5 +1,6 @@
 """`gengram info`: says what a Megatron checkpoint or a Hugging Face folder is, without reading weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -8,17 +9,21 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_gengram import GengramConfig
-from ..support.errors import ConversionError, size_text
+from ..support.errors import ConversionError, quoted, size_text
 from ..support.printable import printable
 from .files.conversion_record import read_record
 from .files.dtypes import dtype_name
 from .files.hf_folder import StoredTensor, config_fields, config_of, stored_tensors
+from .files.safetensors_writer import TensorSpec
 from .hub.hub_path import HubPath, SourcePath, open_source, size_of
 from .mapping.arguments import config_from_args
-from .mapping.match import match, parameters
-from .mapping.quantized import numbers_name, quantization_of
+from .mapping.match import Output, match, parameters
+from .mapping.quantized import numbers_name, quantization_of, stored_specs
+from .mapping.weight_table import megatron_entries, model_shapes
 from .megatron.checkpoint import summary_of_dropped
 from .megatron.open_checkpoint import NotACheckpointError, open_checkpoint
+
+_BODY = "model."  # which the names of a model's tensors begin with, unless it was saved without a head
 
 
 @dataclass
@@ -126,7 +131,48 @@ def _inspect_folder(path: Path) -> CheckpointInfo:
         parameters=sum(_parameters(tensor) for tensor in tensors.values()),
     )
     _add_description(info, path, fields)
+    if not info.problem:
+        try:
+            info.problem = _weights_problem(config_of(fields, path), tensors)
+        except ConversionError as error:
+            info.problem = str(error)
     return info
+
+
+def _weights_problem(config: GengramConfig, tensors: Mapping[str, StoredTensor]) -> str:
+    """How the tensors of a folder differ from those of its configuration; empty if they do not.
+
+    Heads of classifiers are not looked at.
+
+    Raises:
+        ConversionError: if there is no such model.
+    """
+    shapes = model_shapes(megatron_entries(config).values(), config.num_local_experts)
+    outputs = [Output(name, shape) for name, shape in shapes.items()]
+    specs = {spec.name: spec for spec in stored_specs(outputs, quantization_of(config), torch.float32)}
+    if config.architectures and not any("LM" in name for name in config.architectures):
+        specs = {name: spec for name, spec in specs.items() if name.startswith(_BODY)}
+    start = "" if any(name.startswith(_BODY) for name in tensors) else _BODY
+    found = {start + name: tensor for name, tensor in tensors.items()}
+    missing = [name for name in specs if name not in found]
+    others = [name for name in found if name.startswith(_BODY) and name not in specs]
+    wrong = [
+        f"{name} is {dtype_name(tensor.dtype)} of shape {tensor.shape}, expected "
+        f"{'floats' if spec.dtype.is_floating_point else dtype_name(spec.dtype)} of shape {spec.shape}"
+        for name, spec in specs.items()
+        if (tensor := found.get(name)) is not None and not _fits(tensor, spec)
+    ]
+    parts = [f"{len(missing)} are missing: {quoted(missing, limit=3)}"] if missing else []
+    parts += [f"{len(others)} are of another model: {quoted(others, limit=3)}"] if others else []
+    parts += [f"{len(wrong)} are of another kind: {'; '.join(wrong[:3])}"] if wrong else []
+    words = f"the weights are not those that config.json describes: {'; '.join(parts)}; fetch or convert them again"
+    return words if parts else ""
+
+
+def _fits(tensor: StoredTensor, spec: TensorSpec) -> bool:
+    """Whether a tensor has the right shape and holds numbers of the right kind; floats may have any precision."""
+    are_floats = tensor.dtype.is_floating_point and spec.dtype.is_floating_point
+    return tensor.shape == spec.shape and (are_floats or tensor.dtype == spec.dtype)
 
 
 def _parameters(tensor: StoredTensor) -> int:

@@ -177,7 +177,8 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
         load_memory(model, name, tokenizer=tokenizer, revision=loading.get("revision"))
         unexpected = [key for key in unexpected if f".{CHILD}." not in key]
     kinds = {_kind_of(key, body) for key in model.state_dict()}
-    surplus = [key for key in unexpected if _kind_of(key, body) in kinds]
+    # Scales belong to weights that are quantised, and are read as such where config.json has a quantization_config.
+    surplus = [key for key in unexpected if _kind_of(key.removesuffix("_scale"), body) in kinds]
     name, made_of = printable(name), f"weights of {type(model).__name__}"
     if missing:
         raise InputError(
@@ -187,7 +188,7 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
     if surplus:
         raise InputError(
             f"{name}: expected {made_of} alone, got {quoted(sorted(surplus), limit=3)} of layers that it does not "
-            "have by config.json. Is that of another model?"
+            "have by config.json, or that are quantised there. Is that of another model?"
         )
     return model
 

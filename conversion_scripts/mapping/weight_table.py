@@ -6,7 +6,7 @@ says how tensor parallelism cuts it.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -338,6 +338,15 @@ def _entry(row: Row, config: GengramConfig, numbers: dict[str, int]) -> Entry:
             targets.append(Target(name, int(index[:-1]) if bracket else None, part))
     names = tuple(name.format(**numbers) for name in row.megatron)
     return Entry(names, tuple(targets), shape, layout, row.dropped, row.optional)
+
+
+def model_shapes(entries: Iterable[Entry], experts: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the Hugging Face tensors that some entries make, by name; slices are those of so many experts."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        for target in entry.targets:
+            shapes[target.name] = target.shape if target.index is None else (experts, *target.shape)
+    return shapes
 
 
 def megatron_entries(config: GengramConfig, prefix: str = "gengram") -> dict[str, Entry]:

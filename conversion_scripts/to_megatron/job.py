@@ -16,7 +16,7 @@ from ..files.conversion_record import read_record
 from ..files.dtypes import DTYPES
 from ..files.file_facts import check_unchanged, facts_in
 from ..files.hf_folder import INDEX, RECORD, StoredTensor, read_config, stored_tensors
-from ..mapping.weight_table import TABLE_VERSION, Entry, megatron_entries
+from ..mapping.weight_table import TABLE_VERSION, Entry, megatron_entries, model_shapes
 from ..megatron.torch_writer import stored_bytes
 from .arguments import arguments_for
 from .options import Options
@@ -124,11 +124,7 @@ def _folder_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype:
 
 def _check_names(entries: Mapping[str, Entry], stored: Mapping[str, StoredTensor], config: GengramConfig) -> None:
     """Both sides agree on names and shapes, as sets."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for entry in entries.values():
-        for target in entry.targets:
-            experts = () if target.index is None else (config.num_local_experts,)
-            shapes[target.name] = (*experts, *target.shape)
+    shapes = model_shapes(entries.values(), config.num_local_experts)
     missing = [name for name in shapes if name not in stored]
     unknown = [name for name in stored if name not in shapes]
     if missing or unknown:

@@ -19,6 +19,7 @@ from gengram import (
     GengramForMaskedLM,
     GengramForSequenceClassification,
     GengramModel,
+    GengramQuantizationConfig,
     GengramTokenizer,
     MotifMemoryConfig,
     attach_memory,
@@ -123,6 +124,15 @@ def test_a_configuration_of_another_model_is_refused(fields, words, head, own_fo
     place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
     with pytest.raises(InputError, match=words):
         load_model(str(own_folder), head, device="cpu")
+
+
+def test_a_quantised_folder_whose_configuration_lost_the_quantisation_is_refused(own_folder, tmp_path):
+    quantization = GengramQuantizationConfig("int8")
+    GengramForCausalLM.from_pretrained(own_folder, quantization_config=quantization).save_pretrained(tmp_path / "q")
+    place = tmp_path / "q" / "config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "quantization_config": None}))
+    with pytest.raises(InputError, match=r"down_proj_scale.* or that are quantised there"):
+        load_model(str(tmp_path / "q"), "causal", device="cpu")
 
 
 def test_only_the_new_head_of_a_model_to_be_trained_may_be_missing(own_folder):
