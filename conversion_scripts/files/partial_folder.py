@@ -23,12 +23,14 @@ from ...support.errors import DISK_IS_FULL, ConversionError, plain_words, shorte
 from ...support.printable import printable
 from ...support.whole_output import check_output_is_free
 from ...support.work_folder import LOCK, locked, terminate_as_exit, work_path
+from .file_facts import facts_of
 
 _JOURNAL, _NEW_JOURNAL, _PARTS, _FOLDER = "journal.jsonl", "journal.jsonl.new", "parts.jsonl", "folder"
 _CONTENTS = {_FOLDER: stat.S_ISDIR, _JOURNAL: stat.S_ISREG, _NEW_JOURNAL: stat.S_ISREG, _PARTS: stat.S_ISREG}
 _RESERVE = 16 * 2**20  # configuration, tokenizer, code
 _MOST_NOTES = 2**28  # bytes of a journal that are read
 _WHOLE = "."  # stands in the journal for all files of the folder
+_OUTPUT = ".."  # stands there for the folder when it is about to be renamed, with what the system says of its files
 
 
 @dataclass(frozen=True)
@@ -178,14 +180,16 @@ class PartialFolder:
         check_output_is_free(self.output)
         if self.output.is_dir():
             self.output.rmdir()
+        self.record(FinishedFile(_OUTPUT, _files_in(self.folder), {}))
         self.folder.rename(self.output)
         _sync(self.output.parent)
         self.published = True
 
     def _is_published(self) -> bool:
         """Whether an earlier run made the output and was killed before it could tidy up."""
-        is_there = self.output.is_dir() and not self.output.is_symlink() and any(self.output.iterdir())
-        return bool(self.finished) and is_there and not self.folder.exists()
+        noted = self.finished.get(_OUTPUT)
+        is_there = self.output.is_dir() and not self.output.is_symlink() and not self.folder.exists()
+        return noted is not None and is_there and _files_in(self.output) == noted.tensors
 
     def _check_files(self) -> None:
         """Refuses to continue in files that a conversion would not have left in the folder."""
@@ -252,7 +256,7 @@ class PartialFolder:
 
     def _kept(self) -> str:
         """What stays of this conversion, and what to do with it."""
-        count = len(self.finished)
+        count = len(self.finished.keys() - {_WHOLE, _OUTPUT})
         what = f"{count} finished weight file{'s' if count > 1 else ''}" if count else "the start of a weight file"
         what = "the whole output is" if _WHOLE in self.finished else what
         return (
@@ -261,14 +265,20 @@ class PartialFolder:
         )
 
     def _discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for name in (_JOURNAL, _NEW_JOURNAL, _PARTS):
+        for name in (_PARTS, _NEW_JOURNAL, _JOURNAL):  # what says of files that they are finished goes before them
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _remove_lock(self) -> None:
         (self.path / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another process may have come in after us
             self.path.rmdir()
+
+
+def _files_in(folder: Path) -> dict[str, str]:
+    """What the system says of each file in a folder, which stays the same when the folder is renamed."""
+    facts = {path.relative_to(folder).as_posix(): facts_of(path) for path in sorted(folder.rglob("*"))}
+    return {name: " ".join(map(str, found)) for name, found in facts.items() if found is not None}
 
 
 def _finished_file(fields: Any) -> FinishedFile:

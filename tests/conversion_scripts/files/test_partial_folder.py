@@ -187,6 +187,37 @@ def test_killed_between_publishing_and_tidying_up(small_torch, whole, tmp_path, 
         convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
 
 
+def test_an_output_that_came_after_a_kill_is_not_taken_for_ours(small_torch, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialFolder, "_tidy_up", lambda self, error: self._held.close())
+        convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
+    assert (out / "config.json").read_text() == "{}"
+
+
+def test_a_journal_without_its_folder_does_not_make_another_output_ours(small_torch, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.rmtree(interrupted(small_torch.root, out, 3) / "folder")
+    (tmp_path / "whole").rename(out)
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert_to_hf(small_torch.root, out, max_shard_size=SHARD, progress=False)
+    assert hashes(out) == whole
+
+
+def test_killed_while_it_discards_an_unfinished_conversion(small_torch, tmp_path, monkeypatch):
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    partial = interrupted(small_torch.root, tmp_path / "out", 3)
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_hf(small_torch.root, tmp_path / "out", max_shard_size=SHARD, progress=False, restart=True)
+    assert sorted(path.name for path in partial.iterdir()) == ["folder", "lock"]  # no journal of what may be gone
+
+
 def killed_in_a_file(root, output, parts):
     """Converts into one weight file until so many parts of it are written; nothing is tidied up, as after a kill."""
     original = PartialFolder.record_part
