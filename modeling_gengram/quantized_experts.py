@@ -103,7 +103,7 @@ def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(largest).all()):
         raise ValueError("weights hold numbers that are not finite, which cannot be quantised.")
     if kind == "int8":
-        scale = _stored(_divided(largest, 127), weight.dtype)
+        scale = _within_range(_stored(_divided(largest, 127), weight.dtype), largest, -127, 127)
         return _rounded(work, scale, -127, 127).to(torch.int8), scale.squeeze(-1)
     groups = _groups(work)  # (..., rows, columns / 32, 32)
     least, best = None, None
@@ -117,6 +117,7 @@ def _quantize_block(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
             best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
     assert best is not None
+    best = _within_range(best, largest, -8, 7)
     numbers = (_rounded(groups, best, -8, 7) + 8).to(torch.uint8)
     packed = numbers[..., :_HALF] | (numbers[..., _HALF:] << 4)
     return packed.flatten(-2), best.squeeze(-1)
@@ -137,6 +138,16 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
         is_small = scale.abs() < torch.finfo(torch.float16).smallest_normal
         scale = torch.where(is_small, rounded_up.copysign(scale), scale)
     return scale.to(dtype)
+
+
+def _within_range(scale: Tensor, largest: Tensor, least: int, most: int) -> Tensor:
+    """Scales that make no infinity of the largest weight's number, as those that were rounded up may at the end of
+    their dtype's range: such a one becomes the largest that fits the `least` number."""
+    number = _rounded(largest, scale, least, most)
+    is_too_large = (number * scale.to(number.dtype)).to(scale.dtype).isinf()
+    limits = torch.finfo(scale.dtype)
+    end = torch.full_like(scale, limits.max * (1 - limits.eps) / -least)
+    return torch.where(is_too_large, end.copysign(scale), scale)
 
 
 def _groups(work: Tensor) -> Tensor:

@@ -153,6 +153,18 @@ def test_small_weights_in_float16_are_not_cut_off(kind):
     assert bool((step <= (largest / 127 if kind == "int8" else largest / 7.5) + 2.0**-24).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_at_the_end_of_the_range_stay_finite(kind, dtype):
+    weight = torch.linspace(0.9, 1, 100)[:, None] * torch.cat([torch.full((32,), -1.0), torch.ones(32)])
+    weight = (weight.double() * torch.finfo(dtype).max).to(dtype)
+    numbers, scale = quantize(weight, kind)
+    found = dequantize(numbers, scale, dtype)
+    step = 127 if kind == "int8" else 7.5
+    assert torch.isfinite(found).all()
+    assert bool(((found.double() - weight.double()).abs() <= weight.double().abs() / step).all())
+
+
 @pytest.mark.skipif(not native.status().available, reason=native.status().reason)
 @pytest.mark.parametrize("columns", [32, 96, 80])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16])
