@@ -17,6 +17,7 @@ _OF_TRAINING = {
     *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "scaler.pt"),
     *("training_args.bin", "trainer_state.json"),
 }
+_OF_MEGATRON = ("latest_checkpointed_iteration.txt", ".metadata", "mp_rank_*")  # in a checkpoint, or an iteration's
 _MOST_BYTES = 1 << 28  # of a JSON file; a tokenizer's can be large
 
 
@@ -39,7 +40,8 @@ def check_model_folder(name: str | Path) -> None:
     """Refuse a folder that cannot be loaded; what is no path is left to the Hub.
 
     Raises:
-        InputError: if a file in it is a Git LFS pointer, or no JSON although its name says so; or `name` is a file.
+        InputError: if a file in it is a Git LFS pointer, or no JSON although its name says so; if `name` is a file, or
+            a checkpoint of Megatron, which has to be converted.
         FileNotFoundError: if `name` is a path and there is nothing.
         OSError: if a file cannot be read.
     """
@@ -50,6 +52,11 @@ def check_model_folder(name: str | Path) -> None:
         return
     if not folder.is_dir():
         raise InputError(f"{shown_name(name)} is a file, expected the folder of a model.")
+    if not (folder / "config.json").exists() and any(path for each in _OF_MEGATRON for path in folder.glob(each)):
+        raise InputError(
+            f"{shown_name(name)} is a checkpoint of Megatron, expected the folder of a model; convert it first: "
+            f"gengram convert to-hf {shown_name(name)} OUTPUT"
+        )
     for path in (folder / each for each in _JSON):
         if path.exists():
             _check_json(path)

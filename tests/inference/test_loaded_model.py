@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from gengram import (
+    DEMO_DATA,
     GengramForCausalLM,
     GengramForMaskedLM,
     GengramForSequenceClassification,
@@ -186,6 +187,14 @@ def test_damaged_files_of_a_model_are_named(name, content, words, own_folder):
     (own_folder / name).write_bytes(content)
     with pytest.raises(InputError, match=words):
         load_model(str(own_folder), "causal", device="cpu")
+
+
+@pytest.mark.parametrize("folder", ["", "iter_0024000"])
+def test_a_checkpoint_of_megatron_is_to_be_converted(folder):
+    checkpoint = DEMO_DATA / "tiny_checkpoint" / folder
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(InputError, match=r"a checkpoint of Megatron, .*: gengram convert to-hf .*tiny_checkpoint"):
+            load(str(checkpoint))
 
 
 def test_a_model_that_is_not_there(tmp_path):

@@ -156,13 +156,15 @@ def test_small_weights_in_float16_are_not_cut_off(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_at_the_end_of_the_range_stay_finite(kind, dtype):
-    weight = torch.linspace(0.9, 1, 100)[:, None] * torch.cat([torch.full((32,), -1.0), torch.ones(32)])
-    weight = (weight.double() * torch.finfo(dtype).max).to(dtype)
+    weight = 2 * torch.rand(300, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 1
+    weight[:, 0] = torch.linspace(0.9, 1, 300)
+    weight = (weight * torch.finfo(dtype).max).to(dtype)
     numbers, scale = quantize(weight, kind)
     found = dequantize(numbers, scale, dtype)
-    step = 127 if kind == "int8" else 7.5
+    step = weight.double().abs().amax(-1, keepdim=True) / (127 if kind == "int8" else 7.5)
     assert torch.isfinite(found).all()
-    assert bool(((found.double() - weight.double()).abs() <= weight.double().abs() / step).all())
+    most = 1.01 if kind == "int8" else 1.53
+    assert bool(((found.double() - weight.double()).abs() <= most * step).all())
 
 
 @pytest.mark.skipif(not native.status().available, reason=native.status().reason)
