@@ -1,8 +1,8 @@
 """What clients may ask for, and which values are allowed."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..generation import Sampling
 
@@ -12,13 +12,28 @@ Sequences = str | Annotated[list[str], Field(min_length=1)]
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")  # an option that is not known would be left out without a word
+    not_here: ClassVar[tuple[str, ...]] = ()  # options of OpenAI's that this server lacks; they may be null
 
     model: str | None = None  # there is one; clients of OpenAI name it all the same
     user: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """What is null is not given, as with OpenAI, whose clients send some options so."""
+        if not isinstance(given, dict):
+            return given
+        known = {*cls.model_fields, *cls.not_here}
+        return {name: value for name, value in given.items() if value is not None or name not in known}
+
 
 class CompletionRequest(_Request):
     """`/v1/completions`: bases behind prompts."""
+
+    not_here = (
+        *("best_of", "frequency_penalty", "logit_bias", "logprobs", "presence_penalty"),
+        *("stop", "stream_options", "suffix"),
+    )
 
     prompt: Sequences = ""
     max_tokens: int = Field(default=16, ge=1)
@@ -38,6 +53,8 @@ class CompletionRequest(_Request):
 
 class EmbeddingRequest(_Request):
     """`/v1/embeddings`: a vector of each sequence."""
+
+    not_here = ("dimensions",)
 
     input: Sequences
     encoding_format: Literal["float", "base64"] = "float"

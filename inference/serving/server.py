@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from ...support.errors import shortened
 from ..effects import StrandEffects
 from ..memory_use import fast_memory
 from .batching import Batcher, ClosedError, QueueFullError, Work
@@ -99,6 +100,7 @@ def serving_app(
     app.post("/v1/embeddings")(service.embeddings)
     app.post("/v1/score")(service.score)
     app.get("/v1/models")(service.models)
+    app.get("/v1/models/{name:path}")(service.model)
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics_page)
     app.get("/", response_class=HTMLResponse)(service.page)
@@ -190,8 +192,13 @@ class _Service:
 
     async def models(self) -> dict[str, Any]:
         """The one model that there is."""
-        entry = {"id": self.name, "object": "model", "created": self.started, "owned_by": "local"}
-        return {"object": "list", "data": [entry]}
+        return {"object": "list", "data": [await self.model(self.name)]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """What there is to say of the model."""
+        if name != self.name:
+            raise _RefusedError(404, f"expected the model {self.name!r}, which is served here, got {shortened(name)}.")
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "local"}
 
     async def health(self) -> dict[str, Any]:
         """That the server answers, and how many sequences wait."""

@@ -78,6 +78,25 @@ def test_completions_are_those_of_a_direct_call(client, loaded):
     ]
 
 
+def test_options_that_are_null_are_not_given(client):
+    names = ["max_tokens", "temperature", "top_p", "top_k", "n", "echo", "stream", "user", "model"]
+    names += ["best_of", "frequency_penalty", "logit_bias", "logprobs", "presence_penalty", "stop", "stream_options"]
+    plain = client.post("/v1/completions", json={"prompt": "ACGT", "seed": 1}).json()["choices"]
+    body = {"prompt": "ACGT", "seed": 1, "suffix": None, **dict.fromkeys(names)}
+    assert client.post("/v1/completions", json=body).json()["choices"] == plain
+    nulls = dict.fromkeys(("encoding_format", "layer", "pooling", "strands", "dimensions", "user", "model"))
+    plain = client.post("/v1/embeddings", json={"input": "ACGT"}).json()["data"]
+    assert client.post("/v1/embeddings", json={"input": "ACGT", **nulls}).json()["data"] == plain
+
+
+def test_a_model_is_found_by_its_name(loaded):
+    with TestClient(serving_app(ServedModel(loaded, 4096), "org/tiny"), base_url="http://localhost") as client:
+        (listed,) = client.get("/v1/models").json()["data"]
+        assert client.get("/v1/models/org/tiny").json() == client.get("/v1/models/org%2Ftiny").json() == listed
+        other = client.get("/v1/models/gpt")
+    assert other.status_code == 404 and "expected the model 'org/tiny'" in other.json()["error"]["message"]
+
+
 def test_a_seed_that_was_drawn_is_said_and_gives_the_same_again(client):
     body = {"prompt": "ACGT", "max_tokens": 40}
     first = client.post("/v1/completions", json=body).json()
@@ -158,11 +177,14 @@ def test_no_answer_is_mixed_up_with_another(client, loaded):
         ("completions", {"prompt": "A", "max_tokens": 0}, 400, "max_tokens: .*greater than or equal to 1"),
         ("completions", {"prompt": "A", "logprobs": 2}, 400, "logprobs: this server has no such option"),
         ("completions", {"prompt": "A", "stream": True}, 400, "stream"),
+        ("completions", {"prompt": "A", "pooling": None}, 400, "pooling: this server has no such option"),
         ("completions", {"prompt": []}, 400, "prompt"),
         ("completions", [], 400, "dictionary"),
         ("embeddings", {"input": ["ACGT", ""]}, 400, "expected bases, got an empty sequence"),
         ("embeddings", {"input": "AC-GT"}, 400, "got '-' at base 3; remove the gaps"),
         ("embeddings", {"input": "ACGT", "layer": 99}, 400, "layer"),
+        ("embeddings", {"input": "ACGT", "dimensions": 2}, 400, "dimensions: this server has no such option"),
+        ("embeddings", {"input": None}, 400, "input: Field required"),
         ("embeddings", {"input": "A" * 201}, 400, "at most 200 bases, got 201"),
         ("score", {"variants": []}, 400, "variants"),
         ("score", {"variants": [{"reference": "ACG", "alternative": "AC"}]}, 400, "one length.* got 3 and 2"),
