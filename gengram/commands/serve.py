@@ -70,6 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {name} at http://{shown}:{port} (Control-C ends it)", flush=True)
+        if options.dtype != "float32":
+            print(
+                f"in {options.dtype} a seed may give other bases while others ask; in float32 it gives the same",
+                flush=True,
+            )
         if names is None:
             print("anybody who reaches this address can use it; there is no password", flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended

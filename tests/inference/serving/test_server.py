@@ -429,6 +429,13 @@ def test_answers_on_their_way_are_finished_when_the_server_is_asked_to_end(tiny_
     assert process.wait(60) in (0, -signal.SIGTERM)
 
 
+@pytest.mark.parametrize("dtype, is_said", [("float32", False), ("bfloat16", True)])
+def test_a_dtype_in_which_a_seed_does_not_fix_the_bases_is_said(dtype, is_said, tiny_folder, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    assert main(["serve", str(tiny_folder), "--port", "0", "--device", "cpu", "--dtype", dtype]) == 0
+    assert (f"in {dtype} a seed may give other bases" in capsys.readouterr().out) == is_said
+
+
 def test_no_packet_of_an_answer_waits_for_another():
     with (
         listening_socket("127.0.0.1", 0) as listening,
