@@ -89,6 +89,11 @@ class MotifMemory(nn.Module):
         self, hidden_states: torch.Tensor, plan: SpelledPlan, state: MemoryState | None = None
     ) -> MemoryOutput:
         """The definition for tokens of several letters: the window of a token is that of its last letter."""
+        if not torch.compiler.is_compiling() and hidden_states.shape[:2] != plan.last.shape:
+            raise ValueError(
+                f"expected hidden states of (batch, length, hidden) for tokens of {tuple(plan.last.shape)}, got "
+                f"{tuple(hidden_states.shape)}."
+            )
         features = self.features(plan.letters)
         features = features.gather(1, plan.last.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
         key, value = self.key_proj(features), self.value_proj(features)

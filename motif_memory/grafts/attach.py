@@ -1,5 +1,6 @@
 """Puts memories in front of layers of any model of Transformers, and takes them out again."""
 
+import copy
 import inspect
 from collections.abc import Sequence
 from numbers import Integral
@@ -28,7 +29,7 @@ from .layer import (
     tokens_in,
     untie,
 )
-from .pass_of_host import HostPass, PassOfThread
+from .pass_of_host import EarlierPasses, HostPass, PassOfThread
 from .state_in_cache import follow
 from .token_letters import Spelling, check_token_letters, token_letters_of
 
@@ -55,10 +56,20 @@ class Graft:
         self._names: dict[type, tuple[str, ...]] = {}  # of the arguments of the host's `forward`
         self._spellings: dict[torch.device, Spelling] = {}
         self._passes = PassOfThread()
+        self._earlier = EarlierPasses()
 
     def current_pass(self) -> HostPass | None:
         """The pass that the host is in."""
         return self._passes.current
+
+    def pass_of_layer(self, layer: int, hidden_states: Any) -> HostPass | None:
+        """The pass that the host is in; in none, the one in which the layer had these states before."""
+        now = self.current_pass()
+        if isinstance(hidden_states, torch.Tensor):
+            if now is None:
+                return self._earlier.find(layer, hidden_states)
+            self._earlier.remember(layer, hidden_states, now)
+        return now
 
     def begin(self, host: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> HostPass:
         """Note what the memories read in a call of the host.
@@ -166,20 +177,22 @@ def attach_memory(
         raise ValueError('pooling="as_trained" needs tokens of single bases; use "exact" for tokens of several.')
     graft = Graft(config, names, letters, is_causal)
     text_config = host.config.get_text_config()
+    memories = []
     for index, layer in enumerate(chosen):
         like = next((weight for weight in layer.parameters() if weight.is_floating_point()), None)
         memory = MotifMemory(config, text_config.hidden_size, layer_idx=index, initializer_range=None)
         _initialise(memory, getattr(text_config, "initializer_range", None) or 0.02)
         if like is not None:
             memory.to(device=_device_of_layer(layer, like), dtype=like.dtype)
-        memory.train(layer.training)
+        memories.append(memory.train(layer.training))
+    for layer, memory in zip(chosen, memories, strict=True):
         put_in(layer, memory, graft)
     for caller in _callers(host, names):
         tie(caller, graft)
         graft.know(host_class(type(caller)))
     for generator in _generators(model):
         generator.init_continuous_batching = refuse_continuous_batching
-    setattr(host.config, IN_CONFIG, graft.to_dict())
+    setattr(_own_config(model, host), IN_CONFIG, graft.to_dict())
     return model
 
 
@@ -240,6 +253,15 @@ def base_model_of(model: Any) -> Any:
     if not hasattr(model, "config"):
         raise ValueError(f"expected a model of Transformers, got a {type(model).__name__}.")
     return model
+
+
+def _own_config(model: Any, host: Any) -> Any:
+    """The host's configuration, as a copy that no other model has: what is noted in it is saved with this model."""
+    shared, own = host.config, copy.copy(host.config)
+    for module in (host, *(model.modules() if isinstance(model, nn.Module) else ())):
+        if vars(module).get("config") is shared:
+            module.config = own
+    return own
 
 
 def _callers(host: Any, layers: Sequence[str]) -> list[Any]:
@@ -320,8 +342,12 @@ def _layer_names(host: Any, layers: Sequence[int | str]) -> list[str]:
             raise ValueError(f"layers: {type(host).__name__} has no module {name!r}.") from None
         if layer is host or isinstance(layer, nn.ModuleList | nn.ModuleDict):
             raise ValueError(f"layers: expected names of layers, such as {name or 'layers'}.0, got {name!r}.")
-        if has_memory(layer):
-            raise ValueError(f"layers: {name} has a motif memory already.")
+        if has_memory(layer) or hasattr(layer, CHILD):
+            of = "; of a Gengram model, memory_layers in its configuration says which have one"
+            raise ValueError(
+                f"layers: {name} has a motif memory already, or a place for one ({CHILD})"
+                f"{of if host.config.model_type == 'gengram' else ''}."
+            )
         check_forward(layer, name)
     if len(set(names)) != len(names):
         raise ValueError(f"layers: expected each layer once, got {list(layers)}.")

@@ -55,6 +55,11 @@ def refuse_continuous_batching(*arguments: Any, **options: Any) -> Any:
     raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
+def _states_of(arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What a layer is given, in first place or by its name."""
+    return arguments[0] if arguments else options.get("hidden_states")
+
+
 class _LayerWithMemory:
     """What a layer's class gets on top: `hidden_states + memory(hidden_states)` goes into the layer.
 
@@ -63,9 +68,13 @@ class _LayerWithMemory:
     """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        options[_PASS] = now = getattr(self, GRAFT).current_pass()
+        graft, memory = getattr(self, GRAFT), getattr(self, CHILD)
+        now = graft.current_pass()
+        if self.training and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
+            now = graft.pass_of_layer(memory.layer_idx, _states_of(arguments, options))
+        options[_PASS] = now
         output = super().__call__(*arguments, **options)  # type: ignore[misc]
-        if now is not None and getattr(self, CHILD).layer_idx not in now.has_run:
+        if now is not None and memory.layer_idx not in now.has_run:
             raise RuntimeError(
                 f"the `forward` of this {type(self).__name__} was replaced after a motif memory was attached, which "
                 "is therefore not computed; attach the memory afterwards."

@@ -12,6 +12,8 @@ from ..plan import plan_ngrams
 from .state_in_cache import GraftState, state_in
 from .token_letters import Spelling
 
+_MOST_EARLIER = 64  # calls of layers
+
 
 class HostPass:
     """One call of the host.
@@ -160,10 +162,45 @@ def _positions_of_letters(
 class PassOfThread(threading.local):
     """The pass that the host is in, for each thread of its own; a copy is in none."""
 
-    current: HostPass | None = None
+    def __init__(self) -> None:
+        self.current: HostPass | None = None  # in each thread from the start, as compiled code looks for it
 
     def __deepcopy__(self, memo: Any) -> "PassOfThread":
         return PassOfThread()
 
     def __reduce__(self) -> Any:
         return PassOfThread, ()
+
+
+class EarlierPasses:
+    """Passes of which layers may be computed again in the backward pass, by a wrapper around them; a copy has none.
+
+    A layer is then called with what it was called with before, from whatever thread and while the host is in no pass.
+    The newest are kept.
+    """
+
+    def __init__(self) -> None:
+        self._passes: dict[tuple[Any, ...], HostPass] = {}
+
+    def __deepcopy__(self, memo: Any) -> "EarlierPasses":
+        return EarlierPasses()
+
+    def __reduce__(self) -> Any:
+        return EarlierPasses, ()
+
+    def remember(self, layer: int, hidden_states: torch.Tensor, now: HostPass) -> None:
+        """Note the pass in which a layer is called with these states."""
+        key = self._key(layer, hidden_states)
+        self._passes.pop(key, None)  # so that it is the newest
+        self._passes[key] = now
+        if len(self._passes) > _MOST_EARLIER:
+            del self._passes[next(iter(self._passes))]
+
+    def find(self, layer: int, hidden_states: torch.Tensor) -> HostPass | None:
+        """The newest pass in which a layer was called with these states."""
+        return self._passes.get(self._key(layer, hidden_states))
+
+    @staticmethod
+    def _key(layer: int, hidden_states: torch.Tensor) -> tuple[Any, ...]:
+        """States that are kept for the backward pass stay where they are."""
+        return layer, hidden_states.device, hidden_states.data_ptr(), hidden_states.shape

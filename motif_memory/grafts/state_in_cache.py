@@ -19,13 +19,16 @@ class _Pieces:
     def __init__(self) -> None:
         self.pieces: list[torch.Tensor] = []
         self.length = 0
+        self.is_whole = True  # nothing was dropped
 
     def append(self, new: torch.Tensor, kept: int) -> None:
         """Add positions, and drop old pieces that the last `kept` positions do without."""
+        self.is_whole &= new.shape[1] <= kept
         self.pieces.append(new[:, -kept:].clone() if new.shape[1] > kept else new)
         self.length += self.pieces[-1].shape[1]
         while self.length - self.pieces[0].shape[1] >= kept:
             self.length -= self.pieces.pop(0).shape[1]
+            self.is_whole = False
 
     def last(self, needed: int) -> torch.Tensor | None:
         """At least the last `needed` positions, or all; None if there are none."""
@@ -56,7 +59,7 @@ class _Pieces:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.pieces, self.length = [], 0
+        self.pieces, self.length, self.is_whole = [], 0, True
 
 
 class _Window:
@@ -67,6 +70,7 @@ class _Window:
 
     def __init__(self, positions: int, empty: int):
         self.length, self.empty = positions, empty  # `empty` stands where nothing came yet
+        self.is_whole = True  # nothing can be forgotten
         self.is_begun = False
         self.tensor: torch.Tensor | None = None
 
@@ -125,13 +129,16 @@ class GraftState(MemoryState):
         self._pieces: dict[tuple[int, str], Any] = {}
         self._tokens = 0  # that were read
         self._before: int | None = None  # tokens in the cache when there was no state yet, if the cache counts them
+        self._lacks = 0  # tokens that were taken back and should still be kept
 
     @property
     def keeps_all(self) -> bool:
         return not self.is_static  # another cache may be cropped at any time
 
     def has_history(self, layer: int) -> bool:
-        return any(key[0] in (layer, 0) and pieces.is_begun for key, pieces in self._pieces.items())
+        return any(
+            pieces.is_begun for (place, name), pieces in self._pieces.items() if place == layer or name == "ids"
+        )
 
     def ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of the `window - 1` tokens before `ids` (batch, length), -1 where there is none."""
@@ -171,6 +178,7 @@ class GraftState(MemoryState):
         self._write("ids", 0, ids.unsqueeze(-1), self.config.context)
 
     def _read(self, name: str, layer: int) -> torch.Tensor | None:
+        self._check_kept()
         pieces = self._pieces.get((layer, name))
         return None if pieces is None else pieces.last(self._needed(name))
 
@@ -201,17 +209,21 @@ class GraftState(MemoryState):
         """
         self._tokens -= tokens
         for (_, name), pieces in self._pieces.items():
-            is_whole = pieces.length < self._needed(name) + MOST_CROPPED
             pieces.crop(tokens)
-            if not is_whole and pieces.length < self._needed(name):
-                raise ValueError(
-                    f"a motif memory was asked to forget {tokens} tokens, but keeps what is needed for "
-                    f"{MOST_CROPPED}; run the text that stays again, with a new cache."
-                )
+            if not pieces.is_whole:
+                self._lacks = max(self._lacks, self._needed(name) - pieces.length)
+        self._check_kept()
+
+    def _check_kept(self) -> None:
+        if self._lacks > 0:
+            raise ValueError(
+                f"a motif memory was asked to forget {self._lacks} tokens more than it keeps, which is what it reads "
+                f"and {MOST_CROPPED} before; run the text that stays again, with a new cache."
+            )
 
     def reset(self) -> None:
         """Forget everything."""
-        self._tokens, self._before = 0, None
+        self._tokens, self._before, self._lacks = 0, None, 0
         for pieces in self._pieces.values():
             pieces.reset()
 

@@ -1,5 +1,6 @@
 """Which bases the tokens of a vocabulary spell, and what that makes of a batch of ids."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ _MOST_TOKENS_OF_PROTEIN = 128  # vocabularies of bytes have more, and every lett
 _WORD_STARTS = "Ġ▁"  # in front of what follows a blank, in vocabularies of byte pairs
 _WITHIN_WORD = "##"  # in front of what does not, in those of WordPiece
 _WORD_END = "</w>"
+_WORD_GOES_ON = "@@"  # behind what does not end a word, in those of subword-nmt
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # of vocabularies that spell unknown characters in bytes
 
 
 def token_letters_of(tokenizer: Any) -> list[str]:
@@ -31,7 +34,8 @@ def token_letters_of(tokenizer: Any) -> list[str]:
     letters = [""] * (max(vocabulary.values(), default=-1) + 1)
     for token, index in vocabulary.items():
         spelled = _as_dna(_plain(token))
-        if index not in special and spelled and not set(spelled) - set(_LETTERS):
+        is_word = index not in special or spelled == "N"  # N may stand for what is unknown
+        if is_word and spelled and not set(spelled) - set(_LETTERS):
             letters[index] = spelled
     if not any(letters):
         raise ValueError(f"no token of {type(tokenizer).__name__} spells DNA; give token_letters.")
@@ -39,8 +43,10 @@ def token_letters_of(tokenizer: Any) -> list[str]:
 
 
 def _plain(token: str) -> str:
-    """A token without what says where in a word it stands."""
-    return token.lstrip(_WORD_STARTS).removeprefix(_WITHIN_WORD).removesuffix(_WORD_END)
+    """A token without what says where in a word it stands; of a single byte, its character."""
+    if byte := _BYTE.fullmatch(token):
+        return chr(int(byte[1], 16))
+    return token.lstrip(_WORD_STARTS).removeprefix(_WITHIN_WORD).removesuffix(_WORD_END).removesuffix(_WORD_GOES_ON)
 
 
 def check_token_letters(token_letters: Sequence[str], vocabulary: int | None) -> list[str]:

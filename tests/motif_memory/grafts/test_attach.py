@@ -153,6 +153,8 @@ def test_letters_are_learnt_from_tokenizers():
 
     spelled = {"gattaca": "GATTACA", "ĠTATA": "TATA", "▁NN": "NN", "##ACG": "ACG", "CCG</w>": "CCG", "GUA": "GTA"}
     assert token_letters_of(Words("A", *spelled, "hello", "AXT", "##")) == ["", *spelled.values(), "", "", ""]
+    subwords = {"N": "N", "GAT@@": "GAT", "TTA": "TTA", "<0x4E>": "N", "<0x61>": "A", "<0x0A>": "", "<0xc>": ""}
+    assert token_letters_of(Words(*subwords)) == [*subwords.values()]  # of which N is the first, as unknown ones
     proteins = "ACDEFGHIKLMNPQRSTVWY"
     for residues in (proteins, proteins.lower(), [f"▁{residue}" for residue in proteins]):
         with pytest.raises(ValueError, match="amino acids"):

@@ -1,7 +1,10 @@
 """Hosts and uses of other shapes than most: which way a host looks, caches, masks, calls, and what is around it."""
 
 import copy
+import dataclasses
+import functools
 import pickle
+import threading
 from types import MethodType
 
 import pytest
@@ -11,11 +14,25 @@ from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from graft_hosts import CONFIG, PAIRS, SINGLE, random_ids
 from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_config
 from tolerances import CHANGED, SAME_FP32
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
-from gengram import MotifMemoryConfig
-from gengram.motif_memory import attach_memory, attached_memories, detach_memory, load_memory, save_memory
+from gengram import GengramForCausalLM, GengramTokenizer, MotifMemoryConfig
+from gengram.motif_memory import (
+    attach_memory,
+    attached_memories,
+    detach_memory,
+    fold_memory,
+    load_memory,
+    memory_path,
+    save_memory,
+)
 from gengram.motif_memory.grafts.attach import graft_of
 
 SIZES = {
@@ -159,6 +176,54 @@ def test_a_cache_whose_layers_were_cropped_goes_on_from_there():
     close(model(ids[:, 14:], past_key_values=cache).logits, expected[:, 14:])
 
 
+@pytest.mark.parametrize("crops", [(300, 300), (260, 260), (500, 20), (200, 200, 200), (600,)])
+@pytest.mark.parametrize("of_layers", [False, True])
+def test_a_cache_takes_back_no_more_than_is_kept_in_several_times_either(crops, of_layers):
+    model, ids = trained(llama(max_position_embeddings=2048)), random_ids(length=1200)
+    cache = hf.DynamicCache(config=model.config)
+
+    def take_back(tokens: int) -> None:
+        if not of_layers:
+            cache.crop(-tokens)
+            return
+        for layer in cache.layers:
+            layer.crop(-tokens)
+        model(ids[:, :1], past_key_values=cache)  # as any call, which looks at the cache
+
+    model(ids, past_key_values=cache)
+    cache.crop(-400)  # what is read again is kept again
+    model(ids[:, 800:], past_key_values=cache)
+    with pytest.raises(ValueError, match="new cache"):
+        for tokens in crops:
+            take_back(tokens)
+    with pytest.raises(ValueError, match=r"new (cache|one)"):  # also if that was not heeded
+        model(ids[:, :5], past_key_values=cache)
+    cache.reset()
+    close(model(ids[:, :50], past_key_values=cache).logits, model(ids[:, :50]).logits)
+
+
+def test_tokens_taken_back_in_two_steps_are_read_again_as_in_one_pass():
+    model, ids = trained(llama(max_position_embeddings=2048)), random_ids(length=1200)
+    cache = hf.DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    cache.crop(-200)
+    cache.crop(-300)
+    close(model(ids[:, 700:750], past_key_values=cache).logits, model(ids[:, :750]).logits[:, 700:])
+
+
+def test_folds_are_looked_at_again_in_a_cache_that_was_reset():
+    model, ids = trained(llama()), random_ids()
+    fold_memory(model)
+    cache = hf.DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    for memory in attached_memories(model).values():
+        memory.value_proj.weight.data.mul_(3)
+    cache.reset()
+    found = model(ids, past_key_values=cache).logits
+    with memory_path("token_major"):
+        close(found, model(ids).logits)
+
+
 def test_a_cache_of_other_memories_is_refused():
     model, ids = trained(llama()), random_ids(length=12)
     cache = model(ids, use_cache=True).past_key_values
@@ -190,6 +255,46 @@ def test_a_compiled_model_makes_a_cache_that_is_not_gone_on_from():
 
 
 # ---- masks and arguments
+
+
+@pytest.mark.parametrize("make", [llama, lambda: encoder("Bert")])
+def test_a_model_that_was_never_called_is_compiled(make):
+    model, ids = trained(make()), random_ids()
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    found = [compiled(ids).logits for _ in range(3)]
+    for logits in found:
+        close(logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", list(CheckpointImpl))
+@pytest.mark.parametrize("by_name", [False, True])
+def test_layers_are_computed_again_by_a_wrapper_around_them(kind, by_name, monkeypatch):
+    """Of two passes whose gradients come together, also in another thread, as those of a GPU."""
+    model = trained(llama()).train()
+    batches = random_ids(seed=1), random_ids(seed=2)
+    layer_class = type(model.model.layers[0])
+
+    def gradients(model) -> dict:
+        model.zero_grad()
+        with torch.enable_grad():
+            loss = sum(model(ids, labels=ids, use_cache=False).loss for ids in batches)
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    expected = gradients(model)
+    wrapped = copy.deepcopy(model)
+    apply_activation_checkpointing(
+        wrapped,
+        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=kind),
+        check_fn=lambda module: isinstance(module, (layer_class, hf.models.llama.modeling_llama.LlamaDecoderLayer)),
+    )
+    found = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in gradients(wrapped).items()}
+    assert found.keys() == expected.keys() and any("motif_memory" in name for name in found)
+    for name, value in expected.items():
+        close(found[name], value)
 
 
 def test_a_mask_as_wide_as_a_static_cache():
@@ -348,6 +453,54 @@ def test_a_plain_module_gets_memories_and_loses_them_again():
 def test_layers_that_are_none_are_refused(layers, words):
     with pytest.raises(ValueError, match=words):
         attach_memory(llama(), CONFIG, layers=layers, token_letters=SINGLE)
+
+
+def test_models_of_one_configuration_have_memories_of_their_own(tmp_path):
+    """As the arms of an experiment, which are made of one configuration."""
+    config = hf.LlamaConfig(**SIZES)
+    short, long, bare = (hf.LlamaForCausalLM(config).eval() for _ in range(3))
+    trained(short)
+    trained(long, layers=[2, 3], config=dataclasses.replace(CONFIG, window=2 * CONFIG.window + 1))
+    assert short.config is short.model.config is not long.config and not hasattr(bare.config, "motif_memory")
+    ids = random_ids()
+    for name, model in {"short": short, "long": long}.items():
+        model.save_pretrained(tmp_path / name)
+        again = load_memory(hf.LlamaForCausalLM.from_pretrained(tmp_path / name), tmp_path / name, tokenizer=Letters())
+        close(again(ids).logits, model(ids).logits)
+    detach_memory(long)
+    assert hasattr(short.config, "motif_memory") and not hasattr(long.config, "motif_memory")
+
+
+def test_a_place_that_is_taken_is_refused_before_anything_is_attached():
+    host = llama()
+    host.model.layers[2].motif_memory = None
+    expected = host(random_ids()).logits
+    with pytest.raises(ValueError, match=r"layers\.2 has a motif memory already, or a place for one"):
+        attach_memory(host, CONFIG, layers=[1, 2], token_letters=SINGLE)
+    close(host(random_ids()).logits, expected)
+    gengram = GengramForCausalLM(tiny_config(memory_layers=[0])).eval()
+    for layer in (0, 1):
+        with pytest.raises(ValueError, match="of a Gengram model, memory_layers in its configuration says"):
+            attach_memory(gengram, CONFIG, layers=[layer], tokenizer=GengramTokenizer())
+
+
+def test_hosts_whose_states_have_tokens_first_are_refused():
+    host = made("XLNetLMHeadModel", "XLNetConfig", vocab_size=32, d_model=32, n_layer=3, n_head=4, d_inner=48)
+    for letters in (SINGLE, PAIRS):
+        with pytest.raises(ValueError, match=r"take \(length, batch, hidden\)"):
+            attach_memory(host, CONFIG, layers=[1], token_letters=letters)
+    attach_memory(host, CONFIG, layers=[1], token_letters=PAIRS, is_causal=False)
+    with pytest.raises(
+        ValueError, match=r"expected hidden states of \(batch, length, hidden\) for tokens of \(1, 8\)"
+    ):
+        host(random_ids(batch=1, length=8))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "ModernBert"])
+def test_an_encoder_of_tiny_weights_gets_centred_windows(kind):
+    host = encoder(kind, initializer_range=0.001)
+    attach_memory(host, CONFIG, layers=[1], token_letters=SINGLE)
+    assert graft_of(host).is_causal is False
 
 
 def test_layers_may_come_from_a_generator_or_an_array():

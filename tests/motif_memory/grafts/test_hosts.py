@@ -197,7 +197,7 @@ def test_a_cache_gives_back_only_what_is_kept(name):
     cache = DynamicCache(config=model.config)
     for _ in range(4):  # the first is let go
         model(ids, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match=r"asked to forget 1600 tokens, but keeps .* 512"):
+    with pytest.raises(ValueError, match=r"asked to forget \d+ tokens more than it keeps, .* 512 before"):
         cache.crop(-1600)
 
 
