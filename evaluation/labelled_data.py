@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data_preparation.leakage import KmerSketch, canonical_kmers, containment, sketch
+from ..data_preparation.leakage import KmerSketch, canonical_kmers, sketch
 from ..sequences.alphabet import IUPAC, reverse_complement
 from ..sequences.fasta import read_fasta
 from ..support.errors import InputError, quoted, shortened
@@ -295,9 +295,13 @@ def near_rows(train: Sequence[str], test: Sequence[str]) -> np.ndarray:
         outer.add(text)
         outer.end_run()
     kept = outer.kmers()
-    return np.array(
-        [containment(sketch(canonical_kmers(text), outer.scale), kept) >= 0.5 for text in test], dtype=bool
-    )
+    near = np.zeros(len(test), dtype=bool)
+    for row, text in enumerate(test):
+        kmers = sketch(canonical_kmers(text), outer.scale)
+        if len(kmers) and len(kept):
+            places = np.searchsorted(kept, kmers).clip(max=len(kept) - 1)
+            near[row] = (kept[places] == kmers).mean() >= 0.5
+    return near
 
 
 def _of_either_strand(text: str) -> str:
