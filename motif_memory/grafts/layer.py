@@ -70,7 +70,8 @@ class _LayerWithMemory:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         graft, memory = getattr(self, GRAFT), getattr(self, CHILD)
         now = graft.current_pass()
-        if self.training and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        is_training = self.training and not torch.compiler.is_compiling()  # type: ignore[attr-defined]
+        if is_training and cache_among(arguments, options) is None:  # with one, no layer can be computed again
             now = graft.pass_of_layer(memory.layer_idx, _states_of(arguments, options))
         options[_PASS] = now
         output = super().__call__(*arguments, **options)  # type: ignore[misc]
