@@ -271,11 +271,11 @@ def overlap(train: LabelledSequences, test: LabelledSequences) -> Overlap:
     seen: dict[str, set[str]] = {}
     duplicates = train_conflicts = 0
     for text, label in zip(train.sequences, train.labels, strict=True):
-        labels = seen.setdefault(_of_either_strand(text), set())
+        labels = seen.setdefault(of_either_strand(text), set())
         duplicates += bool(labels)
         train_conflicts += bool(labels) and train.classes[label] not in labels
         labels.add(train.classes[label])
-    found = [seen.get(_of_either_strand(text)) for text in test.sequences]
+    found = [seen.get(of_either_strand(text)) for text in test.sequences]
     shared = np.array([labels is not None for labels in found], dtype=bool)
     conflicts = sum(
         labels is not None and test.classes[label] not in labels
@@ -304,5 +304,6 @@ def near_rows(train: Sequence[str], test: Sequence[str]) -> np.ndarray:
     return near
 
 
-def _of_either_strand(text: str) -> str:
+def of_either_strand(text: str) -> str:
+    """A sequence, the same for its reverse complement."""
     return min(text, reverse_complement(text))

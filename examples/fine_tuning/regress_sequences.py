@@ -45,11 +45,10 @@ from transformers import (
     Trainer,
 )
 
-from gengram.evaluation.labelled_data import near_rows, sequences_of
+from gengram.evaluation.labelled_data import near_rows, of_either_strand, sequences_of
 from gengram.evaluation.tables import is_number, place
 from gengram.evaluation.tables import read_table as read_text
 from gengram.inference.loaded_model import context_length
-from gengram.sequences.alphabet import reverse_complement
 from gengram.support.bootstrap import Estimate, estimate
 
 ModelArguments = SequenceHeadArguments
@@ -105,14 +104,9 @@ def read_tables(arguments: DataArguments, seed: int) -> dict[str, pd.DataFrame]:
     return {"train": train, "validation": validation, "test": test}
 
 
-def of_either_strand(sequences: list[str]) -> list[str]:
-    """Sequences, the same for both strands."""
-    return [min(sequence, reverse_complement(sequence)) for sequence in sequences]
-
-
 def rows_held_out(sequences: list[str], seed: int) -> np.ndarray:
     """(rows,) bool: a tenth of the rows, or a few more; what repeats, on either strand, is held out together."""
-    names = of_either_strand(sequences)
+    names = list(map(of_either_strand, sequences))
     counts = pd.Series(names).value_counts(sort=False).sample(frac=1, random_state=seed)
     chosen = counts.index[counts.cumsum().shift(fill_value=0) < max(1, len(names) // 10)]
     return pd.Series(names).isin(chosen).to_numpy()
@@ -196,7 +190,7 @@ def main() -> None:
     predictions = logits[:, 0].astype(np.float64) * deviation + mean  # (rows,)
     if trainer.is_world_process_zero():
         known = [*tables["train"]["sequence"], *tables["validation"]["sequence"]]
-        is_known = np.isin(of_either_strand(tables["test"]["sequence"].tolist()), of_either_strand(known))
+        is_known = tables["test"]["sequence"].map(of_either_strand).isin(map(of_either_strand, known)).to_numpy()
         report = {
             "metrics": {name: value.numbers() for name, value in evaluate(targets, predictions).items()},
             "rows": {name: len(table) for name, table in tables.items()},

@@ -19,6 +19,7 @@ from ..generation import BaseGenerator, Sampling, random_draws
 from ..loaded_model import head_of
 from .job import JobChunk, ModelOptions, Worker
 from .run import JobSummary, run_job
+from .tables import record_place
 
 WITHOUT_PROMPT = "generated"  # what sequences are named that continue no prompt
 
@@ -130,7 +131,7 @@ class GenerateJob:
 
     def beside(self, output: Path) -> list[Path]:
         """How the sequences were made."""
-        return [output.with_name(f"{output.name}.json")]
+        return [record_place(output)]
 
     def write(self, results: Iterable[pa.Table], output: Path, record: dict[str, Any]) -> None:
         """The FASTA file, and beside it how it was made."""
@@ -139,8 +140,7 @@ class GenerateJob:
                 for row in table.to_pylist():
                     fasta.begin(row["name"], row["description"])
                     fasta.add(row["sequence"])
-        (place,) = self.beside(output)
-        write_whole(place, json.dumps(record, indent=2) + "\n")
+        write_whole(record_place(output), json.dumps(record, indent=2) + "\n")
 
 
 def generate_file(output: str | Path, prompts: str | Path | None = None, **options: Any) -> JobSummary:

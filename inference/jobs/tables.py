@@ -29,10 +29,11 @@ def check_table_output(output: Path, allowed: Iterable[str] = TABLE_SUFFIXES) ->
 
 def beside_table(output: Path) -> list[Path]:
     """Where `write_table` puts the record of a table that cannot hold it."""
-    return [] if output.suffix == ".parquet" else [_record_place(output)]
+    return [] if output.suffix == ".parquet" else [record_place(output)]
 
 
-def _record_place(output: Path) -> Path:
+def record_place(output: Path) -> Path:
+    """Where the record of an output is that cannot hold it."""
     return output.with_name(f"{output.name}.json")
 
 
@@ -60,7 +61,7 @@ def write_table(tables: Iterable[pa.Table], output: Path, record: dict[str, Any]
         writer.writerow(schema.names)
         for table in tables:
             writer.writerows(zip(*(column.to_pylist() for column in table.cast(schema).columns), strict=True))
-    write_whole(_record_place(output), json.dumps(record, indent=2) + "\n")
+    write_whole(record_place(output), json.dumps(record, indent=2) + "\n")
 
 
 def read_written(output: Path, schema: pa.Schema) -> pa.Table:
@@ -85,7 +86,7 @@ def record_of_table(output: Path) -> dict[str, Any] | None:
         if output.suffix == ".parquet":
             text = (pa.parquet.read_schema(output).metadata or {})[b"gengram"].decode()
         else:
-            text = _record_place(output).read_text()
+            text = record_place(output).read_text()
         record = json.loads(text)
     except (OSError, ValueError, KeyError):
         return None

@@ -19,7 +19,6 @@ from .layer import (
     cache_among,
     check_caches,
     check_forward,
-    has_memory,
     hooks_of,
     host_class,
     put_in,
@@ -342,7 +341,7 @@ def _layer_names(host: Any, layers: Sequence[int | str]) -> list[str]:
             raise ValueError(f"layers: {type(host).__name__} has no module {name!r}.") from None
         if layer is host or isinstance(layer, nn.ModuleList | nn.ModuleDict):
             raise ValueError(f"layers: expected names of layers, such as {name or 'layers'}.0, got {name!r}.")
-        if has_memory(layer) or hasattr(layer, CHILD):
+        if hasattr(layer, CHILD):
             of = "; of a Gengram model, memory_layers in its configuration says which have one"
             raise ValueError(
                 f"layers: {name} has a motif memory already, or a place for one ({CHILD})"

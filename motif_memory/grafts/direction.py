@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .layer import states_of
+
 _TOKENS, _BEFORE = 8, 2  # of a text whose tokens behind the first two change
 # How much of the later outputs' change may reach the earlier ones in a host that looks back only: rounding, in sums of
 # another order. Those that look both ways let through some hundredths and more, unless their weights are very small.
@@ -32,18 +34,17 @@ def looks_back_only(host: Any, layers: Sequence[nn.Module], tokens: Sequence[int
             f"the layers of {type(host).__name__} take (length, batch, hidden), where a motif memory needs (batch, "
             "length, hidden)."
         )
-    found: bool | None = None
     if leak is not None and (leak == 0 or leak > _ROUNDING):
-        found = leak == 0
-    else:  # not tried, or hardly: in a host whose weights are small, attention changes little
-        said = _as_they_say(host, layers)
-        found = said if leak is None or said is not None else True
-    if found is None:
-        raise ValueError(
-            f"whether {type(host).__name__} looks back only could not be found out: say is_causal=True (a decoder) or "
-            "is_causal=False (an encoder)."
-        )
-    return found
+        return leak == 0
+    said = _as_they_say(host, layers)  # in a host whose weights are small, attention changes little
+    if said is not None:
+        return said
+    if leak is not None:
+        return True
+    raise ValueError(
+        f"whether {type(host).__name__} looks back only could not be found out: say is_causal=True (a decoder) or "
+        "is_causal=False (an encoder)."
+    )
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def _shapes_of_states(layers: Sequence[nn.Module]) -> Iterator[list[torch.Size]]
     shapes: list[torch.Size] = []
 
     def look(layer: nn.Module, arguments: Any, options: Any) -> None:
-        given = arguments[0] if arguments else options.get("hidden_states")
+        given = states_of(arguments, options)
         if isinstance(given, torch.Tensor):
             shapes.append(given.shape)
 

@@ -55,7 +55,7 @@ def refuse_continuous_batching(*arguments: Any, **options: Any) -> Any:
     raise ValueError(NO_CONTINUOUS_BATCHING)
 
 
-def _states_of(arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def states_of(arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """What a layer is given, in first place or by its name."""
     return arguments[0] if arguments else options.get("hidden_states")
 
@@ -72,7 +72,7 @@ class _LayerWithMemory:
         now = graft.current_pass()
         is_training = self.training and not torch.compiler.is_compiling()  # type: ignore[attr-defined]
         if is_training and cache_among(arguments, options) is None:  # with one, no layer can be computed again
-            now = graft.pass_of_layer(memory.layer_idx, _states_of(arguments, options))
+            now = graft.pass_of_layer(memory.layer_idx, states_of(arguments, options))
         options[_PASS] = now
         output = super().__call__(*arguments, **options)  # type: ignore[misc]
         if now is not None and memory.layer_idx not in now.has_run:
@@ -163,11 +163,6 @@ def _on_top(module_class: type) -> type:
 def host_class(module_class: type) -> type:
     """The class of a layer or model without what is on top."""
     return module_class.__mro__[3] if issubclass(module_class, _Importable) else module_class
-
-
-def has_memory(layer: torch.nn.Module) -> bool:
-    """Whether a memory stands in front of this layer."""
-    return isinstance(layer, _LayerWithMemory)
 
 
 def hooks_of(layer: Any) -> tuple[Any, ...]:
