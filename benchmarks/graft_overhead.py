@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="where the results go instead of benchmarks/results")
     arguments = parser.parse_args()
     device = use_machine(arguments)
     cases = [
@@ -137,7 +139,7 @@ def main() -> None:
         for kind in arguments.hosts
         for hidden in arguments.hidden
     ]
-    write_results("graft_overhead", {"machine": machine(), "cases": cases})
+    write_results("graft_overhead", {"machine": machine(), "cases": cases}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Ways to keep the weights in fewer bits, side by side: what each needs, what it can do, and what it costs.
 
     python benchmarks/quantised_methods.py DATASET --mixture FOLDER --keep FOLDER [--methods 'float32;int8']
+        [--device cuda]
 
 DATASET is a folder of `gengram prepare`, FOLDER a model of `benchmarks/small_mixture.py`. Libraries are used where
 they are installed. Every method runs in a process of its own, on two models:
@@ -12,7 +13,8 @@ they are installed. Every method runs in a process of its own, on two models:
   of variants of BRCA1 (`../shared`) the log-likelihood ratio of 257 bases around each, mean of both strands, and its
   Pearson correlation with that of float32.
 
-Prints a table, and writes `benchmarks/results/quantised_methods.json`.
+On a GPU memory is what PyTorch's allocator holds there. Prints a table, and writes
+`benchmarks/results/quantised_methods.json`.
 """
 
 import argparse
@@ -47,12 +49,12 @@ COMPLEMENT = {"A": "T", "C": "G", "G": "C", "T": "A", "N": "N"}
 EXPERTS = r"re:.*experts\.(gate_up_proj|down_proj)"
 
 
-def _torchao(**kinds: str) -> Any:
-    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+def _torchao(kind: str, only: str | None = None, **options: Any) -> Any:
+    from torchao import quantization
     from transformers import TorchAoConfig
 
-    config = Int8WeightOnlyConfig(version=2)
-    return TorchAoConfig(FqnToConfig({kinds["only"]: config}) if kinds else config)
+    config = getattr(quantization, f"{kind}WeightOnlyConfig")(version=2, **options)
+    return TorchAoConfig(quantization.FqnToConfig({only: config}) if only else config)
 
 
 def _bitsandbytes(**options: Any) -> Any:
@@ -83,8 +85,10 @@ METHODS: dict[str, Callable[[], Any]] = {
     "int4": lambda: GengramQuantizationConfig("int4"),
     "int4, attention int8": lambda: GengramQuantizationConfig("int4", "int8"),
     "int4, attention int4": lambda: GengramQuantizationConfig("int4", "int4"),
-    "torchao int8": _torchao,
-    "torchao int8, experts named": lambda: _torchao(only=EXPERTS),
+    "torchao int8": lambda: _torchao("Int8"),
+    "torchao int8, experts named": lambda: _torchao("Int8", EXPERTS),
+    "torchao float8, experts named": lambda: _torchao("Float8", EXPERTS),
+    "torchao int4, experts named": lambda: _torchao("Int4", EXPERTS, group_size=32),
     "bitsandbytes 8 bits": lambda: _bitsandbytes(load_in_8bit=True),
     "bitsandbytes 4 bits": lambda: _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "quanto int8": _quanto,
@@ -95,19 +99,27 @@ METHODS: dict[str, Callable[[], Any]] = {
 # ---- one method, in a process of its own
 
 
-def load(folder: Path, method: str, dtype: torch.dtype) -> Any:
+def opened(folder: Path, device: str, **options: Any) -> Any:
+    return GengramForCausalLM.from_pretrained(folder, device_map=device, **options).eval()
+
+
+def load(folder: Path, method: str, dtype: torch.dtype, device: str) -> Any:
     kind = torch.bfloat16 if method == "bfloat16" else torch.float32 if method == "float32" else dtype
-    return GengramForCausalLM.from_pretrained(folder, dtype=kind, quantization_config=METHODS[method]()).eval()
+    return opened(folder, device, dtype=kind, quantization_config=METHODS[method]())
 
 
-def resident() -> int:
+def resident(device: str) -> int:
     """Bytes of memory that the process holds now."""
+    if device != "cpu":
+        return torch.cuda.memory_allocated()
     fields = Path("/proc/self/statm").read_text().split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def most_resident() -> int:
+def most_resident(device: str) -> int:
     """The most bytes that it ever held; `ru_maxrss` would include the process that started this one."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
@@ -120,23 +132,23 @@ def outcome(run: Callable[[], str]) -> str:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def some_bases(count: int) -> torch.Tensor:
+def some_bases(count: int, device: str) -> torch.Tensor:
     """Random A, C, G, T, (1, count)."""
     generator = torch.Generator().manual_seed(0)
-    return torch.tensor([5, 6, 7, 8])[torch.randint(4, (1, count), generator=generator)]
+    return torch.tensor([5, 6, 7, 8])[torch.randint(4, (1, count), generator=generator)].to(device)
 
 
 @torch.no_grad()
-def measure_saving(method: str, wide: Path, saved: Path) -> dict[str, Any]:
+def measure_saving(method: str, wide: Path, saved: Path, device: str) -> dict[str, Any]:
     """What is said while loading the model of random weights, and the bytes that it is saved in."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     for name in ("", "transformers"):
         logging.getLogger(name).addHandler(handler)
-    model = load(wide, method, torch.bfloat16)
+    model = load(wide, method, torch.bfloat16, device)
     found: dict[str, Any] = {"warning": next((message for message in said if "as they are" in message), None)}
-    torch.save(model(some_bases(256), use_cache=False).logits, saved / "logits.pt")
+    torch.save(model(some_bases(256, device), use_cache=False).logits, saved / "logits.pt")
 
     def save() -> str:
         model.save_pretrained(saved)
@@ -155,23 +167,19 @@ def touch(tensor: Any) -> None:
         tensor.detach().reshape(-1)[::1024].float().sum()
 
 
-def measure_abilities(method: str, wide: Path, saved: Path) -> dict[str, Any]:
+def measure_abilities(method: str, wide: Path, saved: Path, device: str) -> dict[str, Any]:
     """Memory of the saved model, loaded without options (of one that cannot be saved, as it is made), and its work."""
     can_be_saved = (saved / "config.json").is_file()
     METHODS[method]()  # imports
-    before = resident()
-    model = (
-        GengramForCausalLM.from_pretrained(saved, dtype="auto").eval()
-        if can_be_saved
-        else load(wide, method, torch.bfloat16)
-    )
-    ids = some_bases(256)
+    before = resident(device)
+    model = opened(saved, device, dtype="auto") if can_be_saved else load(wide, method, torch.bfloat16, device)
+    ids = some_bases(256, device)
     with torch.no_grad():
         for parameter in model.parameters():
             touch(parameter)
         logits = model(ids, use_cache=False).logits
-    found: dict[str, Any] = {"resident_bytes": resident() - before}
-    found["peak_bytes"] = most_resident() - before
+    found: dict[str, Any] = {"resident_bytes": resident(device) - before}
+    found["peak_bytes"] = most_resident(device) - before
     found["loads_again"] = "no"
     if can_be_saved:
         expected = torch.load(saved / "logits.pt")
@@ -204,7 +212,7 @@ def surprises(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def bits_per_base(model: Any, rows: Any, count: int) -> float:
     total, number = 0.0, 0
     for start in range(0, count, 8):
-        ids = torch.tensor(rows[start : start + 8]["input_ids"])
+        ids = torch.tensor(rows[start : start + 8]["input_ids"], device=model.device)
         total += float(surprises(model, ids).double().sum())
         number += int((bases(ids)[:, 1:] >= 0).sum())
     return total / number
@@ -231,16 +239,16 @@ def variant_windows(count: int) -> torch.Tensor:
 def effects(model: Any, windows: torch.Tensor) -> np.ndarray:
     """log P(alt) - log P(ref) in nats, mean of both strands."""
     scores = []
-    for part in windows.split(8):
+    for part in windows.to(model.device).split(8):
         bits = surprises(model, part.flatten(0, 2)).sum(-1).view(part.shape[:3])
-        scores.append(((bits[..., 0] - bits[..., 1]) * math.log(2)).mean(1))
+        scores.append(((bits[..., 0] - bits[..., 1]) * math.log(2)).mean(1).cpu())
     return torch.cat(scores).double().numpy()
 
 
 @torch.no_grad()
 def measure_loss(options: argparse.Namespace, method: str) -> dict[str, Any]:
     """Bits per base and variant effects, on the mixture."""
-    model = load(options.mixture, method, torch.float32)
+    model = load(options.mixture, method, torch.float32, options.device)
     rows = load_dataset(str(options.dataset))["validation"]
     llr = effects(model, variant_windows(options.variants))
     return {"bits_per_base": bits_per_base(model, rows, options.rows), "llr": llr.tolist()}
@@ -293,7 +301,7 @@ def one(options: argparse.Namespace) -> None:
         if task == "loss":
             found = measure_loss(options, method)
         else:
-            found = (measure_saving if task == "saving" else measure_abilities)(method, wide, saved)
+            found = (measure_saving if task == "saving" else measure_abilities)(method, wide, saved, options.device)
     except ImportError as error:
         found = {"error": f"not installed: {' '.join(str(error).split())[:300]}"}
     except Exception as error:
@@ -334,6 +342,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="of the validation split")
     parser.add_argument("--variants", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=1, help="methods that are measured at once")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda where there is a GPU")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -356,7 +366,7 @@ def main() -> None:
     del facts["one"]
     facts["mixture_steps"] = torch.load(options.mixture / "training.pt", weights_only=True)["step"]
     record = {"machine": describe_machine(), "options": facts, "results": results}
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
     print(table(results))
 
 

@@ -1,12 +1,13 @@
 """`gengram serve` under load: 64 clients at once beside one after the other, every answer compared with a direct call.
 
-    python benchmarks/serving.py [--clients 64] [--seconds 120] [--device cuda]
+    python benchmarks/serving.py [--clients 64] [--seconds 120] [--device cuda] [--checked 300]
 
 A server with gengram-mini is started on the loopback address. Each client asks one request after the other: one of
 three completes (16 to 48 new bases), one embeds, one scores a variant; sequences have 20 to 400 random bases. Then one
 client asks requests of the same kind, one at a time, for half of the time. The same is done with each kind by itself,
-for a quarter of the time, and one client scores beside a completion that does not end. All answers are compared with
-calls of the model in this process, which takes half an hour. Writes `benchmarks/results/serving.json`.
+for a quarter of the time, and one client scores beside a completion that does not end. All answers, or
+so many of them by chance, are compared with calls of the model in this process; all take half an hour. Writes
+`benchmarks/results/serving.json`.
 """
 
 import argparse
@@ -140,10 +141,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--device")
+    parser.add_argument("--checked", type=int, help="answers to compare with direct calls; all unless given")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     result: dict[str, Any] = {
         "what": __doc__.partition("\n")[0] if __doc__ else "",
-        "machine": describe_machine(),
+        "machine": describe_machine() | {"device": arguments.device or "cpu"},
         "clients": arguments.clients,
     }
     phases = [("mixed", KINDS, arguments.seconds), *((kind, [kind], arguments.seconds / 4) for kind in KINDS)]
@@ -177,10 +180,13 @@ def main() -> None:
     }
     result["sequences_per_batch"] = round(batches["sum"] / batches["count"], 2)
     result["answers"] = len(done)
+    if arguments.checked:
+        done = random.Random(0).sample(done, min(arguments.checked, len(done)))
+    result["answers_checked"] = len(done)
     loaded = load_model(DEFAULT_MODEL, "causal", device=arguments.device)
     with fast_memory(loaded.model):
         result["wrong_answers"] = wrong_answers(done, loaded)
-    write_whole(RESULTS, json.dumps(result, indent=1) + "\n")
+    write_whole(arguments.output, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

@@ -54,7 +54,7 @@ def _partly_anew(weight: torch.Tensor, anew: torch.Tensor) -> torch.Tensor:
 
 def bases(ids: torch.Tensor) -> torch.Tensor:
     """Labels: only A, C, G and T count."""
-    return torch.where(torch.isin(ids, torch.tensor([5, 6, 7, 8])), ids, -100)
+    return torch.where(torch.isin(ids, torch.tensor([5, 6, 7, 8], device=ids.device)), ids, -100)
 
 
 def train(folder: Path, rows: Any, steps: int, batch: int) -> None:

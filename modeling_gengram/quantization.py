@@ -173,7 +173,7 @@ def warn_of_untouched(model: Any) -> None:
         return
     with torch.device("meta"):
         whole = sum(parameter.numel() for parameter in type(model)(model.config).parameters())
-    plain = {name: p for name, p in model.named_parameters() if p.is_floating_point() and _is_plain(p)}
+    plain = {name: p for name, p in model.named_parameters() if _is_plain(p)}
     untouched = sum(parameter.numel() for parameter in plain.values())
     if untouched <= _MOST_UNTOUCHED * whole:
         return
@@ -189,9 +189,9 @@ def warn_of_untouched(model: Any) -> None:
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
-    """Whether a parameter holds one float per weight; quantisers use tensor classes of their own."""
+    """Whether a parameter holds one whole float per weight; quantisers use tensor classes of their own, or 8 bits."""
     here = getattr(parameter, "_local_tensor", parameter)  # of a weight that is spread over processes
-    return type(here) in (nn.Parameter, torch.Tensor)
+    return type(here) in (nn.Parameter, torch.Tensor) and parameter.is_floating_point() and parameter.itemsize > 1
 
 
 # A copy of this file in a model's folder (remote code) leaves the registration to the package where that came first.

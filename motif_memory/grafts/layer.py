@@ -85,9 +85,12 @@ class _LayerWithMemory:
     def forward(self, *arguments: Any, motif_memory_pass: Any = None, **options: Any) -> Any:
         """The layer's own arguments, of which the first is (batch, length, hidden)."""
         if motif_memory_pass is None:
-            raise RuntimeError(
-                "a layer with a motif memory was called by itself; call the model, which knows the ids."
-            )
+            how = "call the model, which knows the ids."
+            if self.training and cache_among(arguments, options) is not None:  # type: ignore[attr-defined]
+                how = (
+                    "if it is computed again for gradients, give the model use_cache=False; a cache would grow twice."
+                )
+            raise RuntimeError(f"a layer with a motif memory was called by itself; {how}")
         by_name = len(arguments) == 0  # compiled code takes no `not` of a tuple
         if by_name and "hidden_states" not in options:
             raise RuntimeError(

@@ -23,6 +23,7 @@ from tolerances import (
     SAME_FP32,
     SAME_MODEL_FP32,
 )
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from gengram import (
     GengramForCausalLM,
@@ -348,6 +349,57 @@ def test_a_grafted_memory(name, kernels):
             cache = outputs.past_key_values
             found.append(outputs.logits)
         same(torch.cat(found, dim=1), expected, SAME_MODEL_FP32)
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpoint", "reentrant", "wrapper"])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "modernbert"])
+def test_a_grafted_host_has_the_cpus_gradients(name, how, kernels):
+    model, ids = grafted(name), graft_ids(seed=4)
+
+    def gradients(model, ids):
+        model.train().zero_grad()
+        options = {} if name == "modernbert" else {"use_cache": False}
+        model(input_ids=ids, labels=ids, **options).loss.backward()
+        return {
+            key.replace("_checkpoint_wrapped_module.", ""): weight.grad.clone()
+            for key, weight in model.named_parameters()
+            if weight.grad is not None
+        }
+
+    with memory_path(kernels="torch"):
+        expected = gradients(model, ids)
+    model.cuda()
+    if how == "wrapper":
+        layers = tuple(
+            {type(part) for name, part in model.named_modules() if name.rpartition(".")[0].endswith("layers")}
+        )
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, layers))
+    elif how != "plain":
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    ours = gradients(model, ids.cuda())
+    assert ours.keys() == expected.keys() and any("motif_memory" in key for key in ours)
+    for key, grad in ours.items():
+        torch.testing.assert_close(
+            grad.cpu(),
+            expected[key],
+            rtol=MODEL_GRADIENTS_FP32_RELATIVE,
+            atol=MODEL_GRADIENTS_OTHER_DEVICE_FP32,
+            msg=lambda text, key=key: f"{key}: {text}",
+        )
+
+
+@torch.no_grad()
+def test_padding_on_the_left_of_a_grafted_host(kernels):
+    model, ids = grafted("llama"), graft_ids(seed=5)
+    mask = torch.ones_like(ids)
+    mask[1, :13] = 0
+    ids[1, :13] = 0
+    with memory_path(kernels="torch"):
+        expected = model(ids, attention_mask=mask).logits
+    found = model.cuda()(ids.cuda(), attention_mask=mask.cuda()).logits.cpu()
+    same(found[mask.bool()], expected[mask.bool()], SAME_MODEL_FP32)
+    alone = model(ids[1:, 13:].cuda()).logits.cpu()
+    same(found[1:, 13:], alone, SAME_MODEL_FP32)
 
 
 @torch.no_grad()

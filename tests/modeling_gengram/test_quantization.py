@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import random_ids, tiny_model
 from tolerances import QUANTIZED_PRODUCT, QUANTIZED_PRODUCT_BF16, SAME_FP32
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, FineGrainedFP8Config
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -514,6 +514,23 @@ def test_a_quantisation_that_leaves_the_experts_alone_says_so(folder, caplog):
     (said,) = [record.message for record in caplog.records if "_LinearOnlyConfig" in record.message]
     assert "leaves 100% of the model's parameters as they are" in said
     assert 'GengramQuantizationConfig(experts="int8")' in said
+
+
+def test_floats_of_8_bits_count_as_quantised(folder, caplog, monkeypatch):
+    """Weights can be made so on any machine, once it says that it has a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    logging.getLogger("transformers").propagate = True
+    config = FineGrainedFP8Config(weight_block_size=(16, 16))
+    with caplog.at_level(logging.WARNING):
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    experts = [weight for name, weight in model.named_parameters() if name.endswith("experts.down_proj")]
+    assert experts and all(weight.dtype == torch.float8_e4m3fn for weight in experts)
+    said = " ".join(record.message for record in caplog.records if "as they are" in record.message)
+    plain = sum(weight.numel() for weight in model.parameters() if weight.itemsize > 1)
+    whole = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert plain > 0.1 * whole  # scales and tables of a tiny model
+    assert f"leaves {plain / whole:.0%} of" in said and "experts" not in said
 
 
 def test_loading_with_the_right_quantisation_is_silent(quantized, caplog):

@@ -297,6 +297,17 @@ def test_layers_are_computed_again_by_a_wrapper_around_them(kind, by_name, monke
         close(found[name], value)
 
 
+def test_layers_computed_again_beside_a_cache_are_told_to_do_without():
+    model = trained(llama()).train()
+    layer_class = type(model.model.layers[1])
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, layer_class))
+    with (
+        torch.enable_grad(),
+        pytest.raises(RuntimeError, match=r"computed again for gradients, give .* use_cache=False"),
+    ):
+        model(random_ids(), labels=random_ids(), use_cache=True).loss.backward()
+
+
 def test_a_mask_as_wide_as_a_static_cache():
     model, ids = trained(llama()), random_ids(length=24)
     cache, mask = hf.StaticCache(config=model.config, max_cache_len=32), torch.zeros(2, 32, dtype=torch.int64)
