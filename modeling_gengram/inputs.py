@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..configuration.configuration_gengram import SEQUENCE_POOLINGS
-from ..motif_memory.definition import at_least_float32
+from ..motif_memory.definition import at_least_float32, can_be_read
 
 
 def integer_ids(name: str, ids: Any, rows: int | None = None) -> torch.Tensor:
@@ -32,7 +32,7 @@ def integer_ids(name: str, ids: Any, rows: int | None = None) -> torch.Tensor:
     if ids.dtype not in (torch.int32, torch.int64):
         ids = ids.long()
     is_cheap = ids.device.type == "cpu" or ids.shape[1] > 1
-    if rows is not None and ids.numel() and is_cheap and _can_be_read(ids):
+    if rows is not None and ids.numel() and is_cheap and can_be_read(ids):
         least, most = (int(bound) for bound in ids.aminmax())
         if least < 0 or most >= rows:
             raise ValueError(f"{name} must lie in 0..{rows - 1} (the rows of the embedding), got {least}..{most}.")
@@ -63,7 +63,7 @@ def check_engine(implementation: str | None, position_ids: Any) -> None:
         "scores): one pass each, without chunked prefill, prefix caching, CUDA graphs and compilation. To generate, "
         "use model.generate or `gengram generate`."
     )
-    if position_ids is None or not _can_be_read(position_ids):
+    if position_ids is None or not can_be_read(position_ids):
         raise ValueError(f"it cannot be seen here where sequences begin. {advice}")
     positions = position_ids.reshape(-1)
     is_start = torch.ones_like(positions, dtype=torch.bool)
@@ -130,19 +130,12 @@ def _check_mask(attention_mask: Any, batch: int, length: int, cache: Cache | Non
         return
     if attention_mask.dim() != 2 or got[0] != batch or (known and got[1] != past + length):
         raise ValueError(f"{words}, got {got}.")
-    if length > 1 and attention_mask.dtype != torch.bool and _can_be_read(attention_mask):
+    if length > 1 and attention_mask.dtype != torch.bool and can_be_read(attention_mask):
         if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
             raise ValueError(
                 f"{words}, got values from {attention_mask.min().item():g} to {attention_mask.max().item():g}. "
                 "Masks that are added to attention scores have four dimensions."
             )
-
-
-def _can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether looking at values is possible: not while tracing or recording, and not without data."""
-    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type == "meta":
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def sequence_starts(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

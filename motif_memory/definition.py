@@ -114,6 +114,13 @@ class MemoryOutput(NamedTuple):
     prefix_sums: torch.Tensor | None = None  # (batch, length, features), of `as_trained` pooling
 
 
+def can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether looking at values is possible: not while tracing or recording, and not without data."""
+    if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.device.type == "meta":
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and gates are taken in."""
     return torch.promote_types(dtype, torch.float32)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .configuration_motif_memory import MotifMemoryConfig
-from .definition import NgramPlan, plan_windows
+from .definition import NgramPlan, can_be_read, plan_windows
 from .state import MemoryState
 from .ways.choose import choose_kernels
 from .ways.operators import letter_codes as letter_codes_operator
@@ -54,13 +54,27 @@ def plan_ngrams(
         is_causal: the window is the last `config.window` tokens if true, else centred on the position.
 
     Raises:
-        ValueError: if `codes` are no letter codes (on a CPU, where looking at them is cheap).
+        ValueError: if `codes` are no letter codes (on a GPU only those of several tokens are looked at, since that
+            waits for it).
     """
-    if codes.device.type == "cpu" and not torch.compiler.is_compiling() and type(codes) is torch.Tensor:
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 5:
-            raise ValueError(
-                f"expected letter codes 0..5 from letter_codes, got {int(codes.min())}..{int(codes.max())}: token ids?"
-            )
+    is_cheap = codes.device.type == "cpu" or codes.shape[1] > 1
+    if codes.numel() and is_cheap and can_be_read(codes):
+        least, most = (int(bound) for bound in codes.aminmax())
+        if least < 0 or most > 5:
+            raise ValueError(f"expected letter codes 0..5 from letter_codes, got {least}..{most}: token ids?")
+    return plan_known_codes(codes, config, positions, exists, state, is_causal=is_causal)
+
+
+def plan_known_codes(
+    codes: torch.Tensor,
+    config: MotifMemoryConfig,
+    positions: torch.Tensor | None = None,
+    exists: torch.Tensor | None = None,
+    state: MemoryState | torch.Tensor | None = None,
+    *,
+    is_causal: bool = True,
+) -> NgramPlan:
+    """`plan_ngrams` of codes that are known to be letter codes."""
     length, context = codes.shape[1], 0
     if exists is not None:
         exists = exists.to(device=codes.device, dtype=torch.bool)
