@@ -76,6 +76,8 @@ def native_kernels() -> dict:
 
     # Apple's compiler has no OpenMP; without it PyTorch's parallel_for, which is written with it, takes one thread.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    # A C++ library that was linked in whole keeps to itself; half of PyTorch's and half of this one would crash.
+    own_library = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
     sources = ["csrc/cpu/operators.cpp", *(["csrc/cuda/operators.cpp"] if has_cuda else [])]
     kind = cpp_extension.CUDAExtension if has_cuda else cpp_extension.CppExtension
     extension = kind(
@@ -83,7 +85,7 @@ def native_kernels() -> dict:
         sources,
         define_macros=[("GENGRAM_TORCH_VERSION", f'"{torch.__version__}"')],
         extra_compile_args=["-O2", *openmp],
-        extra_link_args=openmp,
+        extra_link_args=[*openmp, *own_library],
         py_limited_api=True,
     )
     return dict(
