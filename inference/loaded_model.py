@@ -24,6 +24,7 @@ from ..motif_memory.grafts.saved_memory import load_memory
 from ..support.errors import InputError, quoted
 from ..support.printable import printable
 from .model_folder import check_model_folder
+from .shared_key_head import read_masks_right
 
 UNKNOWN_CONTEXT = 10**9  # tokens, if nothing says how many a model can read
 HEADS: dict[str | None, Any] = {
@@ -87,6 +88,7 @@ def load_model(
             f"{printable(name)} predicts masked bases from both sides; expected a causal model, which predicts the "
             "next base from those before it."
         )
+    read_masks_right(model, torch.device(device))
     return LoadedModel(model.to(device).eval(), load_tokenizer(name, **loading))
 
 

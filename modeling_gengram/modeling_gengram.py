@@ -29,7 +29,6 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import (
-    MixtralAttention,
     MixtralExperts,
     MixtralRotaryEmbedding,
 )
@@ -45,6 +44,7 @@ from ..motif_memory.plan import letter_codes, plan_known_codes
 from ..motif_memory.state import NO_CONTINUOUS_BATCHING, MemoryState
 from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
 from .adapters import check_adapters, record_settings
+from .attention import GengramAttention
 from .inputs import check_engine, check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
 from .losses import IGNORED, load_balancing_loss, mean_over_step, router_z_loss, share_of_step
 from .parallel import prepare_to_spread
@@ -235,7 +235,7 @@ class GengramDecoderLayer(GradientCheckpointingLayer):
         if layer_idx in config.memory_layers:
             self.motif_memory = MotifMemory(config.memory, config.hidden_size, layer_idx, initializer_range=None)
             self.residual_norm = GengramResidualNorm()
-        self.self_attn = MixtralAttention(config, layer_idx)
+        self.self_attn = GengramAttention(config, layer_idx)
         self.mlp = GengramSparseMoeBlock(config) if config.num_local_experts > 1 else GengramMLP(config)
         self.input_layernorm = GengramRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = GengramRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -290,7 +290,7 @@ class GengramPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(GengramRouter, index=0),
         "hidden_states": GengramDecoderLayer,
-        "attentions": MixtralAttention,
+        "attentions": GengramAttention,
         "memory_gates": OutputRecorder(MotifMemory, index=MemoryOutput._fields.index("gate")),
         "memory_residual_norms": GengramResidualNorm,
     }

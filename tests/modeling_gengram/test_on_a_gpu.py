@@ -136,6 +136,37 @@ def test_a_cache_in_pieces_is_the_whole(pieces, folded, kernels):
         same(torch.cat(found, dim=1), model(ids).logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 33, 65, 257])
+def test_one_head_of_keys_for_all_queries_reads_its_own_mask(length, dtype):
+    """PyTorch issue 191937: the last token of such a pass took the mask of another."""
+    model, on_gpu = both(GengramForCausalLM, num_attention_heads=4, num_key_value_heads=1)
+    before, ids = random_ids(3, 40, seed=21), random_ids(3, length, seed=22)
+    mask = torch.ones(3, 40 + length, dtype=torch.int64)
+    mask[1, :30], mask[2, :7] = 0, 0
+    on_gpu.to(dtype)
+    found = []
+    for own, device in ((model, "cpu"), (on_gpu, "cuda")):
+        first = own(before.to(device), attention_mask=mask[:, :40].to(device), use_cache=True)
+        rest = {"attention_mask": mask.to(device), "past_key_values": first.past_key_values}
+        found.append(own(ids.to(device), **rest).logits.cpu().float())
+    torch.testing.assert_close(
+        found[1], found[0], rtol=0, atol=SAME_MODEL_FP32 if dtype == torch.float32 else MODEL_BF16
+    )
+
+
+def test_one_head_of_keys_generates_as_on_the_cpu():
+    model, on_gpu = both(GengramForCausalLM, num_attention_heads=4, num_key_value_heads=1)
+    ids = random_ids(3, 33, seed=23)
+    mask = torch.ones_like(ids)
+    mask[1, :20], mask[2, :5] = 0, 0
+    expected = model.generate(ids, attention_mask=mask, **GENERATION)
+    for options in ({}, {"cache_implementation": "static"}):
+        found = on_gpu.generate(ids.cuda(), attention_mask=mask.cuda(), **GENERATION, **options)
+        assert torch.equal(found.cpu(), expected), options
+
+
 @pytest.mark.parametrize(
     "how",
     [
