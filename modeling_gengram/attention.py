@@ -8,15 +8,18 @@ import torch.nn.functional as F
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, apply_rotary_pos_emb, repeat_kv
 
 _FEWEST_QUERIES = 32  # of a block of PyTorch's memory-efficient kernel; the other blocks have a multiple of it
+_MOST_OF_A_MASK = 2**32  # numbers of a mask that the kernel finds
 
 
 class GengramAttention(MixtralAttention):
-    """Mixtral's attention; on GPUs around a fault of PyTorch, by which one row of a pass may read the mask of another.
+    """Mixtral's attention; on GPUs around two faults of PyTorch, by which rows of a pass read the masks of others.
 
     If all query heads share one head of keys and values, and the last block of queries holds a single one, PyTorch's
     memory-efficient kernel goes over heads instead of queries, but not in the mask: one of 32 lengths is wrong in its
     last token (pytorch/pytorch issue 191937, mended upstream in August 2026). It does so only where the heads of keys
     and of values are repeated without a copy; here values are copied.
+
+    And it finds no more than 2**32 numbers of a mask (issue 187227): here queries of more are read in parts.
     """
 
     def forward(
@@ -27,7 +30,7 @@ class GengramAttention(MixtralAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As Mixtral's, hidden states (batch, length, hidden) of which some may be in a cache already."""
-        if not self._may_be_misread(hidden_states, attention_mask):
+        if attention_mask is None or not self._may_be_misread(hidden_states, attention_mask):
             return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
@@ -38,22 +41,29 @@ class GengramAttention(MixtralAttention):
         cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        found = F.scaled_dot_product_attention(
-            query,
-            repeat_kv(key, self.num_key_value_groups),
-            value.repeat_interleave(self.num_key_value_groups, dim=1),
-            attn_mask=attention_mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            scale=self.scaling,
-        )
+        key = repeat_kv(key, self.num_key_value_groups)
+        value = value.repeat_interleave(self.num_key_value_groups, dim=1)
+        dropout = self.attention_dropout if self.training else 0.0
+        rows = max(_MOST_OF_A_MASK // key.shape[2], 1)
+        parts = [
+            F.scaled_dot_product_attention(part, key, value, attn_mask=mask, dropout_p=dropout, scale=self.scaling)
+            for part, mask in zip(query.split(rows, dim=2), _rows_of(attention_mask, query, rows), strict=True)
+        ]
+        found = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
         return self.o_proj(found.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
 
-    def _may_be_misread(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        if not hidden_states.is_cuda or attention_mask is None or self.config._attn_implementation != "sdpa":
+    def _may_be_misread(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> bool:
+        if not hidden_states.is_cuda or self.config._attn_implementation != "sdpa":
             return False
+        length, is_compiled = hidden_states.shape[1], torch.compiler.is_compiling()  # compiled code is for any length
+        if not is_compiled and length * attention_mask.shape[-1] > _MOST_OF_A_MASK:
+            return True
         is_spread = dist.is_available() and dist.is_initialized()  # then a process may hold one of several heads
         if self.config.num_key_value_heads > 1 and not is_spread:
             return False
-        return (
-            torch.compiler.is_compiling() or hidden_states.shape[1] % _FEWEST_QUERIES == 1
-        )  # compiled for any length
+        return is_compiled or length % _FEWEST_QUERIES == 1
+
+
+def _rows_of(mask: torch.Tensor, query: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
+    """A mask (..., length or 1, keys) in parts of so many queries."""
+    return mask.expand(*mask.shape[:-2], query.shape[2], -1).split(rows, dim=-2)

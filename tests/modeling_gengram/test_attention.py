@@ -7,6 +7,7 @@ from tiny_models import random_ids, tiny_model
 from tolerances import SAME_FP32
 
 from gengram import GengramForCausalLM
+from gengram.modeling_gengram import attention
 from gengram.modeling_gengram.attention import GengramAttention
 
 
@@ -37,17 +38,26 @@ def test_the_own_way_is_mixtrals(heads, length, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 7, 39])
+def test_long_masks_are_read_in_parts(rows, monkeypatch):
+    model, given = few_heads(2), padded(40)
+    expected = model(**given).logits
+    monkeypatch.setattr(GengramAttention, "_may_be_misread", lambda *given: True)
+    monkeypatch.setattr(attention, "_MOST_OF_A_MASK", 40 * rows + 5)
+    torch.testing.assert_close(model(**given).logits, expected, rtol=0, atol=SAME_FP32)
+
+
+@torch.no_grad()
 def test_values_of_several_heads_are_never_one_memory(monkeypatch):
     """The kernel misreads masks where both keys and values are repeated without a copy."""
     strides = []
     original = F.scaled_dot_product_attention
 
-    def attention(query, key, value, **options):
+    def seen(query, key, value, **options):
         strides.append((key.shape[1], key.stride(1), value.stride(1)))
         return original(query, key, value, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
     model = few_heads(1)
     model(**padded(33))
     assert all(heads == 4 and key == value == 0 for heads, key, value in strides)  # what the library does
@@ -65,17 +75,19 @@ def test_values_of_several_heads_are_never_one_memory(monkeypatch):
         (True, 1, 257, {}),
         (False, 1, 34, {}),
         (False, 2, 33, {}),
-        (False, 1, 33, {"mask": None}),
+        (True, 2, 40, {"most": 1599}),
+        (False, 2, 40, {"most": 1600}),
         (False, 1, 33, {"device": "cpu"}),
         (False, 1, 33, {"attention": "eager"}),
     ],
 )
-def test_where_the_own_way_is_taken(misread, heads, length, options):
-    attention = few_heads(heads).model.layers[0].self_attn
-    attention.config._attn_implementation = options.get("attention", "sdpa")
+def test_where_the_own_way_is_taken(misread, heads, length, options, monkeypatch):
+    monkeypatch.setattr(attention, "_MOST_OF_A_MASK", options.get("most", 2**32))
+    layer = few_heads(heads).model.layers[0].self_attn
+    layer.config._attn_implementation = options.get("attention", "sdpa")
 
     class States:  # of a device that need not be there
         is_cuda = options.get("device") != "cpu"
         shape = (2, length, 32)
 
-    assert attention._may_be_misread(States(), options.get("mask", torch.ones(2, 1, length, length))) is misread
+    assert layer._may_be_misread(States(), torch.ones(2, 1, length, length)) is misread
