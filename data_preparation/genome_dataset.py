@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Features, IterableDataset, List, Value
 
 from ..support.errors import InputError
+from ..support.file_hash import sha256_of
 from ..support.input_file import is_read_once, shown_name
 from ..support.progress import progress_bar
 from ..support.whole_output import whole_folder
@@ -124,7 +125,7 @@ def prepare_genome_dataset(
                 shard.abandon()
         record = _record(preparation, options)
         (folder / "preparation.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        digests = [_sha256(path) for path in sorted((folder / "data").iterdir())]
+        digests = [sha256_of(path) for path in sorted((folder / "data").iterdir())]
         content = hashlib.sha256("".join(digests).encode()).hexdigest()
         (folder / "README.md").write_text(_card(record, sorted(shards), content), encoding="utf-8")
     return record
@@ -157,14 +158,6 @@ def _record(preparation: Preparation, options: WindowOptions) -> dict[str, Any]:
         shares = {split: share for split, share in shares_in(train, others).items() if not math.isnan(share)}
         record[f"share_of_{KMER}mers_also_in_train"] = shares
     return record
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _card(record: dict[str, Any], splits: list[str], content: str) -> str:

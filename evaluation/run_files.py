@@ -12,6 +12,7 @@ from typing import Any
 
 from ..inference.model_folder import model_files
 from ..support.errors import InputError
+from ..support.file_hash import sha256_of
 from ..support.input_file import shown_name
 from ..support.whole_output import write_whole
 from .classification import FINE_TUNING
@@ -107,11 +108,7 @@ def _content(path: Path) -> list[Any]:
 
 @functools.lru_cache
 def _hash(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(path)
 
 
 def _content_of(model: EvaluatedModel) -> list[Any] | None:

@@ -1,6 +1,5 @@
 """Reads `conversion.json`, in which a conversion to Hugging Face says what it made of what."""
 
-import hashlib
 import re
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from ...support.errors import ConversionError, shortened
+from ...support.file_hash import sha256_of
 from ..hub.hub_path import SourcePath
 from .dtypes import STORED_DTYPES
 from .hf_folder import RECORD, read_json
@@ -87,7 +87,7 @@ def read_record(folder: SourcePath) -> ConversionRecord | None:
 def file_digests(folder: Path, names: Container[str]) -> dict[str, str]:
     """SHA-256 of those files of a folder that have one of these names."""
     files = sorted(path for path in folder.iterdir() if path.name in names and path.is_file())
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.name: sha256_of(path) for path in files}
 
 
 def needed_record(folder: Path) -> ConversionRecord:

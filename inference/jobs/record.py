@@ -1,6 +1,5 @@
 """What an output says of how it was made."""
 
-import hashlib
 import json
 import os
 import sys
@@ -9,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ...support.errors import InputError
+from ...support.file_hash import sha256_of
 from ...support.printable import printable
-from ...support.progress import progress_bar
 from ...support.versions import installed_version
 from ..model_folder import model_files
 from .job import Job, ModelOptions
 
 _VERSIONS = ("gengram", "torch", "transformers")
-_PIECE = 2**22
 _LONG = 2**28  # bytes from which on reading a file shows progress
 # The same file may be named in another way; a job whose chunks depend on `batch_tokens` has it in its settings, too.
 _WITHOUT_EFFECT = {"command", "path", "batch_tokens"}
@@ -56,13 +54,9 @@ def _file_record(path: Path, progress: str | None) -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is a pipe or device" if path.exists() else "does not exist"
         raise OSError(f"{path} {what}; expected a file, since it is read more than once.")
-    digest, size = hashlib.sha256(), path.stat().st_size
+    size = path.stat().st_size
     name = f"reading {path.name}" if progress and size >= _LONG else None
-    with path.open("rb") as file, progress_bar(name, "B", total=size) as bar:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-            bar.update(len(piece))
-    return {"path": str(path), "bytes": size, "sha256": digest.hexdigest()}
+    return {"path": str(path), "bytes": size, "sha256": sha256_of(path, name)}
 
 
 class RunFiles:
