@@ -1,5 +1,6 @@
 """Attention of a Gengram model: Mixtral's, where a GPU computes it right."""
 
+import functools
 from typing import Any
 
 import torch
@@ -41,15 +42,19 @@ class GengramAttention(MixtralAttention):
         cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        key = repeat_kv(key, self.num_key_value_groups)
-        value = value.repeat_interleave(self.num_key_value_groups, dim=1)
-        dropout = self.attention_dropout if self.training else 0.0
-        rows = max(_MOST_OF_A_MASK // key.shape[2], 1)
-        parts = [
-            F.scaled_dot_product_attention(part, key, value, attn_mask=mask, dropout_p=dropout, scale=self.scaling)
-            for part, mask in zip(query.split(rows, dim=2), _rows_of(attention_mask, query, rows), strict=True)
-        ]
-        found = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+        attend = functools.partial(
+            F.scaled_dot_product_attention,
+            key=repeat_kv(key, self.num_key_value_groups),
+            value=value.repeat_interleave(self.num_key_value_groups, dim=1),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            scale=self.scaling,
+        )
+        if torch.compiler.is_compiling() or query.shape[2] * key.shape[2] <= _MOST_OF_A_MASK:
+            found = attend(query, attn_mask=attention_mask)
+        else:
+            rows = max(_MOST_OF_A_MASK // key.shape[2], 1)
+            parts = zip(query.split(rows, dim=2), _rows_of(attention_mask, query, rows), strict=True)
+            found = torch.cat([attend(part, attn_mask=mask) for part, mask in parts], dim=2)
         return self.o_proj(found.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
 
     def _may_be_misread(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> bool:
