@@ -5,6 +5,7 @@ SAVED_SOURCES = {
     "configuration_motif_memory.py",
     "modeling_gengram.py",
     "modeling_gengram_adapters.py",
+    "modeling_gengram_attention.py",
     "modeling_gengram_inputs.py",
     "modeling_gengram_losses.py",
     "modeling_gengram_parallel.py",
