@@ -76,7 +76,7 @@ def native_kernels() -> dict:
 
     # Apple's compiler has no OpenMP; without it PyTorch's parallel_for, which is written with it, takes one thread.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    # A C++ library that was linked in whole keeps to itself; half of PyTorch's and half of this one would crash.
+    # Of a C++ library that is linked statically, which would mix with PyTorch's and crash.
     own_library = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
     sources = ["csrc/cpu/operators.cpp", *(["csrc/cuda/operators.cpp"] if has_cuda else [])]
     kind = cpp_extension.CUDAExtension if has_cuda else cpp_extension.CppExtension

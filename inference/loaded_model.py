@@ -88,7 +88,6 @@ def load_model(
             f"{printable(name)} predicts masked bases from both sides; expected a causal model, which predicts the "
             "next base from those before it."
         )
-    read_masks_right(model, torch.device(device))
     return LoadedModel(model.to(device).eval(), load_tokenizer(name, **loading))
 
 
@@ -192,6 +191,7 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
             f"{name}: expected {made_of} alone, got {quoted(sorted(surplus), limit=3)} of layers that it does not "
             "have by config.json, or that are quantised there. Is that of another model?"
         )
+    read_masks_right(model, name)
     return model
 
 

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from transformers.integrations import sdpa_attention
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, apply_rotary_pos_emb, repeat_kv
 
 _FEWEST_QUERIES = 32  # of a block of PyTorch's memory-efficient kernel; the other blocks have a multiple of it
-_MOST_OF_A_MASK = 2**32  # numbers of a mask that the kernel finds
+_MOST_OF_A_MASK = 2**32  # entries of a mask, with its rows padded to 16, from which on the kernel reads wrong rows
+_PACKS_HEADS = hasattr(sdpa_attention, "pack_gqa")  # Transformers 5.24 does, for a single query
 
 
 class GengramAttention(MixtralAttention):
@@ -20,7 +22,8 @@ class GengramAttention(MixtralAttention):
     last token (pytorch/pytorch issue 191937, mended upstream in August 2026). It does so only where the heads of keys
     and of values are repeated without a copy; here values are copied.
 
-    And it finds no more than 2**32 numbers of a mask (issue 187227): here queries of more are read in parts.
+    And it reads wrong rows of masks with more than 2**32 entries (issue 187227, mended in PyTorch 2.13): here such
+    queries are read in parts, except by compiled code.
     """
 
     def forward(
@@ -49,10 +52,10 @@ class GengramAttention(MixtralAttention):
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.scaling,
         )
-        if torch.compiler.is_compiling() or query.shape[2] * key.shape[2] <= _MOST_OF_A_MASK:
+        if torch.compiler.is_compiling() or query.shape[2] * _padded(key.shape[2]) <= _MOST_OF_A_MASK:
             found = attend(query, attn_mask=attention_mask)
         else:
-            rows = max(_MOST_OF_A_MASK // key.shape[2], 1)
+            rows = max(_MOST_OF_A_MASK // _padded(key.shape[2]), 1)
             parts = zip(query.split(rows, dim=2), _rows_of(attention_mask, query, rows), strict=True)
             found = torch.cat([attend(part, attn_mask=mask) for part, mask in parts], dim=2)
         return self.o_proj(found.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
@@ -61,12 +64,18 @@ class GengramAttention(MixtralAttention):
         if not hidden_states.is_cuda or self.config._attn_implementation != "sdpa":
             return False
         length, is_compiled = hidden_states.shape[1], torch.compiler.is_compiling()  # compiled code is for any length
-        if not is_compiled and length * attention_mask.shape[-1] > _MOST_OF_A_MASK:
+        if not is_compiled and length * _padded(attention_mask.shape[-1]) > _MOST_OF_A_MASK:
             return True
         is_spread = dist.is_available() and dist.is_initialized()  # then a process may hold one of several heads
         if self.config.num_key_value_heads > 1 and not is_spread:
             return False
-        return is_compiled or length % _FEWEST_QUERIES == 1
+        is_packed = length == 1 and _PACKS_HEADS and not is_compiled  # then nothing is repeated
+        return is_compiled or (length % _FEWEST_QUERIES == 1 and not is_packed)
+
+
+def _padded(keys: int) -> int:
+    """Entries of a mask's row, as PyTorch lays it out."""
+    return -(-keys // 16) * 16
 
 
 def _rows_of(mask: torch.Tensor, query: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:

@@ -170,7 +170,7 @@ def _is_of_torchao(weight: torch.Tensor) -> bool:
 
 
 class GengramExperts(MixtralExperts):
-    """Mixtral's stacked experts; what grouped products have no kernel for takes the eager loop instead.
+    """Mixtral's stacked experts; what products of many experts have no kernel for takes the eager loop instead.
 
     That is float64, matrices whose rows are not multiples of 16 bytes, and the tensor classes of torchao.
     """
@@ -184,10 +184,11 @@ class GengramExperts(MixtralExperts):
             return quantized_experts(self, hidden_states, top_k_index, top_k_weights)
         weights = (self.gate_up_proj, self.down_proj)
         is_supported = hidden_states.dtype != torch.float64 and all(
-            weight.shape[-1] * weight.element_size() % 16 == 0 and not _is_of_torchao(weight) for weight in weights
+            weight.shape[-1] * weight.element_size() % 16 == 0 for weight in weights
         )
         config: Any = self.config
-        if config._experts_implementation == "grouped_mm" and not is_supported:
+        is_torchao = any(_is_of_torchao(weight) for weight in weights)  # `generate` on a GPU asks for `batched_mm`
+        if (config._experts_implementation == "grouped_mm" and not is_supported) or is_torchao:
             eager: Any = inspect.unwrap(MixtralExperts.forward)
             return eager(self, hidden_states, top_k_index, top_k_weights)
         return super().forward(hidden_states, top_k_index, top_k_weights)

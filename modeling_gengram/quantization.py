@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .attention import GengramAttention
 from .quantized_experts import (
     GROUP,
     NUMBERS,
@@ -102,7 +102,8 @@ class GengramQuantizer(HfQuantizer):
         for experts in stacks:
             make_room(experts, self.quantization_config.experts, has_numbers=self.pre_quantized)
         kind = self.quantization_config.attention
-        for attention in [module for module in model.modules() if isinstance(module, GengramAttention)]:
+        # Mixtral's class, which is one for all copies of this code in a process
+        for attention in [module for module in model.modules() if isinstance(module, MixtralAttention)]:
             for name in PROJECTIONS if kind is not None else ():
                 setattr(attention, name, QuantizedLinear(getattr(attention, name), kind, self.pre_quantized))
         return model

@@ -87,9 +87,7 @@ class _LayerWithMemory:
         if motif_memory_pass is None:
             how = "call the model, which knows the ids."
             if self.training and cache_among(arguments, options) is not None:  # type: ignore[attr-defined]
-                how = (
-                    "if it is computed again for gradients, give the model use_cache=False; a cache would grow twice."
-                )
+                how += " If that was done, and this layer is computed again for gradients, give it use_cache=False."
             raise RuntimeError(f"a layer with a motif memory was called by itself; {how}")
         by_name = len(arguments) == 0  # compiled code takes no `not` of a tuple
         if by_name and "hidden_states" not in options:

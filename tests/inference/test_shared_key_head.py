@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from misread_masks import misreading_attention
 
 from gengram import DEFAULT_MODEL
-from gengram.inference import loaded_model, shared_key_head
+from gengram.inference import shared_key_head
+from gengram.inference.loaded_model import load_whole
 from gengram.inference.shared_key_head import misreads_masks, shares_one_key_head
 
 CPU = torch.device("cpu")
@@ -28,22 +30,24 @@ def asked_anew():
 
 @pytest.fixture
 def faulty(monkeypatch):
-    """Attention as PyTorch 2.11 computes it on a GPU: pytorch/pytorch issue 191937."""
-    original = F.scaled_dot_product_attention
-
-    def attention(query, key, value, attn_mask=None, **options):
-        if attn_mask is not None and query.shape[2] % 32 == 1 and key.stride(1) == value.stride(1) == 0:
-            attn_mask = attn_mask.clone()
-            attn_mask[..., -1, :] = attn_mask[..., 0, :]
-        return original(query, key, value, attn_mask=attn_mask, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", misreading_attention)
 
 
-def saved(folder, heads: int) -> str:
-    hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=heads)).save_pretrained(folder)
+@pytest.fixture
+def gpu(monkeypatch):
+    """A computer that says it has one, but computes on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(shared_key_head, "misreads_masks", lambda device: misreads_masks(CPU))
+
+
+def saved(folder, model) -> str:
+    model.save_pretrained(folder)
     hf.AutoTokenizer.from_pretrained(DEFAULT_MODEL).save_pretrained(folder)
     return str(folder)
+
+
+def llama(heads: int):
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, num_key_value_heads=heads))
 
 
 def test_a_cpu_reads_masks_right():
@@ -54,21 +58,33 @@ def test_the_fault_is_found(faulty):
     assert misreads_masks(CPU) is True
 
 
-@pytest.mark.parametrize(("heads", "expected"), [(1, "eager"), (2, "sdpa")])
-def test_foreign_models_go_around_it(heads, expected, faulty, tmp_path, caplog):
-    loaded = loaded_model.load_model(saved(tmp_path, heads), "causal", device="cpu")
-    assert loaded.model.config._attn_implementation == expected
-    assert ("reads masks wrong on cpu" in caplog.text) == (expected == "eager")
+@pytest.mark.parametrize(("heads", "expected"), [(1, "eager"), (2, "sdpa"), (4, "sdpa")])
+def test_foreign_models_go_around_it(heads, expected, faulty, gpu, tmp_path, caplog):
+    model = load_whole(hf.AutoModelForCausalLM, saved(tmp_path, llama(heads)))
+    assert model.config._attn_implementation == expected
+    assert ("computed eagerly" in caplog.text) == (expected == "eager")
 
 
-def test_nothing_changes_where_masks_are_read_right(tmp_path, caplog):
-    loaded = loaded_model.load_model(saved(tmp_path, 1), "causal", device="cpu")
-    assert loaded.model.config._attn_implementation == "sdpa" and not caplog.text
+@pytest.mark.parametrize("what", ["no GPU", "no fault"])
+def test_nothing_changes_where_masks_are_read_right(what, request, tmp_path, caplog):
+    request.getfixturevalue("faulty" if what == "no GPU" else "gpu")
+    model = load_whole(hf.AutoModelForCausalLM, saved(tmp_path, llama(1)))
+    assert model.config._attn_implementation == "sdpa" and not caplog.text
 
 
-def test_gengram_keeps_its_own_attention(monkeypatch):
-    monkeypatch.setattr(shared_key_head, "misreads_masks", lambda device: pytest.fail("asked"))
-    assert loaded_model.load_model(DEFAULT_MODEL, "causal", device="cpu").model.config._attn_implementation == "sdpa"
+def test_models_that_cannot_be_changed_are_named(faulty, gpu, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(hf.LlamaForCausalLM, "set_attn_implementation", lambda self, name: None)
+    load_whole(hf.AutoModelForCausalLM, saved(tmp_path, llama(1)))
+    assert "numbers of this model may be wrong there" in caplog.text
+
+
+def test_gengram_keeps_its_own_attention(faulty, gpu):
+    model = load_whole(hf.AutoModelForCausalLM, str(DEFAULT_MODEL))
+    assert model.config.num_key_value_heads == 1 and model.config._attn_implementation == "sdpa"
+
+
+def has_one(config, kind=hf.AutoModelForCausalLM) -> bool:
+    return any(shares_one_key_head(module) for module in kind.from_config(config).modules())
 
 
 @pytest.mark.parametrize(
@@ -76,13 +92,26 @@ def test_gengram_keeps_its_own_attention(monkeypatch):
     [
         (hf.LlamaConfig(**SIZES, num_key_value_heads=1), True),
         (hf.LlamaConfig(**SIZES, num_key_value_heads=4), False),
-        (hf.GPTBigCodeConfig(), True),
-        (hf.GPTBigCodeConfig(multi_query=False), False),
-        (hf.FalconConfig(), True),
-        (hf.FalconConfig(new_decoder_architecture=True, num_kv_heads=8), False),
-        (hf.BertConfig(), False),
+        (hf.LlamaConfig(**SIZES | {"num_attention_heads": 1}), False),
+        (hf.GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=8), True),
+        (hf.GPTBigCodeConfig(vocab_size=16, n_embd=32, n_layer=1, n_head=4), True),
+        (hf.GPTBigCodeConfig(vocab_size=16, n_embd=32, n_layer=1, n_head=4, multi_query=False), False),
+        (hf.GPT2Config(vocab_size=16, n_embd=32, n_layer=1, n_head=4), False),
+        (hf.MambaConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1), False),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_names_that_say_so(config, expected):
-    assert shares_one_key_head(config) is expected
+def test_which_models_have_one(config, expected):
+    assert has_one(config) is expected
+
+
+def test_heads_that_differ_by_layer(faulty, gpu, tmp_path):
+    if not hasattr(hf, "Gemma4TextConfig"):
+        pytest.skip("this version of Transformers has none")
+    few = {"num_key_value_heads": 2, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+    more = {"global_head_dim": 8, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 16}
+    config = hf.Gemma4TextConfig(**SIZES | layers, **few, **more)
+    assert has_one(config)
+    model = load_whole(hf.AutoModelForCausalLM, saved(tmp_path, hf.AutoModelForCausalLM.from_config(config)))
+    assert model.config._attn_implementation == "eager"

@@ -311,6 +311,30 @@ torch.save(model(torch.load({str(tmp_path / "ids.pt")!r})).logits.detach(), {str
     torch.testing.assert_close(found, model(ids).logits, rtol=0, atol=SAME_FP32)
 
 
+def test_copies_of_the_code_in_one_process_quantise_attention_each(folder, tmp_path):
+    """Every folder's code is a module of its own; the quantiser is that of the first."""
+    for name in ("first", "second"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=GengramQuantizationConfig("int8", attention="int8")
+        )
+        model.save_pretrained(tmp_path / name)
+        with open(tmp_path / name / "modeling_gengram_losses.py", "a") as file:
+            file.write(f"# {name}\n")
+    script = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+found = []
+for name in ("first", "second"):
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    found.append(model(torch.tensor([[8, 5, 6, 7, 8]])).logits.detach())
+assert not any(name.partition(".")[0] == "gengram" for name in sys.modules)
+assert len({name for name in sys.modules if name.endswith(".modeling_gengram")}) == 2
+assert torch.equal(*found)
+"""
+    home = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", script], check=True, env=home, cwd=tmp_path)
+
+
 def test_another_head_takes_a_quantised_folder(quantized):
     _, model, saved = quantized
     masked = AutoModelForMaskedLM.from_pretrained(saved)
@@ -541,13 +565,15 @@ def test_loading_with_the_right_quantisation_is_silent(quantized, caplog):
     assert not [record for record in caplog.records if "as they are" in record.message]
 
 
-def test_weights_of_torchao_take_the_loop_over_experts(folder):
+@pytest.mark.parametrize("asked", ["grouped_mm", "batched_mm"])  # the second by `generate` on a GPU
+def test_weights_of_torchao_take_the_loop_over_experts(folder, asked):
     torchao = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 
     kinds = {r"re:.*experts\.(gate_up_proj|down_proj)": torchao.Int8WeightOnlyConfig(version=2)}
     config = TorchAoConfig(torchao.FqnToConfig(kinds))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    model.set_experts_implementation(asked)
     plain = AutoModelForCausalLM.from_pretrained(folder)
     ids = random_ids(1, 20)
     expected = plain(ids).logits

@@ -303,7 +303,7 @@ def test_layers_computed_again_beside_a_cache_are_told_to_do_without():
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, layer_class))
     with (
         torch.enable_grad(),
-        pytest.raises(RuntimeError, match=r"computed again for gradients, give .* use_cache=False"),
+        pytest.raises(RuntimeError, match="computed again for gradients, give it use_cache=False"),
     ):
         model(random_ids(), labels=random_ids(), use_cache=True).loss.backward()
 
