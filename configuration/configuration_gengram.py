@@ -309,6 +309,19 @@ class GengramConfig(PreTrainedConfig):
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
         """How expert parallelism spreads the experts: as Mixtral's, or not at all with a dense feed-forward."""
+        return self._plan_of_experts() | self.__dict__.get("base_model_ep_plan", {})
+
+    @base_model_ep_plan.setter
+    def base_model_ep_plan(self, plan: dict[str, str]) -> None:
+        """What is added to the plan, as Transformers 5.18 does for the scales of weights in float8."""
+        of_experts = self._plan_of_experts()
+        self.__dict__["base_model_ep_plan"] = {name: plan[name] for name in plan if name not in of_experts}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; plans are no part of them."""
+        return {name: value for name, value in super().to_dict().items() if name != "base_model_ep_plan"}
+
+    def _plan_of_experts(self) -> dict[str, str]:
         plan: Any = MixtralConfig.base_model_ep_plan
         return dict(plan) if self.num_local_experts > 1 else {}
 

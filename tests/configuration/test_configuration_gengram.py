@@ -209,6 +209,16 @@ def test_what_depends_on_a_field_follows_it_wherever_it_is_given(changes, tmp_pa
         GengramConfig.from_pretrained(tmp_path, memory_window=3)
 
 
+@pytest.mark.parametrize("name", ["base_model_tp_plan", "base_model_ep_plan"])
+def test_what_a_quantiser_adds_to_a_plan_is_kept_and_not_saved(name, tmp_path):
+    config = GengramConfig(**SMALL)
+    own = dict(getattr(config, name))
+    setattr(config, name, own | {"layers.*.mlp.experts.down_proj_scale_inv": "grouped_gemm"})
+    assert getattr(config, name) == own | {"layers.*.mlp.experts.down_proj_scale_inv": "grouped_gemm"}
+    config.save_pretrained(tmp_path)
+    assert name not in (tmp_path / "config.json").read_text() and getattr(GengramConfig(**SMALL), name) == own
+
+
 # Any values from a file
 
 numbers = st.one_of(

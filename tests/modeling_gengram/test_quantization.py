@@ -553,8 +553,10 @@ def test_floats_of_8_bits_count_as_quantised(folder, caplog, monkeypatch):
     said = " ".join(record.message for record in caplog.records if "as they are" in record.message)
     plain = sum(weight.numel() for weight in model.parameters() if weight.itemsize > 1)
     whole = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(folder).parameters())
-    assert plain > 0.1 * whole  # scales and tables of a tiny model
-    assert f"leaves {plain / whole:.0%} of" in said and "experts" not in said
+    if plain > 0.1 * whole:  # tables of a tiny model; Transformers 5.18 quantises other parts than 5.24
+        assert f"leaves {plain / whole:.0%} of" in said and "experts" not in said
+    else:
+        assert not said
 
 
 def test_loading_with_the_right_quantisation_is_silent(quantized, caplog):
