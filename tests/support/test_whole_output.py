@@ -11,6 +11,9 @@ from gengram.support.errors import InputError
 from gengram.support.whole_output import whole_folder, write_whole
 
 WRITER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job is started without
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 import sys, time
 from gengram.support.whole_output import whole_folder
 with whole_folder(sys.argv[1]) as folder:
