@@ -40,7 +40,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.configuration_gengram import GengramConfig
 from ..motif_memory.definition import MemoryOutput, NgramPlan, at_least_float32
 from ..motif_memory.module import DepthwiseConv, MemoryRMSNorm, MotifMemory
-from ..motif_memory.plan import letter_codes, plan_known_codes
+from ..motif_memory.plan import letter_codes, plan_ngrams
 from ..motif_memory.state import NO_CONTINUOUS_BATCHING, MemoryState
 from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
 from .adapters import check_adapters, record_settings
@@ -505,8 +505,8 @@ class GengramModel(GengramPreTrainedModel):
             exists = masks.get("linear_attention")
             if exists is not None:
                 codes = codes.masked_fill(~exists.to(device=codes.device, dtype=torch.bool), 0)
-            memory_plan = plan_known_codes(
-                codes, self.memory_config, segments, exists, memory_state, is_causal=is_causal
+            memory_plan = plan_ngrams(
+                codes, self.memory_config, segments, exists, memory_state, is_causal=is_causal, are_known=True
             )
 
         hidden_states = inputs_embeds

@@ -40,6 +40,7 @@ def plan_ngrams(
     state: MemoryState | torch.Tensor | None = None,
     *,
     is_causal: bool = True,
+    are_known: bool = False,
 ) -> NgramPlan:
     """Which n-grams each window holds. Changes nothing: `state.advance_letters(codes)` is up to the caller.
 
@@ -52,29 +53,17 @@ def plan_ngrams(
         state: what is known of earlier tokens, or their codes, (batch, `config.context`) or (batch, 0); None: nothing
             came before.
         is_causal: the window is the last `config.window` tokens if true, else centred on the position.
+        are_known: whether `codes` come from `letter_codes` for certain, and need not be looked at.
 
     Raises:
         ValueError: if `codes` are no letter codes (on a GPU only those of several tokens are looked at, since that
             waits for it).
     """
     is_cheap = codes.device.type == "cpu" or codes.shape[1] > 1
-    if codes.numel() and is_cheap and can_be_read(codes):
+    if not are_known and codes.numel() and is_cheap and can_be_read(codes):
         least, most = (int(bound) for bound in codes.aminmax())
         if least < 0 or most > 5:
             raise ValueError(f"expected letter codes 0..5 from letter_codes, got {least}..{most}: token ids?")
-    return plan_known_codes(codes, config, positions, exists, state, is_causal=is_causal)
-
-
-def plan_known_codes(
-    codes: torch.Tensor,
-    config: MotifMemoryConfig,
-    positions: torch.Tensor | None = None,
-    exists: torch.Tensor | None = None,
-    state: MemoryState | torch.Tensor | None = None,
-    *,
-    is_causal: bool = True,
-) -> NgramPlan:
-    """`plan_ngrams` of codes that are known to be letter codes."""
     length, context = codes.shape[1], 0
     if exists is not None:
         exists = exists.to(device=codes.device, dtype=torch.bool)

@@ -8,7 +8,7 @@ import torch
 
 from ..configuration_motif_memory import MotifMemoryConfig
 from ..definition import NgramPlan, SpelledPlan
-from ..plan import plan_known_codes
+from ..plan import plan_ngrams
 from .state_in_cache import GraftState, state_in
 from .token_letters import Spelling
 
@@ -130,7 +130,9 @@ def _plan(
 ) -> NgramPlan | SpelledPlan:
     if spelling.is_of_single_bases:
         before = None if state is None else spelling.letter_codes(state.ids(ids))
-        return plan_known_codes(spelling.letter_codes(ids), config, positions, exists, before, is_causal=is_causal)
+        return plan_ngrams(
+            spelling.letter_codes(ids), config, positions, exists, before, is_causal=is_causal, are_known=True
+        )
     # Tokens of several bases: windows over the letters, one after another, of which each token reads that of its last.
     known = ids if state is None else torch.cat([state.ids(ids), ids], dim=1)
     codes, last, counts = spelling.spelled(known)
@@ -142,9 +144,9 @@ def _plan(
             before = torch.arange(-earlier, 0, device=ids.device) + behind[:, :1]
             behind = torch.cat([before, behind], dim=1)
         letter_positions = _positions_of_letters(behind, last, counts, codes.shape[1])
-    letters = plan_known_codes(codes, config, letter_positions, is_causal=is_causal)
+    letters = plan_ngrams(codes, config, letter_positions, is_causal=is_causal, are_known=True)
     no_letters = torch.zeros_like(ids)
-    tokens = plan_known_codes(no_letters, config, positions, exists, no_letters[:, :0], is_causal=is_causal)
+    tokens = plan_ngrams(no_letters, config, positions, exists, no_letters[:, :0], is_causal=is_causal, are_known=True)
     return SpelledPlan(letters, last[:, known.shape[1] - ids.shape[1] :], tokens)
 
 
