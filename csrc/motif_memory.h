@@ -24,6 +24,12 @@ inline namespace GENGRAM_CAPABILITY {
 
 constexpr int kLargestSize = 8;  // of an n-gram: 5^8 rows
 
+GENGRAM_BODY constexpr int32_t power_of_five(int n) {
+  int32_t power = 1;
+  for (int i = 0; i < n; i++) power *= 5;
+  return power;
+}
+
 // Windows, and the sections of packed tables: A (= C_N) at row 0, then C_(N-1) .. C_1, then B.
 struct Geometry {
   int window;                          // W, tokens
@@ -44,8 +50,7 @@ inline Geometry make_geometry(int window, int largest, int last, uint32_t sizes,
   g.endings = window - largest + 1;
   g.last = last;
   g.sizes = sizes;
-  g.power[0] = 1;
-  for (int n = 1; n <= largest; n++) g.power[n] = 5 * g.power[n - 1];
+  for (int n = 0; n <= largest; n++) g.power[n] = power_of_five(n);
   int32_t row = top_rows;
   for (int n = largest - 1; n >= 1; n--) {
     g.section[n] = row;
@@ -118,14 +123,19 @@ GENGRAM_BODY Span window_span(const Geometry& g, const Sequence& s, int64_t t) {
   return span;
 }
 
-// weight[n] = (full count) / (count of valid n-grams) of an irregular window, 0 for sizes that are not in use.
+// (full count) / (count of valid n-grams of size n) of an irregular window, 0 for sizes that are not in use.
+GENGRAM_BODY float irregular_weight(const Geometry& g, int n, int count) {
+  return (g.sizes >> n & 1) && count ? float(g.window - n + 1) / float(count) : 0.f;
+}
+
+// weight[n] for all n.
 GENGRAM_BODY void irregular_weights(const Geometry& g, const Sequence& s, const Span& span, float* weight) {
   for (int n = 0; n < kLargestSize + 2; n++) weight[n] = 0.f;
   for (int n = 1; n <= g.largest; n++) {
     if (!(g.sizes >> n & 1)) continue;
     int count = 0;
     for (int64_t j = span.begin + n - 1; j < span.stop; j++) count += s.runs[j] >= n;
-    weight[n] = count ? float(g.window - n + 1) / float(count) : 0.f;
+    weight[n] = irregular_weight(g, n, count);
   }
 }
 

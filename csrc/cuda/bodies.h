@@ -24,15 +24,15 @@ constexpr int32_t kNoOldest = -2;  // a full window of single letters, which has
 
 // The columns of a thread.
 struct Columns {
-  int64_t first;   // 0 where the thread has none
+  int first;  // 0 where the thread has none
   bool active;
-  int64_t part;    // of the warp; -1 if it has no column
+  int part;   // of the warp; -1 if it has no column
 };
 
 template <class Thread>
 GENGRAM_THREAD Columns columns_of(const Thread& thread, int64_t width) {
-  const int64_t first = (thread.y * thread.threads + thread.index) * kColumns;
-  const int64_t warp = (thread.y * thread.threads + thread.index / kWarp * kWarp) * kColumns;
+  const int first = (int(thread.y) * thread.threads + thread.index) * kColumns;
+  const int warp = (int(thread.y) * thread.threads + thread.index / kWarp * kWarp) * kColumns;
   return {first < width ? first : 0, first < width, warp < width ? warp / kWarpColumns : -1};
 }
 
@@ -77,27 +77,86 @@ struct RowColumns {
     return filled(0.f);
   }
 
-  // The window of one position on its own.
-  GENGRAM_THREAD Four window(const Sequence& s, int64_t t) const {
+  // A window that is full of letters, on its own.
+  GENGRAM_THREAD Four full_window(const Sequence& s, int64_t t) const {
+    const int64_t end = window_end(*g, s, t);
     Four out = filled(0.f);
-    if (is_regular(*g, s, t)) {
-      const int64_t end = window_end(*g, s, t);
-      if (g->endings == kEndings) {
-        out = tree<kEndings>(s, end);
-      } else {
-        int taken = 0;
-        GENGRAM_KEEP_LOOP for (int width = 1; width <= g->endings; width *= 2) {
-          if (!(g->endings & width)) continue;
-          const Four part = tree_of(s, end - taken, width);
-          out = taken ? out + part : part;
-          taken += width;
-        }
-      }
-      if (g->largest > 1) out = out + row(oldest_row(*g, s, t));
+    if (g->endings == kEndings) {
+      out = tree<kEndings>(s, end);
     } else {
-      for_each_irregular_row(*g, s, t, [&](int32_t index, float weight) { out = out + row(index) * weight; });
+      int taken = 0;
+      GENGRAM_KEEP_LOOP for (int width = 1; width <= g->endings; width *= 2) {
+        if (!(g->endings & width)) continue;
+        const Four part = tree_of(s, end - taken, width);
+        out = taken ? out + part : part;
+        taken += width;
+      }
     }
+    if (g->largest > 1) out = out + row(oldest_row(*g, s, t));
     return out * factor;
+  }
+};
+
+// Windows that are not full of letters, one position after the other. A window that begins where the last one began only
+// adds its new tokens, as behind the start of a sequence. A sum's order is that of a window on its own.
+template <class T>
+struct GrowingWindow {
+  const RowColumns<T>& columns;
+  // By size m: rows of C_m where a longer n-gram ends, rows of C_m where none does, and how many these are.
+  Four longer[kLargestSize], longest[kLargestSize];
+  int count[kLargestSize];
+  int64_t begin = 0, stop = -1;  // tokens that these hold, if stop >= 0
+
+  GENGRAM_THREAD explicit GrowingWindow(const RowColumns<T>& all) : columns(all) {}
+
+  GENGRAM_THREAD void restart(int64_t token) {
+    GENGRAM_KEEP_LOOP for (int i = 0; i < kLargestSize; i++) {
+      longer[i] = longest[i] = filled(0.f);
+      count[i] = 0;
+    }
+    begin = stop = token;
+  }
+
+  // Whether the tokens between the two beginnings are no letters, so that the sums need none of them.
+  GENGRAM_THREAD bool holds(const Sequence& s, const Span& span) const {
+    if (span.begin < begin || span.begin > stop || span.stop < stop) return false;
+    GENGRAM_KEEP_LOOP for (int64_t j = begin; j < span.begin; j++)
+      if (s.runs[j] > 0) return false;
+    return true;
+  }
+
+  GENGRAM_THREAD void push(const Sequence& s, const Span& span, int64_t j) {
+    const Geometry& g = *columns.g;
+    const int size = longest_in_span(g, s, span, j), gram = s.grams[j];
+    if (size <= 0) return;
+    const Four own = columns.row(size == g.largest ? s.top[j] : g.section[size] + gram % g.power[size]);
+    Four rows[kLargestSize - 1];  // all loads first; where no longer n-gram ends, `own` once more, for nothing
+    GENGRAM_UNROLL for (int i = 0; i < kLargestSize - 1; i++)
+      rows[i] = columns.row(i + 1 < size ? g.section[i + 1] + gram % power_of_five(i + 1) : s.top[j]);
+    GENGRAM_UNROLL for (int i = 0; i < kLargestSize - 1; i++)
+      if (i + 1 < size) longer[i] = longer[i] + rows[i];
+    longest[size - 1] = longest[size - 1] + own;
+    count[size - 1]++;
+  }
+
+  GENGRAM_THREAD Four at(const Sequence& s, int64_t t) {
+    const Geometry& g = *columns.g;
+    const Span span = window_span(g, s, t);
+    if (!holds(s, span)) restart(span.begin);
+    begin = span.begin;
+    GENGRAM_KEEP_LOOP for (int64_t j = stop; j < span.stop; j++) push(s, span, j);
+    stop = span.stop;
+    Four out = filled(0.f);
+    float above = 0.f;  // weight of the next larger size
+    int ngrams = 0;
+    GENGRAM_KEEP_LOOP for (int m = g.largest; m > 0; m--) {
+      ngrams += count[m - 1];
+      const float weight = irregular_weight(g, m, ngrams);
+      if (weight != above) out = add_product(out, longer[m - 1], weight - above);
+      if (weight != 0.f) out = add_product(out, longest[m - 1], weight);
+      above = weight;
+    }
+    return out * columns.factor;
   }
 };
 
@@ -139,15 +198,16 @@ struct FromRows {
     Four ring[2 * kEndings - 1];
     GENGRAM_UNROLL for (int i = 0; i < 2 * kEndings - 1; i++) ring[i] = filled(0.f);
     bool is_warm = false;
-    GENGRAM_KEEP_LOOP for (int i = 0; i < count; i += kGroup) {
-      bool fast = true;
-      GENGRAM_UNROLL for (int p = 0; p < kGroup; p++) fast = fast && oldest[i + p] != kSlow;
-      if (!fast) {
+    for (int i = 0; i < count;) {
+      if (!is_swept(oldest + i)) {
+        GrowingWindow<T> growing(columns);
+        GENGRAM_KEEP_LOOP do {
+          const int64_t t = first + i;
+          sink.one(t, t < 0 || t >= s.length ? filled(0.f) : is_regular(g, s, t) ? columns.full_window(s, t) : growing.at(s, t));
+          i++;
+        } while (i < count && (i % kGroup || !is_swept(oldest + i)));
+        GENGRAM_UNROLL for (int p = 0; p < 2 * kEndings - 1; p++) ring[p] = filled(0.f);  // frees its registers meanwhile
         is_warm = false;
-        GENGRAM_KEEP_LOOP for (int p = i; p < i + kGroup && p < count; p++) {
-          const int64_t t = first + p;
-          sink.one(t, t >= 0 && t < s.length ? columns.window(s, t) : filled(0.f));
-        }
         continue;
       }
       Four sums[kGroup];
@@ -162,11 +222,20 @@ struct FromRows {
         sums[p] = sums[p] * factor;
       }
       sink.eight(first + i, sums);
+      i += kGroup;
     }
   }
 
+  // Whether the windows of a group are all full of letters.
+  GENGRAM_THREAD static bool is_swept(const int32_t* oldest) {
+    bool all = true;
+    GENGRAM_UNROLL for (int p = 0; p < kGroup; p++) all = all && oldest[p] != kSlow;
+    return all;
+  }
+
   GENGRAM_THREAD Four window(const Sequence& s, int64_t, int side, int64_t column, int64_t t) const {
-    return of(side, column).window(s, t);
+    const RowColumns<T> columns = of(side, column);
+    return is_regular(g, s, t) ? columns.full_window(s, t) : GrowingWindow<T>(columns).at(s, t);
   }
 
   GENGRAM_THREAD RowColumns<T> of(int side, int64_t column) const {
@@ -495,11 +564,17 @@ struct GatedTile {
   GENGRAM_THREAD int64_t stop(int64_t x) const { return smaller(first(x) + kTile, tokens.length); }
   GENGRAM_THREAD int64_t offset(int64_t tap) const { return tap * layer.dilation - layer.reach_back; }
   GENGRAM_THREAD int64_t at(int64_t row, int64_t t, int64_t column) const { return (row * tokens.length + t) * layer.hidden + column; }
-  // Input of the convolution at `offset` from t, if it counts there.
-  GENGRAM_THREAD Four input(const Sequence& s, int64_t row, int64_t t, int64_t offset, int64_t column) const {
-    const int64_t other = t + offset;
-    if (other < 0 || other >= s.length || !is_in_segment(s, t, offset)) return filled(0.f);
-    return load(values + at(row, other, column)) * strength_of(s, gates + row * s.length, other);
+  // Inputs of the convolution at taps `tap` .. tap + kTapsAtOnce - 1 of position t, 0 where one does not count.
+  GENGRAM_THREAD void inputs(const Sequence& s, int64_t row, int64_t t, int64_t tap, int64_t column, Four (&out)[kTapsAtOnce]) const {
+    float strength[kTapsAtOnce];
+    bool counts[kTapsAtOnce];
+    GENGRAM_UNROLL for (int i = 0; i < kTapsAtOnce; i++) {  // all loads first
+      const int64_t other = t + offset(tap + i);
+      counts[i] = tap + i < layer.taps && other >= 0 && other < s.length && is_in_segment(s, t, offset(tap + i));
+      out[i] = load(values + at(row, counts[i] ? other : t, column));
+      strength[i] = counts[i] ? strength_of(s, gates + row * s.length, other) : 0.f;
+    }
+    GENGRAM_UNROLL for (int i = 0; i < kTapsAtOnce; i++) out[i] = counts[i] ? out[i] * strength[i] : filled(0.f);
   }
 };
 
@@ -515,9 +590,12 @@ struct TapGradientsKernel : GatedTile<V, X> {
     const Sequence s = sequence_of(this->tokens, row);
     for (int64_t t = this->first(thread.x); t < this->stop(thread.x); t++) {
       Four sum = filled(0.f);
-      for (int64_t tap = 0; tap < this->layer.taps; tap++) {
-        const Four weight = load(this->layer.conv_weight + tap * this->layer.hidden + columns.first);
-        sum = add_product(sum, this->input(s, row, t, this->offset(tap), columns.first), weight);
+      GENGRAM_KEEP_LOOP for (int64_t tap = 0; tap < this->layer.taps; tap += kTapsAtOnce) {
+        Four inputs[kTapsAtOnce];
+        this->inputs(s, row, t, tap, columns.first, inputs);
+        GENGRAM_UNROLL for (int i = 0; i < kTapsAtOnce; i++)
+          if (tap + i < this->layer.taps)
+            sum = add_product(sum, inputs[i], load(this->layer.conv_weight + (tap + i) * this->layer.hidden + columns.first));
       }
       const int64_t place = this->at(row, t, columns.first);
       const Four grad = load(this->grad_residual + place);
@@ -544,14 +622,21 @@ struct ValueGradientsKernel : GatedTile<V, X> {
     const Sequence s = sequence_of(this->tokens, row);
     for (int64_t t = this->first(thread.x); t < this->stop(thread.x); t++) {
       const int64_t place = this->at(row, t, columns.first);
+      const Four value = load(this->values + place);
       Four grad = load(this->grad_residual + place);
-      for (int64_t tap = 0; this->layer.conv_weight && tap < this->layer.taps; tap++) {
-        const int64_t reader = t - this->offset(tap);
-        if (reader < 0 || reader >= s.length || !is_in_segment(s, reader, this->offset(tap))) continue;
-        const Four weight = load(this->layer.conv_weight + tap * this->layer.hidden + columns.first);
-        grad = add_product(grad, load(this->grad_taps + this->at(row, reader, columns.first)), weight);
+      GENGRAM_KEEP_LOOP for (int64_t begin = 0; this->layer.conv_weight && begin < this->layer.taps; begin += kTapsAtOnce) {
+        Four grads[kTapsAtOnce], weights[kTapsAtOnce];
+        bool counts[kTapsAtOnce];
+        GENGRAM_UNROLL for (int i = 0; i < kTapsAtOnce; i++) {  // all loads first
+          const int64_t tap = smaller(begin + i, this->layer.taps - 1), reader = t - this->offset(tap);
+          counts[i] = tap == begin + i && reader >= 0 && reader < s.length && is_in_segment(s, reader, this->offset(tap));
+          grads[i] = load(this->grad_taps + this->at(row, counts[i] ? reader : t, columns.first));
+          weights[i] = load(this->layer.conv_weight + tap * this->layer.hidden + columns.first);
+        }
+        GENGRAM_UNROLL for (int i = 0; i < kTapsAtOnce; i++)
+          if (counts[i]) grad = add_product(grad, grads[i], weights[i]);
       }
-      const float product = dot(grad, load(this->values + place));
+      const float product = dot(grad, value);
       thread.sum(columns.active ? product : 0.f, columns.part < 0 ? nullptr : products + (row * s.length + t) * parts + columns.part);
       if (columns.active) store(grad_values + place, grad * strength_of(s, this->gates + row * s.length, t));
     }
@@ -575,9 +660,9 @@ struct ConvGradientsKernel : GatedTile<V, X> {
       GENGRAM_UNROLL for (int i = 0; i < kTapsAtOnce; i++) sums[i] = filled(0.f);
       for (int64_t t = this->first(thread.x); t < this->stop(thread.x); t++) {
         const Four grad = load(this->grad_taps + this->at(row, t, columns.first));
-        GENGRAM_UNROLL for (int i = 0; i < kTapsAtOnce; i++)
-          if (begin + i < this->layer.taps)
-            sums[i] = add_product(sums[i], grad, this->input(s, row, t, this->offset(begin + i), columns.first));
+        Four inputs[kTapsAtOnce];
+        this->inputs(s, row, t, begin, columns.first, inputs);
+        GENGRAM_UNROLL for (int i = 0; i < kTapsAtOnce; i++) sums[i] = add_product(sums[i], grad, inputs[i]);
       }
       GENGRAM_UNROLL for (int i = 0; i < kTapsAtOnce; i++)
         if (begin + i < this->layer.taps)
@@ -703,6 +788,22 @@ GENGRAM_THREAD float irregular_share(const Geometry& g, const Sequence& s, const
   return alone ? weight[m] : irregular_factor(weight, longest, m);
 }
 
+// The sum of the gradients of positions begin .. stop - 1, rows `stride` apart, each times share(position). Those without a
+// share are not read.
+template <class G, class Share>
+GENGRAM_THREAD Four sum_of_shares(int64_t begin, int64_t stop, const G* grad, int64_t stride, const Share& share) {
+  Four sum = filled(0.f);
+  GENGRAM_KEEP_LOOP for (int64_t t = begin; t < stop; t += kGroup) {
+    float shares[kGroup];
+    GENGRAM_KEEP_LOOP for (int i = 0; i < kGroup; i++) shares[i] = t + i < stop ? share(t + i) : 0.f;
+    Four grads[kGroup];  // all loads first
+    GENGRAM_UNROLL for (int i = 0; i < kGroup; i++) grads[i] = shares[i] != 0.f ? load(grad + (t + i) * stride) : filled(0.f);
+    GENGRAM_UNROLL for (int i = 0; i < kGroup; i++)
+      if (shares[i] != 0.f) sum = add_product(sum, grads[i], shares[i]);
+  }
+  return sum;
+}
+
 // For every token j the sum of the gradients of the windows that hold the n-gram of size `size` which ends there, times
 // `scale`: the transpose of the window sum. Windows are weighted as in the forward pass.
 template <class G>
@@ -757,13 +858,11 @@ struct PoolKernel {
         continue;
       }
       GENGRAM_KEEP_LOOP for (int p = 0; p < kGroup && j + p < stop; p++) {
-        Four sum = filled(0.f);
-        GENGRAM_KEEP_LOOP for (int i = 0; i < endings; i++) {
-          const int kind = kinds[place + p + i];
-          if (!kind) continue;
-          const float share = kind == 1 ? 1.f : irregular_share(g, s, weights + row * s.length * (kLargestSize + 2), t + p + i, j + p, size, true);
-          if (share != 0.f) sum = add_product(sum, load(grad + (t + p + i) * stride), share);
-        }
+        const Four sum = sum_of_shares(t + p, t + p + endings, grad, stride, [&](int64_t window) {
+          const int kind = kinds[place + window - t];
+          if (kind != 2) return float(kind);
+          return irregular_share(g, s, weights + row * s.length * (kLargestSize + 2), window, j + p, size, true);
+        });
         store(out + (j + p) * width, sum * scale);
       }
     }
@@ -824,12 +923,9 @@ struct RowEntries {
     const int64_t t = j - s.context - g.last;
     if (kind == 1) return load(grad + t * width) * scale;
     const int m = int(kind) - 1;
-    Four sum = filled(0.f);
-    GENGRAM_KEEP_LOOP for (int64_t other = larger(t, 0); other < smaller(t + g.window - m + 1, s.length); other++) {
-      if (is_regular(g, s, other)) continue;
-      const float share = irregular_share(g, s, weights + row * s.length * (kLargestSize + 2), other, j, m, false);
-      if (share != 0.f) sum = add_product(sum, load(grad + other * width), share);
-    }
+    const Four sum = sum_of_shares(larger(t, 0), smaller(t + g.window - m + 1, s.length), grad, width, [&](int64_t window) {
+      return is_regular(g, s, window) ? 0.f : irregular_share(g, s, weights + row * s.length * (kLargestSize + 2), window, j, m, false);
+    });
     return sum * scale;
   }
 };
@@ -921,26 +1017,30 @@ struct JoinKernel {
 
 // ---- window means of the tables as they are
 
-// The columns of one table's mean. The sums of eight neighbouring windows share what all of them hold, so their order
+// The columns of the tables' means, side by side; a table has `slices` blocks. The sums of eight neighbouring windows share what all of them hold, so their order
 // depends on a position's place in its group: the last bits may differ between a sequence and its pieces.
 template <class T>
 struct FeaturesKernel {
   static constexpr int kThreads = kThreadsMost, kBlocks = 1, kPhases = 1;
   Geometry g;
   Tokens tokens;
-  const T* table;
-  T* features;      // the table's first column, rows `stride` apart
-  int64_t width, stride, tiles;
-  int size;
+  const T* tables[kLargestSize];
+  int sizes[kLargestSize];
+  T* features;  // (batch, length, tables * width)
+  int64_t width, stride, tiles, slices;
 
   template <int kPhase, class Thread>
-  GENGRAM_THREAD void phase(const Thread& thread) const {
+  GENGRAM_THREAD void phase(Thread thread) const {
+    const int64_t which = thread.y / slices;
+    thread.y %= slices;
     const Columns columns = columns_of(thread, width);
     if (!columns.active) return;
+    const int size = sizes[which];
+    const T* table = tables[which];
     const int64_t row = thread.x / tiles, first = thread.x % tiles * kTile, stop = smaller(first + kTile, tokens.length);
     const Sequence s = sequence_of(tokens, row);
     const int endings = g.window - size + 1, rows = g.power[size];
-    T* out = features + row * s.length * stride + columns.first;
+    T* out = features + row * s.length * stride + which * width + columns.first;
     auto at = [&](int64_t j) { return load(table + int64_t(s.grams[j] % rows) * width + columns.first); };
     GENGRAM_KEEP_LOOP for (int64_t t = first; t < stop; t += kGroup) {
       bool fast = endings >= kGroup && t + kGroup <= stop;
@@ -963,10 +1063,19 @@ struct FeaturesKernel {
         const Span span = window_span(g, s, p);
         Four sum = filled(0.f);
         int count = 0;
-        GENGRAM_KEEP_LOOP for (int64_t j = span.begin + size - 1; j < span.stop; j++) {
-          if (s.runs[j] < size) continue;
-          sum = sum + at(j);
-          count++;
+        GENGRAM_KEEP_LOOP for (int64_t j = span.begin + size - 1; j < span.stop; j += kGroup) {
+          Four rows[kGroup];  // all loads first; a row for nothing where none is wanted
+          bool is_wanted[kGroup];
+          GENGRAM_UNROLL for (int i = 0; i < kGroup; i++) {
+            const int64_t token = smaller(j + i, span.stop - 1);
+            is_wanted[i] = token == j + i && s.runs[token] >= size;
+            rows[i] = at(token);
+          }
+          GENGRAM_UNROLL for (int i = 0; i < kGroup; i++) {
+            if (!is_wanted[i]) continue;
+            sum = sum + rows[i];
+            count++;
+          }
         }
         store_once(out + p * stride, sum * (count ? 1.f / float(count) : 0.f));
       }

@@ -328,12 +328,17 @@ int gengram_cuda_backward(const BackwardArguments* a, const int32_t* sorted_keys
 int gengram_cuda_features(const FeatureArguments* a, void* stream) {
   return with_type(a->type, [&](auto kind) -> int {
     using T = typename decltype(kind)::type;
-    const int64_t tiles = divided(a->tokens.length, kTile);
     const Slices slices(a->width);
-    for (int64_t table = 0; table < a->tables; table++) {
-      const FeaturesKernel<T> kernel{geometry_of(*a), a->tokens, static_cast<const T*>(a->rows[table]),
-                                     static_cast<T*>(a->features) + table * a->width, a->width, a->tables * a->width, tiles, a->sizes[table]};
-      GENGRAM_TRY(launch(kernel, a->tokens.batch * tiles, slices.count, slices.threads, 0, stream));
+    FeaturesKernel<T> kernel{geometry_of(*a), a->tokens, {}, {}, static_cast<T*>(a->features), a->width, a->tables * a->width,
+                             divided(a->tokens.length, kTile), slices.count};
+    for (int64_t first = 0; first < a->tables; first += kLargestSize) {
+      const int64_t count = smaller(kLargestSize, a->tables - first);
+      for (int64_t i = 0; i < count; i++) {
+        kernel.tables[i] = static_cast<const T*>(a->rows[first + i]);
+        kernel.sizes[i] = a->sizes[first + i];
+      }
+      kernel.features = static_cast<T*>(a->features) + first * a->width;
+      GENGRAM_TRY(launch(kernel, a->tokens.batch * kernel.tiles, count * slices.count, slices.threads, 0, stream));
     }
     return 0;
   });

@@ -157,6 +157,15 @@ def test_window_features_equal_the_definition(kernels, seed, dtype):
     assert_near([ours], [truth], torch.finfo(dtype).eps)
 
 
+def test_features_of_more_tables_than_sizes(kernels):
+    case = prepared(kernels, 0)
+    case.plan = case.plan._replace(ngram_sizes=tuple([*case.sizes, *[1, 2] * 5]))
+    tables = [torch.randn(5**n, 16, device=kernels.device) for n in case.sizes]
+    with kernels.forced():
+        ours = operators.window_features(tables, case.plan, native=True)
+    assert_near([ours], [definition.window_features([table.double() for table in tables], case.plan)], KERNELS_FP32)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_plan_equals_the_definition(kernels, seed):
     case = random_case(seed, largest=6).to(kernels.device)
@@ -234,7 +243,7 @@ def test_decoding_gives_the_bits_of_prefill(kernels, rows, window):
     weights = weights.to(kernels.device)
     tables = pack_tables(tables, *weights, sizes, window, rows, kernels.slab_width(hidden))
     tokens = torch.tensor(LETTERS)[torch.randint(5, (2, 700), generator=generator)].to(kernels.device)
-    tokens[0, 50] = tokens[1, 640] = 3
+    tokens[0, 50] = tokens[1, 640] = tokens[0, 100:140] = tokens[1, 645:652] = 3  # single ones, and gaps
     codes = definition.letter_codes(tokens, LETTERS)
     hidden_states = torch.randn(2, 700, hidden, generator=generator).bfloat16().to(kernels.device)
     taps, reach = torch.randn(hidden, 4, generator=generator).to(kernels.device), 3 * dilation
