@@ -37,6 +37,7 @@ CASES = [
     dict(hidden=4096, width=1024, length=8192, dtype="bfloat16"),
     dict(hidden=1024, width=256, length=2048, dtype="float32"),
     dict(hidden=1024, width=256, length=2048, dtype="bfloat16"),
+    dict(hidden=1024, width=256, length=300, batch=64, dtype="float32"),  # the first 20 windows of each are not full
 ]
 DECODING = dict(hidden=4096, width=1024, length=39, dtype="bfloat16")
 
@@ -54,8 +55,8 @@ def measure(
     dtype = getattr(torch, case["dtype"])
     memory = prepare(case)
     layer = memory.layer.eval()
-    ids = random_bases(case["length"])
-    hidden = torch.randn(1, case["length"], case["hidden"]).bfloat16().to(ids.device)
+    ids = random_bases(case["length"], case.get("batch", 1))
+    hidden = torch.randn(*ids.shape, case["hidden"]).bfloat16().to(ids.device)
     with memory_path("token_major", "torch"):
         exact = layer.double()(hidden.double(), memory.plan(ids)).residual
     layer.to(dtype)

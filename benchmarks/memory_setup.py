@@ -79,9 +79,9 @@ def prepare(case: dict) -> Memory:
     return Memory(layer.to(_device), config)
 
 
-def random_bases(length: int) -> torch.Tensor:
-    """(1, length) token ids of A, C, G and T."""
-    return torch.tensor(LETTERS)[torch.randint(4, (1, length))].to(_device)
+def random_bases(length: int, batch: int = 1) -> torch.Tensor:
+    """(batch, length) token ids of A, C, G and T."""
+    return torch.tensor(LETTERS)[torch.randint(4, (batch, length))].to(_device)
 
 
 def reference_module(path: Path, config: MotifMemoryConfig, hidden: int) -> Any:

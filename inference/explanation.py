@@ -16,11 +16,11 @@ from ..motif_memory import MotifMemory
 from ..motif_memory.grafts.attach import attached_memories, base_model_of
 from ..motif_memory.grafts.layer import GRAFT
 from ..motif_memory.kmer_rows import LETTERS
+from ..motif_memory.ways.kept_fold import memories_of
 from ..sequences.alphabet import BASES
 from ..support.errors import InputError, quoted
 from .kmer_shares import LN_RULE, KmerGrid, WorkedOut, shares_of_gate_logit, shares_of_output, work_out
 from .logit_lens import base_contrasts, last_norm, through_norm
-from .memory_use import memories_of
 from .offloaded import input_device
 
 TARGETS = ("gate_logit", "residual_norm", "base:A", "base:C", "base:G", "base:T", "base:actual", "class:NAME")

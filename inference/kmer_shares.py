@@ -37,7 +37,7 @@ from ..motif_memory.definition import (
     within_segment,
 )
 from ..motif_memory.ways.weights import Weights
-from .offloaded import weight_at_hand
+from .offloaded import plain_weight_at_hand, weight_at_hand
 
 LN_RULE = "LN rule: root mean squares are held (Ali et al. 2022)"
 GATE_RULE = "signal takes all: the gate is held (Arras et al. 2019)"
@@ -143,14 +143,17 @@ def shares_of_output(found: WorkedOut, direction: torch.Tensor) -> KmerGrid:
 
 def _rows(table: Any, letters: NgramPlan, index: int) -> torch.Tensor:
     """The row of the k-mer that ends at each letter, (batch, letters, width)."""
-    with _plain_weight(table, nn.Embedding) as weight:
+    with plain_weight_at_hand(table, nn.Embedding) as weight:
         rows = F.embedding(letters.rows(index), weight).double()
     return rows.masked_fill(~letters.valid(index).unsqueeze(-1), 0)
 
 
 def _weights(memory: Any) -> Weights:
     """The weights without tables: matrices as they are, of which one is computed with at a time, others in float64."""
-    with _plain_weight(memory.key_proj, nn.Linear) as key, _plain_weight(memory.value_proj, nn.Linear) as value:
+    with (
+        plain_weight_at_hand(memory.key_proj, nn.Linear) as key,
+        plain_weight_at_hand(memory.value_proj, nn.Linear) as value,
+    ):
         matrices = key, value
     conv = None if memory.short_conv is None else memory.short_conv.conv
     norm_q, norm_k = _small_weight(memory.norm_q), _small_weight(memory.norm_k)
@@ -161,16 +164,6 @@ def _weights(memory: Any) -> Weights:
 def _small_weight(module: Any) -> torch.Tensor:
     with weight_at_hand(module) as weight:
         return weight.double()
-
-
-def _plain_weight(module: Any, kind: Any) -> Any:
-    """A block with the weight of a module of this kind, which nothing changes on its way."""
-    if type(module) is not kind:
-        raise ValueError(
-            f"expected a memory of plain {kind.__name__} modules, got a {type(module).__name__}: merge adapters or "
-            "load the model unquantised first."
-        )
-    return weight_at_hand(module)
 
 
 def _sources(found: WorkedOut, direction: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..motif_memory.kmer_rows import place_of_kmer
+from ..motif_memory.ways.kept_fold import memories_of
 from ..sequences.alphabet import reverse_complement
 from ..support.errors import InputError
-from .memory_use import memories_of
 
 
 def spelled_kmers(kmers: Sequence[str]) -> list[str]:

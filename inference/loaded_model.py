@@ -21,9 +21,9 @@ from transformers.utils import logging
 from ..motif_memory.grafts.attach import IN_CONFIG
 from ..motif_memory.grafts.layer import CHILD
 from ..motif_memory.grafts.saved_memory import load_memory
-from ..support.errors import InputError, quoted
+from ..support.errors import InputError, MissingExtraError, quoted
 from ..support.printable import printable
-from .model_folder import check_model_folder
+from .model_folder import adapted_model, check_model_folder
 from .shared_key_head import read_masks_right
 
 UNKNOWN_CONTEXT = 10**9  # tokens, if nothing says how many a model can read
@@ -111,12 +111,18 @@ def load_config(name: str, **loading: Any) -> Any:
         OSError, ValueError: of Transformers, if there is none, or none of a kind that it knows.
     """
     check_model_folder(name)
+    base = adapted_model(name)
+    if base is not None:
+        return load_config(base, **loading)
     try:
         return AutoConfig.from_pretrained(name, **loading)
     except OSError as error:
         if Path(name).exists():
             raise
-        raise OSError(f"{printable(name)}: there is no such folder here, and on the Hub: {error}") from None
+        raise OSError(
+            f"{printable(name)}: there is no such folder here, and on the Hub: {error}. (Adapters on the Hub have to "
+            f"be fetched first: hf download {printable(name)} --local-dir FOLDER)"
+        ) from None
 
 
 def load_tokenizer(name: str, **loading: Any) -> Any:
@@ -127,6 +133,9 @@ def load_tokenizer(name: str, **loading: Any) -> Any:
         OSError, ValueError: of Transformers, if there is none, or none of a kind that it knows.
     """
     check_model_folder(name)
+    base = adapted_model(name)
+    if base is not None and not (Path(name) / "tokenizer_config.json").exists():
+        return load_tokenizer(base, **loading)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **loading)
         tokenizer("ACGTN")
@@ -147,15 +156,25 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
 
     Args:
         auto_class: whose `from_pretrained` is called.
-        name: folder or Hub id.
+        name: folder or Hub id; a folder may also hold low-rank adapters of a model, which is loaded from where it is.
         has_new_head: whether what stands on the model's body is to be trained, and may be missing.
         loading: further arguments of `from_pretrained`.
 
     Raises:
         InputError: if weights are missing, damaged, of another shape, or of layers that the model does not have.
+        MissingExtraError: if a folder holds adapters, and PEFT is not installed.
         OSError: if there is no such model.
     """
     check_model_folder(name)
+    base = adapted_model(name)
+    if base is not None:
+        if has_new_head or auto_class in (HEADS["classes"], HEADS["labels"]):
+            raise InputError(
+                f"{printable(name)} holds adapters of {printable(base)}, expected a whole model, whose head can be "
+                "known and trained; merge them: PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload()"
+                ".save_pretrained(NEW)"
+            )
+        return _with_adapters(load_whole(auto_class, base, **loading), name)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of the report on weights that are missing or left out, which are checked below
     try:
@@ -192,6 +211,30 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
             "have by config.json, or that are quantised there. Is that of another model?"
         )
     read_masks_right(model, name)
+    return model
+
+
+def _with_adapters(model: Any, folder: str) -> Any:
+    """The model with the adapters of a folder, all of which must find their place in it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of the report on weights that are missing or left out, which are checked below
+    try:
+        found = model.load_adapter(folder)
+    except ImportError:
+        raise MissingExtraError(f"{printable(folder)} holds adapters, which need peft: pip install peft") from None
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{printable(folder)}: expected adapters of {type(model).__name__}, which cannot be made of what is there "
+            f"({printable(str(error))})."
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    strangers = {*found.missing_keys, *found.unexpected_keys, *(each[0] for each in found.mismatched_keys)}
+    if strangers:
+        raise InputError(
+            f"{printable(folder)}: expected adapters of {type(model).__name__}, got "
+            f"{quoted(sorted(strangers), limit=3)}, which are not in both. Do they belong to another model?"
+        )
     return model
 
 

@@ -1,4 +1,4 @@
-"""A model's motif memories: which there are, and fast ones for long work."""
+"""A model's motif memories, fast for long work."""
 
 import contextlib
 import logging
@@ -6,18 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..motif_memory import MotifMemory, folded_inference
-from ..motif_memory.ways.kept_fold import LARGEST_GROWTH
+from ..motif_memory.ways.kept_fold import LARGEST_GROWTH, memories_of
 from ..motif_memory.ways.packed_tables import table_sections
 
 logger = logging.getLogger(__name__)
-
-
-def memories_of(model: Any) -> list[MotifMemory]:
-    """The memories of a model, Gengram's own or grafted, in the order of its layers.
-
-    Those of a saved folder's own source code are of another class of the same name.
-    """
-    return [module for module in model.modules() if type(module).__name__ == MotifMemory.__name__]
 
 
 @contextlib.contextmanager

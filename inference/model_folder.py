@@ -3,12 +3,17 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from ..support.errors import InputError, shortened
 from ..support.input_file import read_text, shown_name
 from ..support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
 
-_JSON = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+ADAPTER = "adapter_config.json"  # of PEFT
+_JSON = (
+    *("config.json", ADAPTER, "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
 _WEIGHTS = ("*.safetensors", "*.bin")
 # Endings of what decides what a model computes: weights, configuration, code and the tokenizer's files.
 _ENDINGS = (".safetensors", ".bin", ".pt", ".json", ".py", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
@@ -21,12 +26,42 @@ _OF_MEGATRON = ("latest_checkpointed_iteration.txt", ".metadata", "mp_rank_*")  
 _MOST_BYTES = 1 << 28  # of a JSON file; a tokenizer's can be large
 
 
+def adapted_model(name: str | Path) -> str | None:
+    """The folder or Hub id of the model that a folder holds low-rank adapters (LoRA) of; None if it holds none.
+
+    Raises:
+        InputError: if the folder does not say which model that is, or holds a model beside its adapters.
+    """
+    path = Path(name) / ADAPTER
+    if not path.is_file():
+        return None
+    base = _read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(
+            f"{shown_name(path)}: expected the model that the adapters belong to as base_model_name_or_path, got "
+            f"{shortened(base)}; write its folder there."
+        )
+    if (path.parent / "config.json").exists():
+        raise InputError(
+            f"{shown_name(name)} holds a model and adapters, which Transformers would put on top of it. If they are "
+            f"merged into it already, delete {ADAPTER}; else move the adapters to a folder of their own."
+        )
+    if Path(base).resolve() == Path(name).resolve() or (Path(base) / ADAPTER).exists():
+        raise InputError(f"{shown_name(name)} holds adapters of {shown_name(base)}, which are adapters, too.")
+    return base
+
+
 def model_files(folder: Path) -> dict[str, Path]:
     """The files of a folder that decide what its model computes, by their names in it, sorted.
 
-    Other checkpoints of a training (`checkpoint-500`) and hidden files are no part of the model.
+    Of adapters also those of the folder of their model, as `base/NAME`. Other checkpoints of a training
+    (`checkpoint-500`) and hidden files are no part of the model.
+
+    Raises:
+        InputError: see `adapted_model`.
     """
-    found = {}
+    base = adapted_model(folder)
+    found = {} if base is None else {f"base/{name}": path for name, path in model_files(Path(base)).items()}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in inside.parts)
@@ -59,7 +94,16 @@ def check_model_folder(name: str | Path) -> None:
         )
     for path in (folder / each for each in _JSON):
         if path.exists():
-            _check_json(path)
+            _read_json(path)
+    base = adapted_model(folder)
+    if base is not None:
+        try:
+            check_model_folder(base)
+        except FileNotFoundError:
+            raise InputError(
+                f"{shown_name(name)} holds adapters of {shown_name(base)}, and there is no such folder here; write "
+                f"where it is into {shown_name(folder / ADAPTER)} as base_model_name_or_path."
+            ) from None
     for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         if path.is_file():
             with open(path, "rb") as file:
@@ -71,7 +115,7 @@ def _may_be_on_the_hub(name: str) -> bool:
     return name.count("/") < 2 and not name.startswith((".", "~", "/")) and (os.sep == "/" or os.sep not in name)
 
 
-def _check_json(path: Path) -> None:
+def _read_json(path: Path) -> dict[str, Any]:
     text = read_text(path, "JSON", _MOST_BYTES)
     try:
         found = json.loads(text)
@@ -79,3 +123,4 @@ def _check_json(path: Path) -> None:
         raise InputError(f"{shown_name(path)}: expected JSON, got something else ({error}); fetch it again.") from None
     if not isinstance(found, dict):
         raise InputError(f"{shown_name(path)}: expected a JSON object, got {shortened(found)}; fetch it again.")
+    return found

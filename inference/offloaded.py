@@ -30,6 +30,21 @@ def weight_at_hand(module: Any) -> Iterator[torch.Tensor]:
         yield weight
 
 
+def plain_weight_at_hand(module: Any, kind: type[nn.Module]) -> contextlib.AbstractContextManager[torch.Tensor]:
+    """A block with the weight of a module of this kind, which nothing changes on its way.
+
+    Raises:
+        ValueError: if it is another, such as one that adapters are around, whose weight is only a part of what counts.
+    """
+    if type(module) is not kind:
+        got = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise ValueError(
+            f"expected a memory of plain {kind.__name__} modules, got a {got}: merge adapters or load the model "
+            "unquantised first."
+        )
+    return weight_at_hand(module)
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where the inputs of a model belong: where its first weights are, or are brought to."""
     for module in model.modules():

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from ..motif_memory.ways.kept_fold import memories_of
 from .effect_formulas import RowPairs, embedding_distances, memory_changes
-from .memory_use import memories_of
 
 
 class Seen:

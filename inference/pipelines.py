@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, Pipeline
 
+from ..motif_memory.ways.kept_fold import memories_of
 from ..sequences.gaps import find_gaps
 from ..sequences.genome import Genome, genome_of, open_genome
 from ..sequences.variants import ReferenceCheck, Variant
@@ -23,7 +24,6 @@ from .effects import NUMBERS, SCORES
 from .embeddings import SequenceEncoder
 from .filling import DEFAULT_CONTEXT, DEFAULT_JOINT, GapFiller, check_fill_options, gap_windows, with_bases
 from .loaded_model import HEADS, LoadedModel, head_of, load_config, load_whole, where_it_is
-from .memory_use import memories_of
 from .variant_effects import effects_of_checked
 from .window_effects import WindowEffects
 

@@ -6,15 +6,18 @@ linear in each position's weights and equal to the lookup where every letter is 
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..motif_memory.ways.kept_fold import memories_of
 from .base_tokens import BaseTokens
-from .memory_use import memories_of
+from .offloaded import plain_weight_at_hand
 
 LETTERS = 5  # A, C, G, T and N, in the order of the memory's digits
 
@@ -43,7 +46,9 @@ def soft_letters(model: Any, letters: torch.Tensor, tokens: BaseTokens) -> Itera
         _replace(hooks, embedding, lambda: letters.to(rows.dtype) @ rows, tokens)
         for memory in memories_of(model):
             for table, size in zip(memory.embeddings, memory.config.ngram_sizes, strict=True):
-                _replace(hooks, table, lambda t=table, k=size: soft_rows(t.weight, letters, k), tokens)
+                with plain_weight_at_hand(table, nn.Embedding):  # checks it; gradients need the weight itself
+                    rows_of = functools.partial(soft_rows, table.weight, letters, size)
+                _replace(hooks, table, rows_of, tokens)
         yield
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..sequences.alphabet import BASES, reverse_complement
 from ..support.bootstrap import bootstrap
 from ..support.errors import MissingExtraError
-from .offloaded import weight_at_hand
+from .offloaded import plain_weight_at_hand
 
 LONGEST_SIZE = 8  # of k-mers: 65,536
 CODONS = "KNKNTTTTRSRSIIMIQHQHPPPPRRRRLLLLEDEDAAAAGGGGVVVV*Y*YSSSS*CWCLFLF"  # amino acids in the order of ACGT
@@ -36,7 +37,7 @@ def rows_of(memory: Any, size: int) -> np.ndarray:
     """Rows of all k-mers of a size in the order of `kmers_of`, (4**size, width) float64."""
     digits = np.array(list(itertools.product(range(len(BASES)), repeat=size)))
     places = torch.from_numpy(digits @ 5 ** np.arange(size - 1, -1, -1))
-    with weight_at_hand(memory.embeddings[list(memory.config.ngram_sizes).index(size)]) as table:
+    with plain_weight_at_hand(memory.embeddings[list(memory.config.ngram_sizes).index(size)], nn.Embedding) as table:
         return table[places.to(table.device)].double().cpu().numpy()
 
 
@@ -45,7 +46,7 @@ def value_norms(memory: Any, size: int) -> np.ndarray:
     index = list(memory.config.ngram_sizes).index(size)
     rows = rows_of(memory, size)
     width = rows.shape[1]
-    with weight_at_hand(memory.value_proj) as weight:
+    with plain_weight_at_hand(memory.value_proj, nn.Linear) as weight:
         matrix = weight[:, index * width : (index + 1) * width].double().cpu().numpy()
     parts = [rows[start : start + _AT_ONCE] @ matrix.T for start in range(0, len(rows), _AT_ONCE)]
     return np.concatenate([np.linalg.norm(part, axis=1) for part in parts])

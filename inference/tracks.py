@@ -27,12 +27,13 @@ import numpy as np
 import torch
 
 from ..motif_memory.definition import at_least_float32
+from ..motif_memory.ways.kept_fold import memories_of
 from ..sequences.alphabet import OTHER, base_digits, check_letters, reverse_complement
 from .base_tokens import BaseTokens
 from .finite import check_finite
 from .likelihood import token_log_probabilities
 from .long_sequences import Window, windows_of
-from .memory_use import fast_memory, memories_of
+from .memory_use import fast_memory
 
 PREDICTED = ("surprisal", "entropy")
 OF_MEMORY = ("gate", "residual")

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..motif_memory.ways.kept_fold import memories_of
 from ..sequences.alphabet import reverse_complement
 from .base_tokens import BaseTokens
 from .causal_effects import CausalEffects
@@ -12,7 +13,7 @@ from .effects import SCORES, Change, Reading, StrandEffects
 from .finite import check_finite
 from .loaded_model import context_length
 from .masked_effects import MaskedEffects
-from .memory_use import fast_memory, memories_of
+from .memory_use import fast_memory
 
 STRANDS = ("both", "forward", "reverse")
 

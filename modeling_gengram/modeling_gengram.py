@@ -42,7 +42,7 @@ from ..motif_memory.definition import MemoryOutput, NgramPlan, at_least_float32
 from ..motif_memory.module import DepthwiseConv, MemoryRMSNorm, MotifMemory
 from ..motif_memory.plan import letter_codes, plan_ngrams
 from ..motif_memory.state import NO_CONTINUOUS_BATCHING, MemoryState
-from ..motif_memory.ways.kept_fold import fold_memory, unfold_memory
+from ..motif_memory.ways.kept_fold import fold_memory, memories_of, unfold_memory
 from .adapters import check_adapters, record_settings
 from .attention import GengramAttention
 from .inputs import check_engine, check_inputs, integer_ids, pool_hidden_states, sequence_starts, token_mask
@@ -364,7 +364,7 @@ class GengramPreTrainedModel(PreTrainedModel):
     @property
     def memory(self) -> dict[int, MotifMemory]:
         """The memories by the number of their layer: `model.memory[2]["TATAAA"]` is a row, which can be replaced."""
-        return {module.layer_idx: module for module in self.modules() if isinstance(module, MotifMemory)}
+        return {memory.layer_idx: memory for memory in memories_of(self)}
 
     def unfold_memory(self) -> "GengramPreTrainedModel":
         """Drop the folded tables; new ones are made when they repay themselves again. Returns the model."""

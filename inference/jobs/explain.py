@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
+from ...motif_memory.ways.kept_fold import memories_of
 from ...sequences.alphabet import check_letters, reverse_complement
 from ...sequences.annotation import Gene
 from ...sequences.intervals import Interval
@@ -25,7 +26,6 @@ from ..kmer_totals import KmerTotals
 from ..knock_out import kmers_to_knock_out, knocked_out, spelled_kmers
 from ..loaded_model import LoadedModel
 from ..long_sequences import checked_overlap
-from ..memory_use import memories_of
 from ..motif_matches import known_motifs
 from ..mutations import Block, region_blocks, shared_window
 from ..tracks import OF_MEMORY, VALUES, TrackModel

@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from ...motif_memory.ways.kept_fold import memories_of
 from ...sequences.variant_files import read_variants
 from ...sequences.variants import ReferenceCheck, Variant
 from ..effects import SCORES
 from ..loaded_model import head_of
-from ..memory_use import fast_memory, memories_of
+from ..memory_use import fast_memory
 from ..variant_effects import VariantEffect, effects_of_checked
 from ..window_effects import WindowEffects
 from .job import JobChunk, ModelOptions

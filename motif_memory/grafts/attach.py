@@ -12,6 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from ..configuration_motif_memory import MotifMemoryConfig
 from ..module import MotifMemory
+from ..ways.kept_fold import memories_of
 from .direction import looks_back_only
 from .layer import (
     CHILD,
@@ -228,16 +229,7 @@ def graft_of(model: Any) -> Graft:
 def attached_memories(model: Any) -> dict[str, MotifMemory]:
     """The memories of a model, by the names of their layers."""
     host = base_model_of(model)
-    return {name: _in_use(getattr(host.get_submodule(name), CHILD)) for name in graft_of(model).layers}
-
-
-def _in_use(memory: Any) -> MotifMemory:
-    """A memory, out of what PEFT puts around one that it trains (`modules_to_save`)."""
-    copies = getattr(memory, "modules_to_save", None)
-    if copies is None:
-        return memory
-    active = next((name for name in memory.active_adapters if name in copies), None)
-    return memory.original_module if active is None else copies[active]
+    return {name: memories_of(getattr(host.get_submodule(name), CHILD))[0] for name in graft_of(model).layers}
 
 
 def base_model_of(model: Any) -> Any:

@@ -12,6 +12,8 @@ from .irregular import irregular_rows, is_regular
 from .one_token import one_token_memory, scaled_gate
 from .packed_tables import PackedTables, table_sections
 
+_IRREGULAR_AT_A_TIME = 1024  # positions: bounds the memory for their rows' numbers and weights
+
 
 def _positions_at_a_time(device: torch.device, hidden: int) -> int:
     """As many as keep their rows and sums in a CPU's cache; elsewhere as many as bound the memory."""
@@ -60,7 +62,7 @@ class _Windows:
             sums = (by_slab[0] if len(by_slab) == 1 else torch.cat(by_slab, dim=-1)).to(self.work)
         else:  # such as windows that are longer than all rows
             sums = torch.empty(count * length, 2 * self.hidden, dtype=self.work, device=self.rows.device)
-        for some in places.split(64):  # bounds the memory for their rows
+        for some in places.split(_IRREGULAR_AT_A_TIME):
             in_batch = batch.start + some // length
             sums[some] = self.irregular(in_batch, begin + some % length)
         return sums.view(count, length, -1)
@@ -68,13 +70,15 @@ class _Windows:
     def irregular(self, batch: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Sums at positions whose window is not full of letters, (positions, 2 * hidden)."""
         bags, ids, weights = irregular_rows(self.plan, self.top, self.sections, batch, positions)
-        out = torch.zeros(len(positions), 2 * self.hidden, dtype=self.work, device=self.rows.device)
-        columns = 0
-        for slab in self.rows:
-            part = slab[ids].to(self.work) * weights.unsqueeze(-1).to(self.work)
-            out[:, columns : columns + slab.shape[1]].index_add_(0, bags, part)
-            columns += slab.shape[1]
-        return out
+        if not len(ids):  # no letters at all
+            return torch.zeros(len(positions), 2 * self.hidden, dtype=self.work, device=self.rows.device)
+        starts = torch.searchsorted(bags, torch.arange(len(positions), device=bags.device))
+        rows, weights = self.rows, weights.to(self.work)
+        if rows.dtype != self.work:
+            used, ids = ids.unique(return_inverse=True)
+            rows = rows[:, used].to(self.work)
+        by_slab = [F.embedding_bag(ids, slab, starts, mode="sum", per_sample_weights=weights) for slab in rows]
+        return by_slab[0] if len(by_slab) == 1 else torch.cat(by_slab, dim=-1)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """Gradient of the rows, from that of the sums (batch, length, 2 * hidden), which is overwritten."""
@@ -82,10 +86,13 @@ class _Windows:
             grad /= self.scale
         out = torch.zeros(self.rows.shape[1], grad.shape[-1], dtype=grad.dtype, device=grad.device)
         batch, positions = (~self.regular).nonzero(as_tuple=True)
-        for some in torch.arange(len(batch), device=batch.device).split(64):  # bounds the memory for their rows
+        for some in torch.arange(len(batch), device=batch.device).split(_IRREGULAR_AT_A_TIME):
             place, rows, weights = irregular_rows(self.plan, self.top, self.sections, batch[some], positions[some])
-            values = grad[batch[some], positions[some]][place] * weights.unsqueeze(-1).to(grad.dtype)
-            _add_rows(out, rows, values)
+            order = rows.argsort(stable=True)
+            used, counts = rows[order].unique_consecutive(return_counts=True)
+            starts, weights = counts.cumsum(0) - counts, weights[order].to(grad.dtype)
+            grads = grad[batch[some], positions[some]]
+            out[used] += F.embedding_bag(place[order], grads, starts, mode="sum", per_sample_weights=weights)
         grad[batch, positions] = 0
         slabs, _, width = self.rows.shape
         if len(batch) == self.regular.numel():

@@ -240,8 +240,26 @@ def same_fingerprint(first: list[torch.Tensor], second: list[torch.Tensor]) -> b
 # ---- for whole models
 
 
-def _memories(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(getattr(module, "kept_fold", None), FoldKeeper)]
+def memories_of(model: nn.Module) -> list[Any]:
+    """The memories of a model, Gengram's own or grafted, in the order of its layers.
+
+    Of one that PEFT trains (`modules_to_save`) it is the copy in use. Memories of a saved folder's own source code are
+    of other classes of the same names.
+    """
+
+    def keeper_of(module: Any) -> Any:
+        keeper = getattr(module, "kept_fold", None)
+        return keeper if type(keeper).__name__ == FoldKeeper.__name__ else None
+
+    found = {module: keeper_of(module) for module in model.modules()}
+    own = {module: keeper for module, keeper in found.items() if keeper is not None and "kept_fold" in vars(module)}
+    wrappers = [module for module, keeper in found.items() if keeper is not None and module not in own]
+    idle = {copy for each in wrappers for copy in each.modules() if copy in own and own[copy] is not found[each]}
+    return [module for module in own if module not in idle]
+
+
+def _foldable(model: nn.Module) -> list[Any]:
+    return [memory for memory in memories_of(model) if isinstance(memory.kept_fold, FoldKeeper)]
 
 
 def fold_memory(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -262,7 +280,7 @@ def fold_memory(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     """
     if model.training:
         raise ValueError("fold_memory is for inference; call model.eval() first.")
-    for memory in _memories(model):
+    for memory in _foldable(model):
         weights, why_not = weights_at_hand(memory, next(memory.parameters()).device)
         if weights is None:
             raise ValueError(f"the memory cannot be folded: {why_not}.")
@@ -275,7 +293,7 @@ def fold_memory(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
 def unfold_memory(model: nn.Module) -> nn.Module:
     """Drop the folded tables of all memories of a model; returns the model."""
-    for memory in _memories(model):
+    for memory in _foldable(model):
         memory.kept_fold.forget()
     return model
 
@@ -294,7 +312,7 @@ def folded_inference(model: nn.Module, dtype: torch.dtype | None = None) -> Iter
         ValueError: as `fold_memory` does.
         RuntimeError: at the end, if the weights are not those of the beginning.
     """
-    memories = _memories(model)
+    memories = _foldable(model)
     keepers: list[FoldKeeper] = [memory.kept_fold for memory in memories]
     before = [(keeper.fold, keeper.dtype, keeper.is_requested) for keeper in keepers]
     fold_memory(model, dtype)

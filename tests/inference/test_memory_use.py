@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import gengram
 from gengram import GengramForCausalLM
-from gengram.inference.memory_use import fast_memory, memories_of
+from gengram.inference.memory_use import fast_memory
+from gengram.motif_memory.ways.kept_fold import memories_of
 
 
 @torch.no_grad()

@@ -205,7 +205,7 @@ def test_another_run_for_the_same_output_is_not_mixed_in(job, tmp_path):
 @pytest.mark.parametrize(
     "name, decides",
     [
-        *((name, True) for name in ("pytorch_model.bin", "adapter_config.json", "vocab.txt", "code/own.py")),
+        *((name, True) for name in ("pytorch_model.bin", "adapter_model.bin", "vocab.txt", "code/own.py")),
         *((name, True) for name in ("spiece.model", "chat_template.jinja", "additional_chat_templates/a.jinja")),
         *(
             (name, False)

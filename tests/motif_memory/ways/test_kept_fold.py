@@ -289,6 +289,24 @@ def test_adapters_merged_into_the_memory_after_an_evaluation():
         torch.testing.assert_close(ours, other(ids).logits, rtol=0, atol=SAME_MODEL_FP32)
 
 
+@torch.no_grad()
+def test_the_trained_copy_of_a_memory_is_folded(ways):
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_model(GengramForCausalLM), random_ids(1, 40, non_letters=0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["motif_memory"]))
+    for name, weight in adapted.named_parameters():
+        if "modules_to_save" in name:
+            weight.mul_(-1.5)
+    with memory_path("token_major"):
+        truth = adapted.eval()(input_ids=ids).logits
+    ways.clear()
+    with folded_inference(adapted):
+        torch.testing.assert_close(adapted(input_ids=ids).logits, truth, **CLOSE)
+    assert set(ways) == {"folded"}
+    keepers = [each.kept_fold for name, each in model.named_modules() if name.endswith("original_module")]
+    assert keepers and not any(keeper.is_requested for keeper in keepers)
+
+
 def test_a_loop_that_never_calls_train_validates_the_present_weights():
     model, ids = tiny_model(GengramForCausalLM, num_local_experts=0), random_ids(2, 40, non_letters=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
