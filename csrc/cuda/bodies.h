@@ -40,7 +40,7 @@ GENGRAM_THREAD float strength_of(const Sequence& s, const float* gates, int64_t 
   return s.exists && !s.exists[t] ? 0.f : gates[t];
 }
 
-GENGRAM_THREAD float sigmoid_of(float x) { return 1.f / (1.f + expf(-x)); }
+GENGRAM_THREAD float sigmoid_of(float x) { return reciprocal(1.f + expf(-x)); }
 
 // ---- keys and values: sums of table rows over windows, or given
 
@@ -163,6 +163,7 @@ struct GrowingWindow {
 template <class T>
 struct FromRows {
   static constexpr bool kHasRows = true;
+  static constexpr int kBlocks = 2;  // of ValuesKernel: with more, its registers spill
   Geometry g;
   const T* rows;
   int64_t row_stride, slab_stride, slab_width, hidden;
@@ -247,6 +248,7 @@ struct FromRows {
 template <class T>
 struct FromTensors {
   static constexpr bool kHasRows = false;
+  static constexpr int kBlocks = sizeof(T) > 2 ? 3 : 4;
   const T *key, *value;  // (batch, length, hidden)
   int64_t hidden;
 
@@ -370,7 +372,8 @@ struct GatesKernel {
 // u + SiLU(convolution of u) for positions begin .. end - 1, u = gate * value.
 template <class Origin, class X>
 struct ValuesKernel {
-  static constexpr int kThreads = kThreadsMost, kBlocks = 2, kPhases = 2;
+  static constexpr int kThreads = kThreadsMost, kBlocks = Origin::kBlocks, kPhases = 2;
+  static constexpr unsigned char kPlainInputs = 1, kPlainOutputs = 2;
   Origin origin;
   Tokens tokens;
   Layer layer;
@@ -378,66 +381,124 @@ struct ValuesKernel {
   X* residual;
   float* kept;
   int64_t kept_count, begin, end, tiles, reach, reach_back;
-  Four* ring;            // in global memory, if shared memory cannot hold it
-  int64_t shared_offset;  // of the ring in shared memory
+  Four* ring;  // in global memory, if shared memory cannot hold it
 
   GENGRAM_THREAD int slots() const { return int(reach) + kGroup; }
 
+  // Shared memory: what the origin takes, then the strengths, what is plain, and the ring.
+  static int64_t strengths_at(int64_t reach) { return (Origin::shared_bytes(kTile + reach) + 15) / 16 * 16; }
+  static int64_t ring_at(int64_t reach) {
+    const int64_t count = kTile + reach + kGroup;
+    return strengths_at(reach) + (count * int64_t(sizeof(float)) + count / kGroup + 16) / 16 * 16;
+  }
+  int64_t strengths_offset, ring_offset;
+
+  // The inputs of a tile's positions, counted from its first one, and its results.
   struct Sink {
     const ValuesKernel& k;
     const Sequence& s;
-    Four* ring;
-    int stride, slot;  // of the newest input
-    int64_t row, column, first, last;
-    const float* gates;
+    Four *ring, *fast_ring;  // the same in plain groups, where the compiler knows that it is in shared memory
+    int stride, slot;        // of the newest input
+    int64_t row, column, base, first, last;  // base: the first input's position; results at first .. last - 1
+    const float* strengths;
+    const unsigned char* plain;  // of groups: whether no input and no result is a special case
     Four taps[kTapsAtOnce];
     bool active;
+
+    GENGRAM_THREAD int ahead() const { return int(k.reach - k.reach_back); }
+    GENGRAM_THREAD int next(int at) const { return at + 1 == k.slots() ? 0 : at + 1; }
+    GENGRAM_THREAD int before(int back) const {  // `back` positions before the newest
+      const int at = slot - back;
+      return at < 0 ? at + k.slots() : at;
+    }
+    GENGRAM_THREAD Four silu(const Four& sum) const {
+      Four out;
+      GENGRAM_UNROLL for (int i = 0; i < kColumns; i++) out.x[i] = sum.x[i] * sigmoid_of(sum.x[i]);
+      return out;
+    }
 
     GENGRAM_THREAD void put(int64_t t, const Four& value) {
       Four input = filled(0.f);
       if (t >= 0 && t < s.length) {
-        input = value * strength_of(s, gates, t);
+        input = value * strengths[t - base];
         if (active && t >= s.length - k.kept_count && t >= first && t < last)
           store(k.kept + (row * k.kept_count + t - (s.length - k.kept_count)) * k.layer.hidden + column, input);
       } else if (t < 0 && k.history) {
         input = load(k.history + (row * k.reach_back + k.reach_back + t) * k.layer.hidden + column);
       }
-      slot = slot + 1 == k.slots() ? 0 : slot + 1;
-      ring[slot * stride] = input;
-    }
-    GENGRAM_THREAD Four input(int back) const {  // `back` positions before the newest
-      const int at = slot - back;
-      return ring[(at < 0 ? at + k.slots() : at) * stride];
+      slot = next(slot);
+      store(ring[slot * stride].x, input);
     }
     // The result at position t; the newest input is that of `newest`.
     GENGRAM_THREAD void emit(int64_t t, int64_t newest) const {
       if (t < first || t >= last) return;
-      Four out = input(int(newest - t));
+      Four out = load_written(ring[before(int(newest - t)) * stride].x);
       if (k.layer.conv_weight) {
         Four sum = filled(0.f);
         GENGRAM_UNROLL for (int tap = 0; tap < kTapsAtOnce; tap++) {
           const int64_t offset = tap * k.layer.dilation - k.reach_back;
           if (tap < k.layer.taps && is_in_segment(s, t, offset))
-            sum = add_product(sum, input(int(newest - t - offset)), taps[tap]);
+            sum = add_product(sum, load_written(ring[before(int(newest - t - offset)) * stride].x), taps[tap]);
         }
         GENGRAM_KEEP_LOOP for (int64_t tap = kTapsAtOnce; tap < k.layer.taps; tap++) {
           const int64_t offset = tap * k.layer.dilation - k.reach_back;
           if (is_in_segment(s, t, offset))
-            sum = add_product(sum, input(int(newest - t - offset)), load(k.layer.conv_weight + tap * k.layer.hidden + column));
+            sum = add_product(sum, load_written(ring[before(int(newest - t - offset)) * stride].x),
+                              load(k.layer.conv_weight + tap * k.layer.hidden + column));
         }
-        GENGRAM_UNROLL for (int i = 0; i < kColumns; i++) out.x[i] += sum.x[i] * sigmoid_of(sum.x[i]);
+        out = out + silu(sum);
       }
       if (active) store_once(k.residual + (row * s.length + t) * k.layer.hidden + column, out);
     }
     GENGRAM_THREAD void one(int64_t t, const Four& value) {
       put(t, value);
-      emit(t - (k.reach - k.reach_back), t);
+      emit(t - ahead(), t);
     }
     GENGRAM_THREAD void eight(int64_t t, const Four (&values)[kGroup]) {
-      GENGRAM_UNROLL for (int p = 0; p < kGroup; p++) put(t + p, values[p]);
-      GENGRAM_KEEP_LOOP for (int p = 0; p < kGroup; p++) emit(t + p - (k.reach - k.reach_back), t + kGroup - 1);
+      const unsigned char kind = plain[(t - base) / kGroup];
+      Four inputs[kGroup];
+      if (kind & kPlainInputs) {
+        const float* strength = strengths + (t - base);
+        GENGRAM_UNROLL for (int p = 0; p < kGroup; p++) {
+          inputs[p] = values[p] * strength[p];
+          slot = next(slot);
+          store(fast_ring[slot * stride].x, inputs[p]);
+        }
+      } else {
+        GENGRAM_UNROLL for (int p = 0; p < kGroup; p++) put(t + p, values[p]);
+      }
+      if ((kind & kPlainInputs) && (kind & kPlainOutputs)) {
+        int places[kTapsAtOnce], own = before(kGroup - 1 + ahead());
+        GENGRAM_UNROLL for (int tap = 0; tap < kTapsAtOnce; tap++)
+          places[tap] = before(kGroup - 1 + ahead() - (tap * int(k.layer.dilation) - int(k.reach_back)));
+        X* out = k.residual + (row * s.length + t - ahead()) * k.layer.hidden + column;
+        GENGRAM_UNROLL for (int p = 0; p < kGroup; p++) {
+          const Four input = ahead() ? load_written(fast_ring[own * stride].x) : inputs[p];
+          Four sum = filled(0.f);
+          GENGRAM_UNROLL for (int tap = 0; tap < kTapsAtOnce; tap++) {
+            const bool is_own = tap == kTapsAtOnce - 1 && !ahead();
+            sum = add_product(sum, is_own ? input : load_written(fast_ring[places[tap] * stride].x), taps[tap]);
+            places[tap] = next(places[tap]);
+          }
+          own = next(own);
+          if (active) store_once(out + p * k.layer.hidden, input + silu(sum));
+        }
+      } else {
+        GENGRAM_KEEP_LOOP for (int p = 0; p < kGroup; p++) emit(t + p - ahead(), t + kGroup - 1);
+      }
     }
   };
+
+  // Whether the group of inputs from position t on, and the results that they complete, have no special case.
+  GENGRAM_THREAD unsigned char plain_of(const Sequence& s, int64_t t, int64_t from, int64_t to) const {
+    if (ring) return 0;
+    unsigned char kind = t >= 0 && t + kGroup <= s.length - kept_count ? kPlainInputs : 0;
+    const int64_t ahead = reach - reach_back, first = t - ahead;
+    bool is_plain = layer.taps == kTapsAtOnce && layer.conv_weight && first >= from && first + kGroup <= to;
+    for (int64_t i = first; is_plain && i < first + kGroup; i++)
+      is_plain = is_in_segment(s, i, -reach_back) && is_in_segment(s, i, ahead);
+    return is_plain ? kind | kPlainOutputs : kind;
+  }
 
   template <int kPhase, class Thread>
   GENGRAM_THREAD void phase(const Thread& thread) const {
@@ -445,13 +506,20 @@ struct ValuesKernel {
     const int64_t first = from - reach_back;
     const int count = int(to - from + reach);
     const Sequence s = sequence_of(tokens, row);
+    float* strengths = reinterpret_cast<float*>(thread.shared + strengths_offset);
+    unsigned char* plain = reinterpret_cast<unsigned char*>(strengths + count);
     if constexpr (kPhase == 0) {
       origin.prepare(thread, s, first, count);
+      for (int i = thread.index; i < count; i += thread.threads) {
+        const int64_t t = first + i;
+        strengths[i] = t >= 0 && t < s.length ? strength_of(s, gates + row * s.length, t) : 0.f;
+        if (i % kGroup == 0) plain[i / kGroup] = plain_of(s, t, from, to);
+      }
     } else {
       const Columns columns = columns_of(thread, layer.hidden);
-      Four* place = ring ? ring + (thread.y * (tokens.batch * tiles) + thread.x) * slots() * thread.threads
-                         : reinterpret_cast<Four*>(thread.shared + shared_offset);
-      Sink sink{*this, s, place + thread.index, thread.threads, -1, row, columns.first, from, to, gates + row * s.length, {}, columns.active};
+      Four* shared_ring = reinterpret_cast<Four*>(thread.shared + ring_offset) + thread.index;
+      Four* own_ring = ring ? ring + (thread.y * (tokens.batch * tiles) + thread.x) * slots() * thread.threads + thread.index : shared_ring;
+      Sink sink{*this, s, own_ring, shared_ring, thread.threads, -1, row, columns.first, first, from, to, strengths, plain, {}, columns.active};
       GENGRAM_UNROLL for (int tap = 0; tap < kTapsAtOnce; tap++)
         sink.taps[tap] = tap < layer.taps && layer.conv_weight ? load(layer.conv_weight + tap * layer.hidden + columns.first) : filled(0.f);
       origin.sweep(thread, s, row, 1, columns.first, first, count, sink);
@@ -729,17 +797,26 @@ struct KeyGradientsKernel {
     Four weight, sum;
     bool active;
 
-    GENGRAM_THREAD void one(int64_t t, const Four& key) {
-      const GateGradient f = k.factors[factor_start + t];
+    GENGRAM_THREAD GateGradient factor(int64_t t) const { return k.factors[factor_start + t]; }
+    GENGRAM_THREAD Four query(int64_t t) const { return load_once(k.hidden_states + start + t * k.hidden); }
+
+    GENGRAM_THREAD void add(int64_t t, const Four& key, const Four& query, const GateGradient& f) {
       const int64_t place = start + t * k.hidden;
-      const Four query = load_once(k.hidden_states + place), scaled = weight * f.product;
+      const Four scaled = weight * f.product;
       sum = add_product(sum, query * f.product, key);
       if (!active) return;
       store_once(k.grad_hidden + place, add_product(scaled * key, query, f.query));
       store(k.grad_keys + place, add_product(scaled * query, key, f.key));
     }
+    GENGRAM_THREAD void one(int64_t t, const Four& key) { add(t, key, query(t), factor(t)); }
     GENGRAM_THREAD void eight(int64_t t, const Four (&keys)[kGroup]) {
-      GENGRAM_UNROLL for (int p = 0; p < kGroup; p++) one(t + p, keys[p]);
+      Four queries[kGroup];  // all loads before the first store
+      GateGradient factors[kGroup];
+      GENGRAM_UNROLL for (int p = 0; p < kGroup; p++) {
+        queries[p] = query(t + p);
+        factors[p] = factor(t + p);
+      }
+      GENGRAM_UNROLL for (int p = 0; p < kGroup; p++) add(t + p, keys[p], queries[p], factors[p]);
     }
   };
 

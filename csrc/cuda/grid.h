@@ -74,6 +74,15 @@ GENGRAM_THREAD float dot(const Four& a, const Four& b) {
   return sum;
 }
 
+// 1 / x for x >= 1, to two units in the last place.
+GENGRAM_THREAD float reciprocal(float x) {
+#if defined(__CUDACC__)
+  return __fdividef(1.f, x);
+#else
+  return 1.f / x;
+#endif
+}
+
 // ---- loads and stores; `load_once` and `store_once` are for what is not read again soon
 
 #if defined(__CUDACC__)

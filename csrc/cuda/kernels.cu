@@ -147,10 +147,12 @@ int forward_from(const ForwardArguments& a, const Origin& origin, void* workspac
     const int64_t end = smaller(begin + memory.chunk, length), needed = smaller(end + memory.reach_ahead, length);
     GENGRAM_TRY(gates_of<X>(origin, a.tokens, a.layer, a.hidden_states, gated, needed, memory.sums, a.gate, nullptr, stream));
     gated = needed;
-    const int64_t tiles = divided(end - begin, kTile), offset = divided(Origin::shared_bytes(kTile + memory.reach), 16) * 16;
-    const ValuesKernel<Origin, X> kernel{origin, a.tokens, a.layer, a.gate, a.history, static_cast<X*>(a.residual), a.gated, a.kept,
-                                         begin, end, tiles, memory.reach, reach_back, memory.ring, offset};
-    GENGRAM_TRY(launch(kernel, a.tokens.batch * tiles, slices.count, slices.threads, offset + (memory.ring ? 0 : memory.ring_bytes), stream));
+    const int64_t tiles = divided(end - begin, kTile);
+    using Kernel = ValuesKernel<Origin, X>;
+    const int64_t ring_at = Kernel::ring_at(memory.reach);
+    const Kernel kernel{origin, a.tokens, a.layer, a.gate, a.history, static_cast<X*>(a.residual), a.gated, a.kept,
+                        begin, end, tiles, memory.reach, reach_back, memory.ring, Kernel::strengths_at(memory.reach), ring_at};
+    GENGRAM_TRY(launch(kernel, a.tokens.batch * tiles, slices.count, slices.threads, ring_at + (memory.ring ? 0 : memory.ring_bytes), stream));
   }
   return 0;
 }

@@ -64,8 +64,16 @@ def random_case(
     length: int | None = None,
     context: bool = True,
     endings: int | None = None,
+    taps: int | None = None,
+    segment: int = 17,
 ) -> MemoryCase:
-    """The instance of a seed; `endings` fixes how many of the largest n-grams a window holds."""
+    """The instance of a seed.
+
+    Args:
+        endings: how many of the largest n-grams a window holds.
+        taps: of the convolution.
+        segment: tokens of each, where there are segments.
+    """
     choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -83,9 +91,9 @@ def random_case(
     tokens = torch.where(torch.rand(2, total, generator=generator) < choose.choice([0.0, 0.05, 0.3]), 3, tokens)
     segments = behind = ahead = None
     if choose.random() < 0.5:
-        segments = (torch.arange(total) // 17).expand(2, -1)
-        behind = (torch.arange(total) % 17).expand(2, -1)
-        ahead = (16 - behind).minimum(torch.arange(total).flip(0))[:, before:]
+        segments = (torch.arange(total) // segment).expand(2, -1)
+        behind = (torch.arange(total) % segment).expand(2, -1)
+        ahead = (segment - 1 - behind).minimum(torch.arange(total).flip(0))[:, before:]
     exists = torch.rand(2, length, generator=generator) < 0.9 if choose.random() < 0.3 else None
     plan = plan_windows(
         letter_codes(tokens, LETTERS),
@@ -97,7 +105,8 @@ def random_case(
         ahead=None if is_causal else ahead,
         exists=exists,
     )
-    taps, dilation = choose.choice([0, 1, 2, 4]), choose.randint(1, 3)
+    drawn, dilation = choose.choice([0, 1, 2, 4]), choose.randint(1, 3)
+    taps = drawn if taps is None else taps
     reach = max(taps - 1, 0) * dilation
     return MemoryCase(
         plan=plan,

@@ -145,6 +145,20 @@ def test_gated_memory_equals_the_definition(kernels, seed):
     assert_near(ours, exact(case), KERNELS_FP32)
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_four_taps_over_long_segments(kernels, seed):
+    """Most positions of such sequences, those of real models, are no special case."""
+    case = prepared(kernels, seed, hidden=48, length=300, taps=4, segment=70)
+    features = definition.window_features(case.tables, case.plan)
+    key, value = features @ case.key_weight.T, features @ case.value_weight.T
+    rest = case.plan, case.layer, case.history
+    with kernels.forced():
+        given = operators.gated_memory(case.hidden_states, key, value, *rest, native=True)[:3]
+        summed = operators.folded_memory(case.hidden_states, folded(kernels, case), *rest, native=True)[:3]
+    for ours in (given, summed):
+        assert_near(ours, exact(case), KERNELS_FP32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(20))
 def test_window_features_equal_the_definition(kernels, seed, dtype):
