@@ -116,8 +116,8 @@ def _content_of(model: EvaluatedModel) -> list[Any] | None:
     folder = Path(model.name)
     if not folder.is_dir():
         return [model.commit]
-    files = model_files(folder).items()
-    return [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in files]
+    files = [[name, path.stat().st_size, path.stat().st_mtime_ns] for name, path in model_files(folder).items()]
+    return files if model.commit is None else [*files, [model.commit]]  # the folder of adapters of a model on the Hub
 
 
 def _checksum(result: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ from ..motif_memory.definition import (
     within_segment,
 )
 from ..motif_memory.ways.weights import Weights
-from .offloaded import plain_weight_at_hand, weight_at_hand
+from .offloaded import plain_weight_at_hand
 
 LN_RULE = "LN rule: root mean squares are held (Ali et al. 2022)"
 GATE_RULE = "signal takes all: the gate is held (Arras et al. 2019)"
@@ -155,14 +155,15 @@ def _weights(memory: Any) -> Weights:
         plain_weight_at_hand(memory.value_proj, nn.Linear) as value,
     ):
         matrices = key, value
+    norm_type, _, conv_type = memory.part_types
     conv = None if memory.short_conv is None else memory.short_conv.conv
-    norm_q, norm_k = _small_weight(memory.norm_q), _small_weight(memory.norm_k)
-    taps, dilation = (None, 1) if conv is None else (_small_weight(conv), conv.dilation)
+    norm_q, norm_k = _small_weight(memory.norm_q, norm_type), _small_weight(memory.norm_k, norm_type)
+    taps, dilation = (None, 1) if conv is None else (_small_weight(conv, conv_type), conv.dilation)
     return Weights([], *matrices, norm_q, norm_k, taps, memory.norm_q.eps, dilation)
 
 
-def _small_weight(module: Any) -> torch.Tensor:
-    with weight_at_hand(module) as weight:
+def _small_weight(module: Any, kind: type[nn.Module]) -> torch.Tensor:
+    with plain_weight_at_hand(module, kind) as weight:
         return weight.double()
 
 

@@ -1,6 +1,8 @@
 """A model of Transformers on its device, with its tokenizer."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from transformers.utils import logging
 from ..motif_memory.grafts.attach import IN_CONFIG
 from ..motif_memory.grafts.layer import CHILD
 from ..motif_memory.grafts.saved_memory import load_memory
-from ..support.errors import InputError, MissingExtraError, quoted
+from ..support.errors import InputError, quoted
 from ..support.printable import printable
-from .model_folder import adapted_model, check_model_folder
+from .adapters import read_adapters, with_adapters
+from .model_folder import ADAPTER, Adapters, adapters_in, check_model_folder
 from .shared_key_head import read_masks_right
 
 UNKNOWN_CONTEXT = 10**9  # tokens, if nothing says how many a model can read
@@ -111,18 +114,16 @@ def load_config(name: str, **loading: Any) -> Any:
         OSError, ValueError: of Transformers, if there is none, or none of a kind that it knows.
     """
     check_model_folder(name)
-    base = adapted_model(name)
-    if base is not None:
-        return load_config(base, **loading)
+    adapters = adapters_in(name)
+    if adapters is not None:
+        with _naming(adapters):
+            return load_config(adapters.base, **adapters.loading_of_base(loading))
     try:
         return AutoConfig.from_pretrained(name, **loading)
     except OSError as error:
         if Path(name).exists():
             raise
-        raise OSError(
-            f"{printable(name)}: there is no such folder here, and on the Hub: {error}. (Adapters on the Hub have to "
-            f"be fetched first: hf download {printable(name)} --local-dir FOLDER)"
-        ) from None
+        raise OSError(f"{printable(name)}: there is no such folder here, and on the Hub: {error}") from None
 
 
 def load_tokenizer(name: str, **loading: Any) -> Any:
@@ -133,9 +134,10 @@ def load_tokenizer(name: str, **loading: Any) -> Any:
         OSError, ValueError: of Transformers, if there is none, or none of a kind that it knows.
     """
     check_model_folder(name)
-    base = adapted_model(name)
-    if base is not None and not (Path(name) / "tokenizer_config.json").exists():
-        return load_tokenizer(base, **loading)
+    adapters = adapters_in(name)
+    if adapters is not None and not (Path(name) / "tokenizer_config.json").exists():
+        with _naming(adapters):
+            return load_tokenizer(adapters.base, **adapters.loading_of_base(loading))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **loading)
         tokenizer("ACGTN")
@@ -166,15 +168,9 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
         OSError: if there is no such model.
     """
     check_model_folder(name)
-    base = adapted_model(name)
-    if base is not None:
-        if has_new_head or auto_class in (HEADS["classes"], HEADS["labels"]):
-            raise InputError(
-                f"{printable(name)} holds adapters of {printable(base)}, expected a whole model, whose head can be "
-                "known and trained; merge them: PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload()"
-                ".save_pretrained(NEW)"
-            )
-        return _with_adapters(load_whole(auto_class, base, **loading), name)
+    adapters = adapters_in(name)
+    if adapters is not None:
+        return _load_adapted(auto_class, adapters, has_new_head, loading)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of the report on weights that are missing or left out, which are checked below
     try:
@@ -214,28 +210,40 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
     return model
 
 
-def _with_adapters(model: Any, folder: str) -> Any:
-    """The model with the adapters of a folder, all of which must find their place in it."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of the report on weights that are missing or left out, which are checked below
-    try:
-        found = model.load_adapter(folder)
-    except ImportError:
-        raise MissingExtraError(f"{printable(folder)} holds adapters, which need peft: pip install peft") from None
-    except (SafetensorError, RuntimeError, ValueError) as error:
+def _load_adapted(auto_class: Any, adapters: Adapters, has_new_head: bool, loading: dict[str, Any]) -> Any:
+    """The model that a folder of adapters is of, with these; its body also where they were trained beside a head."""
+    if auto_class in (HEADS["classes"], HEADS["labels"]) and not has_new_head:
+        where = printable(adapters.folder)
         raise InputError(
-            f"{printable(folder)}: expected adapters of {type(model).__name__}, which cannot be made of what is there "
-            f"({printable(str(error))})."
-        ) from None
-    finally:
-        logging.set_verbosity(verbosity)
-    strangers = {*found.missing_keys, *found.unexpected_keys, *(each[0] for each in found.mismatched_keys)}
-    if strangers:
-        raise InputError(
-            f"{printable(folder)}: expected adapters of {type(model).__name__}, got "
-            f"{quoted(sorted(strangers), limit=3)}, which are not in both. Do they belong to another model?"
+            f"{where} holds adapters, which do not say the names of a classifier's classes. Merge them into the "
+            f"model: model = {auto_class.__name__}.from_pretrained({adapters.base!r}, num_labels=...); "
+            f"peft.PeftModel.from_pretrained(model, {where!r}).merge_and_unload().save_pretrained(NEW)"
         )
-    return model
+    read = read_adapters(adapters)
+    of_base = adapters.loading_of_base(loading)
+    needs_head = auto_class is not AutoModel and not has_new_head
+    with _naming(adapters):
+        if auto_class is AutoModel:
+            config = of_base.get("config") or load_config(adapters.base, **where_it_is(of_base))
+            head = head_of(config)
+            if head is not None:
+                whole = load_whole(HEADS[head], adapters.base, **of_base)
+                if read.were_trained_in(f"{whole.base_model_prefix}."):
+                    return with_adapters(whole, read, needs_head).base_model
+        model = load_whole(auto_class, adapters.base, has_new_head, **of_base)
+    return with_adapters(model, read, needs_head)
+
+
+@contextlib.contextmanager
+def _naming(adapters: Adapters) -> Iterator[None]:
+    """A block in which the model of adapters is looked for, whose error says so if it is not found."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{printable(adapters.folder)} holds adapters of {printable(adapters.base)}, which cannot be loaded: "
+            f"{error} Write where it is into {printable(adapters.folder / ADAPTER)} as base_model_name_or_path."
+        ) from None
 
 
 def where_it_is(loading: dict[str, Any]) -> dict[str, Any]:

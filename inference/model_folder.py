@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..support.errors import InputError, shortened
+from ..support.errors import InputError, quoted, shortened
 from ..support.input_file import read_text, shown_name
 from ..support.lfs_pointer import POINTER_BYTES, refuse_lfs_pointer
 
@@ -26,46 +27,67 @@ _OF_MEGATRON = ("latest_checkpointed_iteration.txt", ".metadata", "mp_rank_*")  
 _MOST_BYTES = 1 << 28  # of a JSON file; a tokenizer's can be large
 
 
-def adapted_model(name: str | Path) -> str | None:
-    """The folder or Hub id of the model that a folder holds low-rank adapters (LoRA) of; None if it holds none.
+class Adapters(NamedTuple):
+    """A folder that holds low-rank adapters (LoRA) and not the model that they change."""
+
+    folder: Path
+    base: str  # folder or Hub id of that model
+    revision: str | None  # of a model on the Hub
+
+    def loading_of_base(self, loading: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `from_pretrained` for that model; a `revision` among `loading` is its own."""
+        return {**loading, "revision": loading.get("revision") or self.revision}
+
+
+def adapters_in(name: str | Path) -> Adapters | None:
+    """The adapters that a folder holds; None if it holds none.
+
+    The place of their model counts from the working directory, as PEFT has it, or else from the folder.
 
     Raises:
         InputError: if the folder does not say which model that is, or holds a model beside its adapters.
     """
-    path = Path(name) / ADAPTER
+    folder = Path(name)
+    path = folder / ADAPTER
     if not path.is_file():
         return None
-    base = _read_json(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    config = _read_json(path)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base or not isinstance(revision, str | None):
         raise InputError(
             f"{shown_name(path)}: expected the model that the adapters belong to as base_model_name_or_path, got "
             f"{shortened(base)}; write its folder there."
         )
-    if (path.parent / "config.json").exists():
+    if (folder / "config.json").exists():
         raise InputError(
             f"{shown_name(name)} holds a model and adapters, which Transformers would put on top of it. If they are "
             f"merged into it already, delete {ADAPTER}; else move the adapters to a folder of their own."
         )
-    if Path(base).resolve() == Path(name).resolve() or (Path(base) / ADAPTER).exists():
+    place = Path(base).expanduser()
+    base = next((str(each) for each in (place, folder / place) if each.is_dir()), base)
+    if Path(base).resolve() == folder.resolve() or (Path(base) / ADAPTER).exists():
         raise InputError(f"{shown_name(name)} holds adapters of {shown_name(base)}, which are adapters, too.")
-    return base
+    return Adapters(folder, base, revision or None)
 
 
 def model_files(folder: Path) -> dict[str, Path]:
     """The files of a folder that decide what its model computes, by their names in it, sorted.
 
-    Of adapters also those of the folder of their model, as `base/NAME`. Other checkpoints of a training
-    (`checkpoint-500`) and hidden files are no part of the model.
+    Of adapters also those of the folder of their model, as `base: NAME`. Other checkpoints of a training
+    (`checkpoint-500`), adapters in folders below and hidden files are no part of the model.
 
     Raises:
-        InputError: see `adapted_model`.
+        InputError: see `adapters_in`.
     """
-    base = adapted_model(folder)
-    found = {} if base is None else {f"base/{name}": path for name, path in model_files(Path(base)).items()}
+    adapters = adapters_in(folder)
+    of_base = {} if adapters is None else model_files(Path(adapters.base))
+    found = {f"base: {name}": path for name, path in of_base.items()}
+    others = {path.parent for path in folder.rglob(ADAPTER)} - {folder}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in inside.parts)
         is_other = is_hidden or inside.parts[0].startswith("checkpoint-") or path.name in _OF_TRAINING
+        is_other = is_other or not others.isdisjoint(path.parents)
         if path.suffix in _ENDINGS and not is_other and path.is_file():
             found[inside.as_posix()] = path
     return found
@@ -95,15 +117,19 @@ def check_model_folder(name: str | Path) -> None:
     for path in (folder / each for each in _JSON):
         if path.exists():
             _read_json(path)
-    base = adapted_model(folder)
-    if base is not None:
+    adapters = adapters_in(folder)
+    if adapters is not None:
         try:
-            check_model_folder(base)
+            check_model_folder(adapters.base)
         except FileNotFoundError:
             raise InputError(
-                f"{shown_name(name)} holds adapters of {shown_name(base)}, and there is no such folder here; write "
-                f"where it is into {shown_name(folder / ADAPTER)} as base_model_name_or_path."
+                f"{shown_name(name)} holds adapters of {shown_name(adapters.base)}, and there is no such folder here; "
+                f"write where it is into {shown_name(folder / ADAPTER)} as base_model_name_or_path."
             ) from None
+    elif not (folder / "config.json").exists():
+        named = sorted(str(path.parent) for path in folder.glob(f"*/{ADAPTER}"))
+        if named:
+            raise InputError(f"{shown_name(name)} holds no model, expected a folder of adapters: {quoted(named)}.")
     for path in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         if path.is_file():
             with open(path, "rb") as file:

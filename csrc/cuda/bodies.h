@@ -130,7 +130,7 @@ struct GrowingWindow {
     const int size = longest_in_span(g, s, span, j), gram = s.grams[j];
     if (size <= 0) return;
     const Four own = columns.row(size == g.largest ? s.top[j] : g.section[size] + gram % g.power[size]);
-    Four rows[kLargestSize - 1];  // all loads first; where no longer n-gram ends, `own` once more, for nothing
+    Four rows[kLargestSize - 1];  // all loads first; a row for nothing where no longer n-gram ends
     GENGRAM_UNROLL for (int i = 0; i < kLargestSize - 1; i++)
       rows[i] = columns.row(i + 1 < size ? g.section[i + 1] + gram % power_of_five(i + 1) : s.top[j]);
     GENGRAM_UNROLL for (int i = 0; i < kLargestSize - 1; i++)

@@ -25,8 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints what `PATH` is; returns the exit code, 1 if there is a problem."""
-    from ..support.printable import printable_lines
+    from ..inference.model_folder import adapters_in
+    from ..support.errors import InputError
+    from ..support.printable import printable, printable_lines
 
+    adapters = adapters_in(arguments.path)
+    if adapters is not None:
+        raise InputError(
+            f"{printable(arguments.path)} holds adapters of {printable(adapters.base)}; ask about that model: "
+            f"gengram info {printable(adapters.base)}"
+        )
     if arguments.memory:
         needs = _memory(arguments)
         print(json.dumps(needs.as_json(), indent=1) if arguments.json else needs.summary())

@@ -11,7 +11,7 @@ from ...support.errors import InputError
 from ...support.file_hash import sha256_of
 from ...support.printable import printable
 from ...support.versions import installed_version
-from ..model_folder import model_files
+from ..model_folder import adapters_in, model_files
 from .job import Job, ModelOptions
 
 _VERSIONS = ("gengram", "torch", "transformers")
@@ -41,7 +41,15 @@ def _model_record(options: ModelOptions, progress: str | None) -> dict[str, Any]
     if not Path(options.model).is_dir():
         return {**options.settings(), "commit": getattr(options.load_config(), "_commit_hash", None)}
     files = {name: _file_record(path, progress)["sha256"] for name, path in _files_of(options).items()}
-    return {**options.settings(), "files": files}
+    return {**options.settings(), "files": files, **_base_on_the_hub(options)}
+
+
+def _base_on_the_hub(options: ModelOptions) -> dict[str, Any]:
+    """The commit of the model that adapters are of, if it is on the Hub, and the version of PEFT."""
+    adapters = adapters_in(options.model)
+    if adapters is None:
+        return {}
+    return {"peft": installed_version("peft"), "base_commit": getattr(options.load_config(), "_commit_hash", None)}
 
 
 def _files_of(options: ModelOptions) -> dict[str, Path]:

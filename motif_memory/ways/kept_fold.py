@@ -243,22 +243,32 @@ def same_fingerprint(first: list[torch.Tensor], second: list[torch.Tensor]) -> b
 def memories_of(model: nn.Module) -> list[Any]:
     """The memories of a model, Gengram's own or grafted, in the order of its layers.
 
-    Of one that PEFT trains (`modules_to_save`) it is the copy in use. Memories of a saved folder's own source code are
-    of other classes of the same names.
+    Of what PEFT trains (`modules_to_save`) only the copy in use counts. Memories of a saved folder's own source code
+    are of other classes of the same names.
     """
+    found: dict[nn.Module, None] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if type(vars(module).get("kept_fold")).__name__ == FoldKeeper.__name__:
+            found[module] = None
+        else:
+            waiting += reversed(_parts_in_use(module))
+    return list(found)
 
-    def keeper_of(module: Any) -> Any:
-        keeper = getattr(module, "kept_fold", None)
-        return keeper if type(keeper).__name__ == FoldKeeper.__name__ else None
 
-    found = {module: keeper_of(module) for module in model.modules()}
-    own = {module: keeper for module, keeper in found.items() if keeper is not None and "kept_fold" in vars(module)}
-    wrappers = [module for module, keeper in found.items() if keeper is not None and module not in own]
-    idle = {copy for each in wrappers for copy in each.modules() if copy in own and own[copy] is not found[each]}
-    return [module for module in own if module not in idle]
+def _parts_in_use(module: Any) -> list[nn.Module]:
+    """The children of a module; of a wrapper of PEFT around copies of a module the one that computes."""
+    parts = module._modules
+    copies, original = parts.get("modules_to_save"), parts.get("original_module")
+    if copies is None or original is None:
+        return [part for part in parts.values() if part is not None]
+    active = next((name for name in module.active_adapters if name in copies), None)
+    return [original if active is None or module.disable_adapters else copies[active]]
 
 
 def _foldable(model: nn.Module) -> list[Any]:
+    """Memories of this source code; those of another one keep folds of their own."""
     return [memory for memory in memories_of(model) if isinstance(memory.kept_fold, FoldKeeper)]
 
 

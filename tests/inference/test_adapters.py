@@ -1,17 +1,34 @@
 """Folders of low-rank adapters: the numbers are PEFT's own, and nothing of them is left out."""
 
+import copy
 import json
 import shutil
+import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tolerances import SAME_MODEL_FP32
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from gengram import GengramForCausalLM, GengramTokenizer, MotifMemoryConfig, attach_memory
+from gengram import (
+    GengramConfig,
+    GengramForCausalLM,
+    GengramForSequenceClassification,
+    GengramModel,
+    GengramQuantizationConfig,
+    GengramTokenizer,
+    MotifMemoryConfig,
+    attach_memory,
+)
 from gengram.cli import main
+from gengram.evaluation.evaluated_model import EvaluatedModel
+from gengram.evaluation.run_files import _content_of
 from gengram.inference.base_tokens import BaseTokens
+from gengram.inference.jobs.job import ModelOptions
+from gengram.inference.jobs.record import _model_record
+from gengram.inference.kmer_shares import _weights
 from gengram.inference.loaded_model import load_config, load_model, load_tokenizer, load_whole
 from gengram.inference.model_folder import model_files
 from gengram.inference.soft_letters import soft_letters
@@ -20,6 +37,7 @@ from gengram.motif_memory.ways.kept_fold import memories_of
 from gengram.support.errors import InputError
 
 TEXT = "ACGTTGCATAAGCNNACGTTTAGC"
+MERGED = dict(rtol=0, atol=SAME_MODEL_FP32)
 
 
 def drawn(model):
@@ -60,8 +78,9 @@ def last_states(model):
 def test_numbers_are_those_of_peft(head, folders):
     base, adapters, truth = folders
     loaded = load_model(str(adapters), head, device="cpu")
-    assert torch.equal(last_states(loaded.model), last_states(truth))
-    assert not torch.equal(last_states(loaded.model), last_states(load_model(str(base), head, device="cpu").model))
+    torch.testing.assert_close(last_states(loaded.model), last_states(truth), **MERGED)
+    assert (last_states(loaded.model) - last_states(load_model(str(base), head, device="cpu").model)).abs().max() > 0.1
+    assert not any("lora" in name for name, _ in loaded.model.named_modules())
     assert type(loaded.tokenizer) is GengramTokenizer and not loaded.model.training
 
 
@@ -77,13 +96,15 @@ def test_adapters_of_a_model_with_an_attached_memory(tmp_path):
     truth = drawn(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["motif_memory"])))
     truth.save_pretrained(tmp_path / "adapters")
     loaded = load_model(str(tmp_path / "adapters"), "causal", device="cpu").model
-    assert torch.equal(last_states(loaded), last_states(truth))
+    torch.testing.assert_close(last_states(loaded), last_states(truth), **MERGED)
 
 
 def test_files_of_the_model_count_too(folders):
     base, adapters, _ = folders
     assert {"adapter_config.json", "adapter_model.safetensors"} < {*model_files(adapters)}
-    assert model_files(adapters)["base/model.safetensors"] == base / "model.safetensors"
+    assert model_files(adapters)["base: model.safetensors"] == base / "model.safetensors"
+    shutil.copytree(adapters, base / "adapter")  # not of the model around it
+    assert not any(name.startswith("adapter") for name in model_files(base))
 
 
 def test_a_job_does_not_go_on_with_another_model(folders, tmp_path, monkeypatch, capsys):
@@ -99,11 +120,17 @@ def test_a_job_does_not_go_on_with_another_model(folders, tmp_path, monkeypatch,
     weights["lm_head.weight"] += 1
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     assert main(words) != 0
-    assert "model.files.base/model.safetensors" in capsys.readouterr().err
+    assert "model.files.base: model.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", ["a name", "a weight less", "another size"])
-def test_adapters_that_do_not_fit_are_refused(change, folders):
+WORDS = "expected adapters of GengramForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [("a name", WORDS), ("a weight less", WORDS), ("another size", WORDS), ("half", "its weights are damaged")],
+)
+def test_adapters_that_do_not_fit_are_refused(change, words, folders):
     _, adapters, _ = folders
     weights = load_file(adapters / "adapter_model.safetensors")
     name = next(each for each in weights if "q_proj.lora_A" in each)
@@ -113,8 +140,11 @@ def test_adapters_that_do_not_fit_are_refused(change, folders):
         del weights[name]
     else:
         weights[name] = weights[name][:1].clone()
-    save_file(weights, adapters / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"expected adapters of GengramForCausalLM"):
+    place = adapters / "adapter_model.safetensors"
+    save_file(weights, place, {"format": "pt"})
+    if change == "half":
+        place.write_bytes(place.read_bytes()[: place.stat().st_size // 2])
+    with pytest.raises(InputError, match=words):
         load_model(str(adapters), "causal", device="cpu")
 
 
@@ -155,28 +185,144 @@ def test_a_model_beside_its_adapters_is_refused(folders):
     assert torch.isfinite(last_states(merged)).all()
 
 
-def test_a_classifier_is_to_be_merged_first(folders, tmp_path):
-    base, adapters, _ = folders
-    with pytest.raises(InputError, match=r"merge them: PeftModel\.from_pretrained"):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        LoraConfig(r=2, target_modules=["q_proj", "key_proj"], use_dora=True),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], layers_to_transform=[0]),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.2"]),
+        IA3Config(target_modules=["v_proj", "value_proj"], feedforward_modules=[]),
+    ],
+)
+@pytest.mark.parametrize("head", ["causal", None])
+def test_other_kinds(kind, head, folders, tmp_path):
+    truth = drawn(get_peft_model(GengramForCausalLM.from_pretrained(folders[0]), copy.deepcopy(kind)))
+    truth.save_pretrained(tmp_path / "other")
+    loaded = load_model(str(tmp_path / "other"), head, device="cpu").model
+    torch.testing.assert_close(last_states(loaded), last_states(truth), **MERGED)
+    if head:
+        ids = ids_of(loaded)
+        torch.testing.assert_close(loaded(ids).logits, truth(input_ids=ids).logits, **MERGED)
+
+
+def test_the_old_format_of_weights(folders):
+    _, adapters, truth = folders
+    place = adapters / "adapter_model.safetensors"
+    torch.save(load_file(place), adapters / "adapter_model.bin")
+    place.unlink()
+    loaded = load_model(str(adapters), "causal", device="cpu").model
+    torch.testing.assert_close(last_states(loaded), last_states(truth), **MERGED)
+    (adapters / "adapter_model.bin").write_bytes(b"half")
+    with pytest.raises(InputError, match="its weights are damaged"):
+        load_model(str(adapters), "causal", device="cpu")
+    (adapters / "adapter_model.bin").unlink()
+    with pytest.raises(InputError, match=r"expected the weights of adapters in .*, got neither"):
+        load_model(str(adapters), "causal", device="cpu")
+
+
+@pytest.mark.parametrize("fields", [{"peft_type": "NEWTYPE"}, {"r": "x"}, {"lora_alpha": None}, {"peft_type": None}])
+def test_odd_configurations_are_named(fields, folders):
+    _, adapters, _ = folders
+    place = adapters / "adapter_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
+    with pytest.raises(InputError, match=r"adapters (that peft .* knows|of GengramForCausalLM)"):
+        load_model(str(adapters), "causal", device="cpu")
+
+
+def test_adapters_of_the_body_alone(folders, tmp_path):
+    body = GengramModel.from_pretrained(folders[0])
+    truth = drawn(get_peft_model(body, LoraConfig(r=2, target_modules=["q_proj"])))
+    truth.save_pretrained(tmp_path / "body")
+    for head in (None, "causal"):
+        loaded = load_model(str(tmp_path / "body"), head, device="cpu").model
+        torch.testing.assert_close(last_states(loaded), last_states(truth), **MERGED)
+
+
+def test_adapters_beside_quantised_weights(folders, tmp_path):
+    base, *_ = folders
+    whole = GengramForCausalLM.from_pretrained(base, quantization_config=GengramQuantizationConfig("int8"))
+    whole.save_pretrained(tmp_path / "int8")
+    GengramTokenizer().save_pretrained(tmp_path / "int8")
+    model = GengramForCausalLM.from_pretrained(tmp_path / "int8")
+    truth = drawn(get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])))
+    truth.save_pretrained(tmp_path / "other")
+    loaded = load_model(str(tmp_path / "other"), "causal", device="cpu").model
+    assert torch.equal(last_states(loaded), last_states(truth))
+
+
+def test_classifiers(folders, tmp_path):
+    base, adapters, truth = folders
+    with pytest.raises(InputError, match=r"names of a classifier's classes.*merge_and_unload\(\)"):
         load_model(str(adapters), "classes", device="cpu")
-    with pytest.raises(InputError, match=r"merge them"):
-        load_whole(AutoModelForSequenceClassification, str(adapters), has_new_head=True)
-    model = GengramForCausalLM.from_pretrained(base)
-    PeftModel.from_pretrained(model, adapters).merge_and_unload().save_pretrained(tmp_path / "merged")  # as it says
-    assert load_whole(AutoModelForSequenceClassification, str(tmp_path / "merged"), has_new_head=True)
+    model = load_whole(AutoModelForSequenceClassification, str(adapters), has_new_head=True, num_labels=3)  # to train
+    torch.testing.assert_close(last_states(model), last_states(truth), **MERGED)
+    assert model.score.weight.shape[0] == 3 and all(weight.requires_grad for weight in model.parameters())
+
+    model = GengramForSequenceClassification.from_pretrained(base)
+    truth = drawn(get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])))
+    truth.save_pretrained(tmp_path / "classifier")
+    states = load_model(str(tmp_path / "classifier"), None, device="cpu").model  # what it learned is in its body
+    torch.testing.assert_close(last_states(states), last_states(truth), **MERGED)
+    with pytest.raises(InputError, match="got those of a classifier"):
+        load_model(str(tmp_path / "classifier"), "causal", device="cpu")
+
+
+def test_a_model_beside_which_adapters_are_kept(folders, tmp_path, monkeypatch):
+    """Relative places count from the working directory, else from the folder; names of adapters make folders."""
+    _, adapters, truth = folders
+    place = adapters / "adapter_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "base_model_name_or_path": "../base"}))
+    monkeypatch.chdir("/")
+    loaded = load_model(str(adapters), "causal", device="cpu").model
+    torch.testing.assert_close(last_states(loaded), last_states(truth), **MERGED)
+    (tmp_path / "outer").mkdir()
+    adapters.rename(tmp_path / "outer" / "mine")
+    with pytest.raises(InputError, match=r"holds no model, expected a folder of adapters: '.*/outer/mine'"):
+        load_config(str(tmp_path / "outer"))
+
+
+def test_a_model_on_the_hub_is_read_and_recorded_at_its_revision(folders, tmp_path, monkeypatch):
+    base, adapters, _ = folders
+    asked = []
+
+    def from_pretrained(name, **loading):
+        asked.append((name, loading.get("revision")))
+        config = GengramConfig.from_pretrained(base)
+        config._commit_hash = {"v1": "a" * 40, "v2": "b" * 40}[loading["revision"]]
+        return config
+
+    monkeypatch.setattr("gengram.inference.loaded_model.AutoConfig.from_pretrained", from_pretrained)
+    place = adapters / "adapter_config.json"
+    fields = {"base_model_name_or_path": "org/base", "revision": "v1"}
+    place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
+    commits = {}
+    for revision in (None, "v2"):
+        options = ModelOptions(str(adapters), revision=revision)
+        commits[revision] = _model_record(options, None)["base_commit"]
+    assert commits == {None: "a" * 40, "v2": "b" * 40}
+    assert set(asked) == {("org/base", "v1"), ("org/base", "v2")}
+    model = EvaluatedModel(str(adapters))
+    assert ["a" * 40] in _content_of(model)
 
 
 def test_without_peft(folders, monkeypatch):
-    def load_adapter(self, *_, **__):
-        raise ImportError("PEFT is not available.")
-
-    monkeypatch.setattr(GengramForCausalLM, "load_adapter", load_adapter)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="holds adapters, which need peft: pip install peft"):
         load_model(str(folders[1]), "causal", device="cpu")
 
 
+def test_info_names_the_model(folders, capsys):
+    base, adapters, _ = folders
+    assert main(["info", str(adapters)]) == 1
+    assert f"holds adapters of {base}; ask about that model: gengram info {base}" in capsys.readouterr().err
+
+
 def test_what_reads_the_weights_past_adapters_refuses_them(folders):
     base, _, _ = folders
+    model = get_peft_model(GengramForCausalLM.from_pretrained(base), LNTuningConfig(target_modules=["norm_k"]))
+    with pytest.raises(ValueError, match=r"expected a memory of plain MemoryRMSNorm modules"):
+        _weights(memories_of(model)[0])
     for target in ("value_proj", "embeddings.0"):
         model = get_peft_model(GengramForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=[target]))
         (memory, *_), tokens = memories_of(model), BaseTokens.of(GengramTokenizer())
@@ -187,12 +333,27 @@ def test_what_reads_the_weights_past_adapters_refuses_them(folders):
                 raise AssertionError("it should not be read")
 
 
-def test_of_a_trained_memory_the_copy_in_use_counts(folders):
-    _, adapters, truth = folders
-    loaded = load_model(str(adapters), "causal", device="cpu").model
-    memories = memories_of(loaded)
-    assert len(memories) == len(loaded.config.memory_layers) == len(loaded.memory)
-    assert [*loaded.memory.values()] == memories
-    assert torch.equal(memories[0]["CA"], memories_of(truth)[0]["CA"])
-    with truth.disable_adapter():
-        assert not torch.equal(memories_of(truth)[0]["CA"], memories[0]["CA"])
+@pytest.mark.parametrize("kept", ["motif_memory", "layers.2"])
+def test_of_a_trained_memory_the_copy_in_use_counts(kept, folders):
+    base, _, _ = folders
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[kept])
+    model = get_peft_model(GengramForCausalLM.from_pretrained(base), config)
+    model.add_adapter("second", config)
+    inner = model.base_model.model
+
+    def row():
+        assert len(memories_of(model)) == len(inner.config.memory_layers) == len(inner.memory)
+        assert [*inner.memory.values()] == memories_of(model)
+        return inner.memory[2]["CA"]
+
+    with torch.no_grad():
+        original, first = row(), row() + 1
+        inner.memory[2]["CA"] = first
+        assert torch.equal(row(), first)
+        model.set_adapter("second")
+        assert torch.equal(row(), original)
+        inner.memory[2]["CA"] = first + 1
+        model.set_adapter("default")
+        assert torch.equal(row(), first)
+        with model.disable_adapter():
+            assert torch.equal(row(), original)

@@ -1,0 +1,120 @@
+"""Low-rank adapters (LoRA) that PEFT saved in a folder of their own, and the model that they change."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..support.errors import InputError, MissingExtraError, quoted
+from ..support.printable import printable
+from ..support.versions import installed_version
+from .model_folder import ADAPTER, Adapters
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_OUTER = "base_model.model."  # what PEFT puts before the names of a model's weights
+_NAME = "default"  # of the adapter in the model
+_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+class ReadAdapters(NamedTuple):
+    """What the folder of adapters holds."""
+
+    adapters: Adapters
+    config: Any  # PEFT's
+    weights: dict[str, torch.Tensor]  # by their names in the model that they were trained in
+
+    def were_trained_in(self, body: str) -> bool:
+        """Whether that model had a head beside its body, whose name begins with `body`."""
+        return any(name.startswith(body) for name in self.weights)
+
+
+def read_adapters(adapters: Adapters) -> ReadAdapters:
+    """The configuration and the weights of adapters.
+
+    Raises:
+        InputError: if they are damaged, are no changes of weights, or of a kind that the installed PEFT does not know.
+        MissingExtraError: without PEFT.
+    """
+    folder = printable(adapters.folder)
+    try:
+        from peft import PeftConfig, load_peft_weights
+    except ImportError:
+        raise MissingExtraError(f"{folder} holds adapters, which need peft: pip install peft") from None
+    try:
+        config = PeftConfig.from_pretrained(str(adapters.folder))
+        config.inference_mode = True
+        is_prompt = config.is_prompt_learning
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{folder}/{ADAPTER}: expected adapters that peft {installed_version('peft')} knows, got something else "
+            f"({type(error).__name__}: {printable(str(error))}); install the version that wrote them."
+        ) from None
+    if is_prompt:
+        raise InputError(
+            f"{folder}: expected adapters that change a model's weights, such as LoRA, got {config.peft_type.value}."
+        )
+    if not any((adapters.folder / name).is_file() for name in _WEIGHTS):
+        raise InputError(f"{folder}: expected the weights of adapters in {' or '.join(_WEIGHTS)}, got neither.")
+    try:
+        weights = load_peft_weights(str(adapters.folder), device="cpu")
+    except Exception as error:  # of any kind: a broken pickle can raise a KeyError
+        raise InputError(f"{folder}: its weights are damaged ({printable(str(error))}); fetch them again.") from None
+    return ReadAdapters(adapters, config, {name.removeprefix(_OUTER): each for name, each in weights.items()})
+
+
+def with_adapters(model: Any, read: ReadAdapters, needs_head: bool = True) -> Any:
+    """The model with adapters merged into its weights, all of which must find their place in it.
+
+    Merged, it is a model like any other, for reports and folded tables too; it computes the same up to the rounding of
+    the merged weights. Into quantised weights nothing can be merged: there the adapters stay beside them.
+
+    Args:
+        model: of any class that has the body of the model that they were trained in.
+        read: the adapters.
+        needs_head: whether what they change of the model's head counts, too.
+
+    Raises:
+        InputError: if they do not fit, or change something to what is not a number.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+
+    folder, kind = printable(read.adapters.folder), type(model).__name__
+    body = f"{model.base_model_prefix}."
+    has_body = model.base_model is not model
+    target = model.base_model if has_body and not read.were_trained_in(body) else model
+    names = {name.rpartition(".")[2] for name, _ in target.named_modules()}
+    kept = [name for name in read.config.modules_to_save or () if name.rpartition(".")[2] in names]
+    read.config.modules_to_save = kept or None
+    try:
+        peft_model = PeftModel(target, read.config, _NAME)
+        found: Any = set_peft_model_state_dict(peft_model, dict(_outer(read.weights)), _NAME)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{folder}: expected adapters of {kind}, which cannot be made of what is there "
+            f"({type(error).__name__}: {printable(str(error))})."
+        ) from None
+    unexpected = {name.removeprefix(_OUTER) for name in found.unexpected_keys}
+    if not needs_head and has_body:
+        unexpected = {name for name in unexpected if name.startswith(body)}
+    strangers = unexpected | {name for name in found.missing_keys if _NAME in name.split(".")}
+    if strangers:
+        what = "those of a classifier" if _task_of(read) in _CLASSIFIERS else f"{quoted(sorted(strangers), limit=3)}"
+        raise InputError(
+            f"{folder}: expected adapters of {kind}, got {what}, which are not in both. Do they belong to another "
+            "model, or to one with another head?"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        return model.eval()
+    try:
+        peft_model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise InputError(f"{folder}: merged into {kind}, its adapters do not give numbers ({error}).") from None
+    return model.requires_grad_(True)
+
+
+def _outer(weights: dict[str, torch.Tensor]) -> Any:
+    return ((_OUTER + name, weight) for name, weight in weights.items())
+
+
+def _task_of(read: ReadAdapters) -> str:
+    task = read.config.task_type
+    return str(getattr(task, "value", task))
