@@ -6,7 +6,6 @@ import torch
 
 from ..support.errors import InputError, MissingExtraError, quoted
 from ..support.printable import printable
-from ..support.versions import installed_version
 from .model_folder import ADAPTER, Adapters
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -36,7 +35,7 @@ def read_adapters(adapters: Adapters) -> ReadAdapters:
     """
     folder = printable(adapters.folder)
     try:
-        from peft import PeftConfig, load_peft_weights
+        from peft import PeftConfig, __version__, load_peft_weights
     except ImportError:
         raise MissingExtraError(f"{folder} holds adapters, which need peft: pip install peft") from None
     try:
@@ -45,7 +44,7 @@ def read_adapters(adapters: Adapters) -> ReadAdapters:
         is_prompt = config.is_prompt_learning
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{folder}/{ADAPTER}: expected adapters that peft {installed_version('peft')} knows, got something else "
+            f"{folder}/{ADAPTER}: expected adapters that peft {__version__} knows, got something else "
             f"({type(error).__name__}: {printable(str(error))}); install the version that wrote them."
         ) from None
     if is_prompt:
