@@ -21,10 +21,6 @@ class ReadAdapters(NamedTuple):
     config: Any  # PEFT's
     weights: dict[str, torch.Tensor]  # by their names in the model that they were trained in
 
-    def were_trained_in(self, body: str) -> bool:
-        """Whether that model had a head beside its body, whose name begins with `body`."""
-        return any(name.startswith(body) for name in self.weights)
-
 
 def read_adapters(adapters: Adapters) -> ReadAdapters:
     """The configuration and the weights of adapters.
@@ -79,7 +75,8 @@ def with_adapters(model: Any, read: ReadAdapters, needs_head: bool = True) -> An
     folder, kind = printable(read.adapters.folder), type(model).__name__
     body = f"{model.base_model_prefix}."
     has_body = model.base_model is not model
-    target = model.base_model if has_body and not read.were_trained_in(body) else model
+    were_beside_a_head = any(name.startswith(body) for name in read.weights)
+    target = model.base_model if has_body and not were_beside_a_head else model
     names = {name.rpartition(".")[2] for name, _ in target.named_modules()}
     kept = [name for name in read.config.modules_to_save or () if name.rpartition(".")[2] in names]
     read.config.modules_to_save = kept or None

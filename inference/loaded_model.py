@@ -223,15 +223,11 @@ def _load_adapted(auto_class: Any, adapters: Adapters, has_new_head: bool, loadi
     of_base = adapters.loading_of_base(loading)
     needs_head = auto_class is not AutoModel and not has_new_head
     with _naming(adapters):
-        if auto_class is AutoModel:
-            config = of_base.get("config") or load_config(adapters.base, **where_it_is(of_base))
-            head = head_of(config)
-            if head is not None:
-                whole = load_whole(HEADS[head], adapters.base, **of_base)
-                if read.were_trained_in(f"{whole.base_model_prefix}."):
-                    return with_adapters(whole, read, needs_head).base_model
-        model = load_whole(auto_class, adapters.base, has_new_head, **of_base)
-    return with_adapters(model, read, needs_head)
+        head = head_of(load_config(adapters.base, **where_it_is(of_base))) if auto_class is AutoModel else None
+        # A body is loaded with its head, beside which adapters are mostly trained.
+        model = load_whole(HEADS[head] if head else auto_class, adapters.base, has_new_head, **of_base)
+    changed = with_adapters(model, read, needs_head)
+    return changed.base_model if head else changed
 
 
 @contextlib.contextmanager
