@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 HELP = "say what a checkpoint or folder is, and how much memory it needs"
@@ -25,15 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints what `PATH` is; returns the exit code, 1 if there is a problem."""
-    from ..inference.model_folder import adapters_in
     from ..support.errors import InputError
     from ..support.printable import printable, printable_lines
 
-    adapters = adapters_in(arguments.path)
-    if adapters is not None:
+    if (Path(arguments.path) / "adapter_config.json").is_file():
         raise InputError(
-            f"{printable(arguments.path)} holds adapters of {printable(adapters.base)}; ask about that model: "
-            f"gengram info {printable(adapters.base)}"
+            f"{printable(arguments.path)} holds adapters of a model; ask about the model, which its adapter_config.json "
+            "names as base_model_name_or_path."
         )
     if arguments.memory:
         needs = _memory(arguments)
