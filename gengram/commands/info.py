@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if (Path(arguments.path) / "adapter_config.json").is_file():
         raise InputError(
-            f"{printable(arguments.path)} holds adapters of a model; ask about the model, which its adapter_config.json "
-            "names as base_model_name_or_path."
+            f"{printable(arguments.path)} holds adapters of a model; ask about the model, which its "
+            "adapter_config.json names as base_model_name_or_path."
         )
     if arguments.memory:
         needs = _memory(arguments)
