@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..support.errors import InputError, MissingExtraError, quoted
 from ..support.printable import printable
@@ -91,7 +92,10 @@ def with_adapters(model: Any, read: ReadAdapters, needs_head: bool = True) -> An
     unexpected = {name.removeprefix(_OUTER) for name in found.unexpected_keys}
     if not needs_head and has_body:
         unexpected = {name for name in unexpected if name.startswith(body)}
-    strangers = unexpected | {name for name in found.missing_keys if _NAME in name.split(".")}
+    weights = dict(peft_model.named_parameters(remove_duplicate=False))
+    there = {id(weight) for name, weight in weights.items() if name not in found.missing_keys}
+    missing = {name for name in found.missing_keys if _NAME in name.split(".") and id(weights.get(name)) not in there}
+    strangers = unexpected | missing  # without what is tied to one that is there
     if strangers:
         what = "those of a classifier" if _task_of(read) in _CLASSIFIERS else f"{quoted(sorted(strangers), limit=3)}"
         raise InputError(
@@ -100,11 +104,24 @@ def with_adapters(model: Any, read: ReadAdapters, needs_head: bool = True) -> An
         )
     if getattr(model, "hf_quantizer", None) is not None:
         return model.eval()
+    _untie(target)
     try:
         peft_model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise InputError(f"{folder}: merged into {kind}, its adapters do not give numbers ({error}).") from None
     return model.requires_grad_(True)
+
+
+def _untie(model: nn.Module) -> None:
+    """Give a module that shares a weight with one under adapters (tied embeddings) its own, which is not changed."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(weight, []).append(name)
+    for weight, sharing in names.items():
+        if len(sharing) > 1 and any(".base_layer." in name for name in sharing):
+            for name in sharing[1:]:
+                place, _, last = name.rpartition(".")
+                setattr(model.get_submodule(place), last, nn.Parameter(weight.detach().clone()))
 
 
 def _outer(weights: dict[str, torch.Tensor]) -> Any:

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 from tolerances import SAME_MODEL_FP32
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -357,3 +358,31 @@ def test_of_a_trained_memory_the_copy_in_use_counts(kept, folders):
         assert torch.equal(row(), first)
         with model.disable_adapter():
             assert torch.equal(row(), original)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]),
+        LoraConfig(r=2, target_modules=["lm_head", "q_proj"]),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 6]}),
+    ],
+)
+@pytest.mark.parametrize("head", ["causal", None])
+def test_adapters_of_one_of_two_tied_weights(kind, head, tmp_path):
+    model = tiny_model(GengramForCausalLM, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    GengramTokenizer().save_pretrained(tmp_path / "tied")
+    model = GengramForCausalLM.from_pretrained(tmp_path / "tied")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    truth = drawn(get_peft_model(model, copy.deepcopy(kind)))
+    truth.save_pretrained(tmp_path / "adapters")
+    ids = ids_of(model)
+    again = GengramForCausalLM.from_pretrained(tmp_path / "tied")
+    expected = PeftModel.from_pretrained(again, tmp_path / "adapters").eval()(input_ids=ids, output_hidden_states=True)
+    loaded = load_model(str(tmp_path / "adapters"), head, device="cpu").model
+    torch.testing.assert_close(last_states(loaded), expected.hidden_states[-1], **MERGED)
+    if head:
+        torch.testing.assert_close(loaded(ids).logits, expected.logits, **MERGED)
