@@ -20,7 +20,7 @@ class ReadAdapters(NamedTuple):
 
     adapters: Adapters
     config: Any  # PEFT's
-    weights: dict[str, torch.Tensor]  # by their names in the model that they were trained in
+    weights: dict[str, torch.Tensor]  # by PEFT's names: `_OUTER`, and that in the model that they were trained in
 
 
 def read_adapters(adapters: Adapters) -> ReadAdapters:
@@ -54,7 +54,7 @@ def read_adapters(adapters: Adapters) -> ReadAdapters:
         weights = load_peft_weights(str(adapters.folder), device="cpu")
     except Exception as error:  # of any kind: a broken pickle can raise a KeyError
         raise InputError(f"{folder}: its weights are damaged ({printable(str(error))}); fetch them again.") from None
-    return ReadAdapters(adapters, config, {name.removeprefix(_OUTER): each for name, each in weights.items()})
+    return ReadAdapters(adapters, config, weights)
 
 
 def with_adapters(model: Any, read: ReadAdapters, needs_head: bool = True) -> Any:
@@ -76,14 +76,14 @@ def with_adapters(model: Any, read: ReadAdapters, needs_head: bool = True) -> An
     folder, kind = printable(read.adapters.folder), type(model).__name__
     body = f"{model.base_model_prefix}."
     has_body = model.base_model is not model
-    were_beside_a_head = any(name.startswith(body) for name in read.weights)
+    were_beside_a_head = any(name.startswith(_OUTER + body) for name in read.weights)
     target = model.base_model if has_body and not were_beside_a_head else model
     names = {name.rpartition(".")[2] for name, _ in target.named_modules()}
     kept = [name for name in read.config.modules_to_save or () if name.rpartition(".")[2] in names]
     read.config.modules_to_save = kept or None
     try:
         peft_model = PeftModel(target, read.config, _NAME)
-        found: Any = set_peft_model_state_dict(peft_model, dict(_outer(read.weights)), _NAME)
+        found: Any = set_peft_model_state_dict(peft_model, read.weights, _NAME)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{folder}: expected adapters of {kind}, which cannot be made of what is there "
@@ -97,7 +97,8 @@ def with_adapters(model: Any, read: ReadAdapters, needs_head: bool = True) -> An
     missing = {name for name in found.missing_keys if _NAME in name.split(".") and id(weights.get(name)) not in there}
     strangers = unexpected | missing  # without what is tied to one that is there
     if strangers:
-        what = "those of a classifier" if _task_of(read) in _CLASSIFIERS else f"{quoted(sorted(strangers), limit=3)}"
+        is_classifier = read.config.task_type in _CLASSIFIERS
+        what = "those of a classifier" if is_classifier else quoted(sorted(strangers), limit=3)
         raise InputError(
             f"{folder}: expected adapters of {kind}, got {what}, which are not in both. Do they belong to another "
             "model, or to one with another head?"
@@ -122,12 +123,3 @@ def _untie(model: nn.Module) -> None:
             for name in sharing[1:]:
                 place, _, last = name.rpartition(".")
                 setattr(model.get_submodule(place), last, nn.Parameter(weight.detach().clone()))
-
-
-def _outer(weights: dict[str, torch.Tensor]) -> Any:
-    return ((_OUTER + name, weight) for name, weight in weights.items())
-
-
-def _task_of(read: ReadAdapters) -> str:
-    task = read.config.task_type
-    return str(getattr(task, "value", task))

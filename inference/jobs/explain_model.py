@@ -66,7 +66,7 @@ class ExplainModelJob:
         """The options that decide the result."""
         return {
             "model_only": True,
-            "twin": None if self.twin is None else {**self.twin.settings(), "commit": _commit_of(self.twin)},
+            "twin": None if self.twin is None else {**self.twin.settings(), "commit": self.twin.load_commit()},
             "permutations": self.permutations,
             "pieces": self.pieces,
             "length": self.length,
@@ -101,11 +101,6 @@ class ExplainModelJob:
         write_whole(output / "model.json", json.dumps(found, indent=1) + "\n")
         pa.parquet.write_table(kmers, output / "kmers.parquet", compression="zstd")
         write_whole(output / "record.json", json.dumps(record, indent=2) + "\n")
-
-
-def _commit_of(model: ModelOptions) -> str | None:
-    """Of a model on the Hub, or of one there that a folder of adapters is of."""
-    return getattr(model.load_config(), "_commit_hash", None)
 
 
 class _Worker:

@@ -126,6 +126,10 @@ class ModelOptions:
         """The model's configuration alone, to check options by."""
         return load_config(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
+    def load_commit(self) -> str | None:
+        """The commit of a model on the Hub, or of one there that a folder of adapters is of; None of other models."""
+        return getattr(self.load_config(), "_commit_hash", None)
+
     def load_tokenizer(self) -> Any:
         """The model's tokenizer alone."""
         return load_tokenizer(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)

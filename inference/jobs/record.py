@@ -39,17 +39,12 @@ def record_of(job: Job, progress: str | None = None) -> dict[str, Any]:
 def _model_record(options: ModelOptions, progress: str | None) -> dict[str, Any]:
     """The model's options, and its commit on the Hub or the SHA-256 of the files in its folder."""
     if not Path(options.model).is_dir():
-        return {**options.settings(), "commit": getattr(options.load_config(), "_commit_hash", None)}
+        return {**options.settings(), "commit": options.load_commit()}
     files = {name: _file_record(path, progress)["sha256"] for name, path in _files_of(options).items()}
-    return {**options.settings(), "files": files, **_base_on_the_hub(options)}
-
-
-def _base_on_the_hub(options: ModelOptions) -> dict[str, Any]:
-    """The commit of the model that adapters are of, if it is on the Hub, and the version of PEFT."""
-    adapters = adapters_in(options.model)
-    if adapters is None:
-        return {}
-    return {"peft": installed_version("peft"), "base_commit": getattr(options.load_config(), "_commit_hash", None)}
+    record = {**options.settings(), "files": files}
+    if adapters_in(options.model) is not None:
+        record |= {"peft": installed_version("peft"), "base_commit": options.load_commit()}
+    return record
 
 
 def _files_of(options: ModelOptions) -> dict[str, Path]:

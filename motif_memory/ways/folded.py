@@ -58,8 +58,7 @@ class _Windows:
         places = (~regular).reshape(-1).nonzero().flatten()
         if len(places) < regular.numel():
             ids = self.row_ids(batch, begin, end).flatten(0, 1)
-            by_slab = [F.embedding_bag(ids, slab, mode="sum") for slab in self.rows]
-            sums = (by_slab[0] if len(by_slab) == 1 else torch.cat(by_slab, dim=-1)).to(self.work)
+            sums = _sums_of_bags(self.rows, ids).to(self.work)
         else:  # such as windows that are longer than all rows
             sums = torch.empty(count * length, 2 * self.hidden, dtype=self.work, device=self.rows.device)
         for some in places.split(_IRREGULAR_AT_A_TIME):
@@ -77,8 +76,7 @@ class _Windows:
         if rows.dtype != self.work:
             used, ids = ids.unique(return_inverse=True)
             rows = rows[:, used].to(self.work)
-        by_slab = [F.embedding_bag(ids, slab, starts, mode="sum", per_sample_weights=weights) for slab in rows]
-        return by_slab[0] if len(by_slab) == 1 else torch.cat(by_slab, dim=-1)
+        return _sums_of_bags(rows, ids, starts, weights)
 
     def gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """Gradient of the rows, from that of the sums (batch, length, 2 * hidden), which is overwritten."""
@@ -114,6 +112,14 @@ class _Windows:
                     oldest = grams % 5 ** (self.largest - 1) + self.sections.oldest
                     _add_rows(out, oldest, windows[begin:end])
         return out.view(-1, slabs, width).transpose(0, 1).contiguous()
+
+
+def _sums_of_bags(
+    rows: torch.Tensor, ids: torch.Tensor, starts: torch.Tensor | None = None, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sums of packed rows, those of all slabs side by side; arguments as of `F.embedding_bag`."""
+    by_slab = [F.embedding_bag(ids, slab, starts, mode="sum", per_sample_weights=weights) for slab in rows]
+    return by_slab[0] if len(by_slab) == 1 else torch.cat(by_slab, dim=-1)
 
 
 def _leading_sum(x: torch.Tensor, length: int) -> torch.Tensor:
