@@ -98,8 +98,9 @@ struct RowColumns {
 };
 
 // Windows that are not full of letters, one position after the other. A window that begins where the last one began only
-// adds its new tokens, as behind the start of a sequence. A sum's order is that of a window on its own.
-template <class T>
+// adds its new tokens, as behind the start of a sequence. A sum's order is that of a window on its own. `kRowsAtOnce`
+// rows of a token are on their way together.
+template <class T, int kRowsAtOnce>
 struct GrowingWindow {
   const RowColumns<T>& columns;
   // By size m: rows of C_m where a longer n-gram ends, rows of C_m where none does, and how many these are.
@@ -127,16 +128,22 @@ struct GrowingWindow {
 
   GENGRAM_THREAD void push(const Sequence& s, const Span& span, int64_t j) {
     const Geometry& g = *columns.g;
-    const int size = longest_in_span(g, s, span, j), gram = s.grams[j];
-    if (size <= 0) return;
-    const Four own = columns.row(size == g.largest ? s.top[j] : g.section[size] + gram % g.power[size]);
-    Four rows[kLargestSize - 1];  // all loads first; a row for nothing where no longer n-gram ends
-    GENGRAM_UNROLL for (int i = 0; i < kLargestSize - 1; i++)
-      rows[i] = columns.row(i + 1 < size ? g.section[i + 1] + gram % power_of_five(i + 1) : s.top[j]);
-    GENGRAM_UNROLL for (int i = 0; i < kLargestSize - 1; i++)
-      if (i + 1 < size) longer[i] = longer[i] + rows[i];
-    longest[size - 1] = longest[size - 1] + own;
-    count[size - 1]++;
+    const int size = longest_in_span(g, s, span, j), gram = s.grams[j], top = s.top[j];
+    GENGRAM_KEEP_LOOP for (int first = 0; first < kLargestSize; first += kRowsAtOnce) {
+      int32_t ids[kRowsAtOnce];  // any row where no n-gram of this size ends
+      Four rows[kRowsAtOnce];
+      GENGRAM_UNROLL for (int i = 0; i < kRowsAtOnce; i++) {
+        const int m = first + i + 1;
+        const int32_t shorter = g.section[m] + gram % power_of_five(m);
+        ids[i] = m < g.largest && m <= size ? shorter : top;
+      }
+      GENGRAM_UNROLL for (int i = 0; i < kRowsAtOnce; i++) rows[i] = columns.row(ids[i]);
+      GENGRAM_UNROLL for (int i = 0; i < kRowsAtOnce; i++) {
+        const int m = first + i + 1;
+        if (m < size) longer[m - 1] = longer[m - 1] + rows[i];
+        if (m == size) longest[m - 1] = longest[m - 1] + rows[i], count[m - 1]++;
+      }
+    }
   }
 
   GENGRAM_THREAD Four at(const Sequence& s, int64_t t) {
@@ -201,7 +208,7 @@ struct FromRows {
     bool is_warm = false;
     for (int i = 0; i < count;) {
       if (!is_swept(oldest + i)) {
-        GrowingWindow<T> growing(columns);
+        GrowingWindow<T, kLargestSize> growing(columns);
         GENGRAM_KEEP_LOOP do {
           const int64_t t = first + i;
           sink.one(t, t < 0 || t >= s.length ? filled(0.f) : is_regular(g, s, t) ? columns.full_window(s, t) : growing.at(s, t));
@@ -235,8 +242,9 @@ struct FromRows {
   }
 
   GENGRAM_THREAD Four window(const Sequence& s, int64_t, int side, int64_t column, int64_t t) const {
+    constexpr int kRowsAtOnce = 2;  // with more, the registers of Decode spill
     const RowColumns<T> columns = of(side, column);
-    return is_regular(g, s, t) ? columns.full_window(s, t) : GrowingWindow<T>(columns).at(s, t);
+    return is_regular(g, s, t) ? columns.full_window(s, t) : GrowingWindow<T, kRowsAtOnce>(columns).at(s, t);
   }
 
   GENGRAM_THREAD RowColumns<T> of(int side, int64_t column) const {
