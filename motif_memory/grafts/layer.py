@@ -38,8 +38,10 @@ def check_caches(given: dict[str, Any]) -> None:
         ValueError: if one is of another kind than `Cache`.
     """
     for name, value in given.items():
-        is_named = name in _CACHE_NAMES or type(value).__name__.endswith("Cache")
-        if is_named and value is not None and not isinstance(value, Cache | bool):
+        if value is None or isinstance(value, Cache | bool):
+            continue
+        is_cache = not isinstance(value, torch.Tensor) and type(value).__name__.endswith("Cache")
+        if is_cache or name in _CACHE_NAMES:
             raise ValueError(
                 f"{name}: a motif memory keeps what it remembers in a cache of Transformers (a Cache), got a "
                 f"{type(value).__name__}; use `generate`, or read whole texts with use_cache=False."

@@ -83,7 +83,8 @@ def project_tables(
     if largest > 1:
         oldest = sections[largest - 2]  # B[q] adds up C_m[q div 5^(N - 1 - m)]
         for m in range(1, largest - 1):
-            oldest = (oldest.unflatten(1, (5**m, -1)) + sections[m - 1].unsqueeze(2)).flatten(1, 2)
+            longer = oldest.reshape(len(oldest), 5**m, -1, oldest.shape[2])
+            oldest = (longer + sections[m - 1].unsqueeze(2)).flatten(1, 2)
         packed = [*packed, oldest]
     return torch.cat(packed, dim=1)
 
