@@ -2,6 +2,8 @@
 
 What stands left of a change is the same with all alleles. Windows of one length that are changed at about the same
 place are split at the same place, so that their beginnings make one batch, and their ends, of all alleles, another.
+Not on a CPU, the windows may also be of about one length: short ends are filled up behind, which a causal model does
+not see.
 """
 
 from collections import defaultdict
@@ -20,6 +22,9 @@ from .shared_prefix import CausalReader, branched
 # Windows are split at a multiple of this, less one: substitutions in the middle of windows of an even length are split
 # at the same place on both strands.
 _SPLIT = 16
+# Numbers are about the same if they have the same number of bits and the same first ones, so many: with 2, the largest
+# is less than half as large again as the smallest.
+_LEADING_BITS = 2
 
 
 class _Unit(NamedTuple):
@@ -37,7 +42,7 @@ class Branch(NamedTuple):
         pairs: the rows that hold its two windows.
         split: where the rows begin in their windows.
         skipped: tokens that the model read in front of the rows' letters.
-        ids: (rows, length) letters.
+        ids: (rows, length) letters, short rows filled up behind.
         logits: (rows, length, vocabulary) after each letter.
         last: (rows, 1, vocabulary) before the first letter; None at the start of a window.
     """
@@ -82,11 +87,25 @@ class CausalEffects:
         """The ends of all windows, from where they are split on, and what the model made of them; in any order."""
         groups: dict[tuple[int, ...], list[list[_Unit]]] = defaultdict(list)
         for units in self._units(readings):
-            length = len(readings[units[0].members[0]].reference)
-            groups[(length, *(unit.split for unit in units))].append(units)
-        for (length, *_), references in groups.items():
-            for batch in self._batches(references, length):
+            groups[self._key(readings, units)].append(units)
+        for references in groups.values():
+            if len(references[0]) == 1:
+                split = min(unit.split for (unit,) in references)
+                references = [[unit._replace(split=split)] for (unit,) in references]
+            for batch in self._batches(readings, references):
                 yield from self._read(readings, batch)
+
+    def _key(self, readings: Sequence[Reading], units: list[_Unit]) -> tuple[int, ...]:
+        """References of one key are read side by side: of one length and with the same splits, or about so."""
+        length, splits = len(readings[units[0].members[0]].reference), [unit.split for unit in units]
+        if len(units) == 1 and self._fills_up:
+            return _leading_bits(length), _leading_bits((splits[0] + 1) // _SPLIT)
+        return (length, *splits)
+
+    @property
+    def _fills_up(self) -> bool:
+        """Whether windows of about one length are read side by side: a CPU would take longer for the filling."""
+        return self.reader.device.type != "cpu" and self.reader.can_continue
 
     def _rows_at_once(self, length: int) -> int:
         return max(2, self.tokens_per_pass // (len(self.tokens.before) + length))
@@ -110,13 +129,14 @@ class CausalEffects:
         common = min(reading.first_difference, reading.last_reference, reading.last_alternative)
         return max(0, (common + 1) // _SPLIT * _SPLIT - 1)
 
-    def _batches(self, references: list[list[_Unit]], length: int) -> Iterator[list[list[_Unit]]]:
+    def _batches(self, readings: Sequence[Reading], references: list[list[_Unit]]) -> Iterator[list[list[_Unit]]]:
         """References that are read side by side, so many that the rows of all their units find room in every step."""
+        longest = max(len(readings[units[0].members[0]].reference) for units in references)
         batch: list[list[_Unit]] = []
         most = 0
         for units in references:
             rows = 1 + max(len(unit.members) for unit in units)
-            if batch and most + rows > self._rows_at_once(length):
+            if batch and most + rows > self._rows_at_once(longest):
                 yield batch
                 batch, most = [], 0
             batch.append(units)
@@ -126,7 +146,8 @@ class CausalEffects:
 
     def _read(self, readings: Sequence[Reading], batch: list[list[_Unit]]) -> Iterator[Branch]:
         """One batch: the trunks of its references grow from split to split, and branch at each."""
-        trunks = torch.from_numpy(np.stack([readings[units[0].members[0]].reference for units in batch]))
+        shared = batch[0][-1].split
+        trunks = torch.from_numpy(np.stack([readings[units[0].members[0]].reference[:shared] for units in batch]))
         cache, last, done = None, None, 0
         for step, unit in enumerate(batch[0]):
             if unit.split > done:
@@ -151,7 +172,7 @@ class CausalEffects:
             cache, last: of the windows' beginnings, one row per unit, and the logits after them; None without any.
             split: where the ends begin.
         """
-        ends = _ends_of(readings, units, split, self.reader.device)
+        ends = _ends_of(readings, units, split, self.reader.filler, self.reader.device)
         ids = self._ids(ends.letters, is_start=split == 0)
         logits = self.reader.read(ids, None if cache is None else branched(cache, ends.owners)).logits
         skipped = ids.shape[1] - ends.letters.shape[1]
@@ -167,7 +188,7 @@ class CausalEffects:
         if "jsd" in self.scores:
             bases = logits[..., list(self.tokens.bases)].to(widest(logits.device))
             found["jsd"] = divergences(bases.log_softmax(-1), pairs)
-        found |= distances_of_parts(parts, pairs, skipped, window=split + ids.shape[1])
+        found |= distances_of_parts(parts, pairs, skipped, split)
         numbers = torch.stack(list(found.values()), dim=1).tolist()
         for member, row in zip(branch.members, numbers, strict=True):
             yield member, Effect(**dict(zip(found, row, strict=True)))
@@ -176,13 +197,15 @@ class CausalEffects:
 class _Ends(NamedTuple):
     """Ends of windows: of each unit that of the reference, and those of its readings' alternatives behind it."""
 
-    letters: torch.Tensor  # (rows, length)
+    letters: torch.Tensor  # (rows, length), short rows filled up behind
     owners: torch.Tensor  # (rows,) the unit of each
     members: list[int]  # the reading of each pair
     pairs: RowPairs
 
 
-def _ends_of(readings: Sequence[Reading], units: Sequence[_Unit], split: int, device: torch.device) -> _Ends:
+def _ends_of(
+    readings: Sequence[Reading], units: Sequence[_Unit], split: int, filler: int, device: torch.device
+) -> _Ends:
     rows: list[np.ndarray] = []
     owners: list[int] = []
     members: list[int] = []
@@ -196,7 +219,16 @@ def _ends_of(readings: Sequence[Reading], units: Sequence[_Unit], split: int, de
         rows += [readings[member].alternative[split:] for member in unit.members]
         owners += [owner] * (1 + len(unit.members))
     pairs = row_pairs([readings[member] for member in members], references, alternatives, split, device)
-    return _Ends(torch.from_numpy(np.stack(rows)), torch.tensor(owners, device=device), members, pairs)
+    letters = np.full((len(rows), max(map(len, rows))), filler)
+    for place, row in enumerate(rows):
+        letters[place, : len(row)] = row
+    return _Ends(torch.from_numpy(letters), torch.tensor(owners, device=device), members, pairs)
+
+
+def _leading_bits(number: int) -> int:
+    """A number that stands for all that are about the same."""
+    dropped = max(number.bit_length() - _LEADING_BITS, 0)
+    return number >> dropped << dropped
 
 
 def _own_log_probabilities(logits: torch.Tensor, ids: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:

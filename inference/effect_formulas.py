@@ -1,7 +1,7 @@
 """The numbers of an `Effect` from what a model puts out for rows that hold the alleles; see `effects.py`.
 
-Rows hold the same places of windows, the last of them the windows' last. Results are float64
-where the device has it.
+Rows hold the same places of windows, up to the windows' last, and may be filled up behind. Results are float64 where
+the device has it.
 """
 
 import math
@@ -20,6 +20,7 @@ class RowPairs(NamedTuple):
         reference, alternative: the rows.
         first_difference: the first place at which both rows differ.
         last_reference, last_alternative: places of the alleles' last bases, 0 or more, maybe beyond the row.
+        length: letters of either row; what is behind is filling.
     """
 
     reference: torch.Tensor
@@ -27,18 +28,25 @@ class RowPairs(NamedTuple):
     first_difference: torch.Tensor
     last_reference: torch.Tensor
     last_alternative: torch.Tensor
+    length: torch.Tensor
 
-    def behind(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def behind(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Places from the alleles' last bases on, in reference rows and in alternative rows, and which of them exist.
 
         Each is (pairs, most places); equal columns are equal letters of the genome, but for the alleles themselves.
         """
-        counts = length - torch.maximum(self.last_reference, self.last_alternative)  # (pairs,)
+        counts = self.length - torch.maximum(self.last_reference, self.last_alternative)  # (pairs,)
         steps = torch.arange(max(int(counts.max()), 1), device=counts.device)
         exist = steps < counts.unsqueeze(1)
-        of_reference = (self.last_reference.unsqueeze(1) + steps).clamp(max=length - 1)
-        of_alternative = (self.last_alternative.unsqueeze(1) + steps).clamp(max=length - 1)
+        last = (self.length - 1).unsqueeze(1)
+        of_reference = (self.last_reference.unsqueeze(1) + steps).minimum(last)
+        of_alternative = (self.last_alternative.unsqueeze(1) + steps).minimum(last)
         return of_reference, of_alternative, exist
+
+    def may_differ(self, places: int) -> torch.Tensor:
+        """Which of a row's places are letters from the first difference on: (pairs, places)."""
+        each = torch.arange(places, device=self.length.device)
+        return (each >= self.first_difference.unsqueeze(1)) & (each < self.length.unsqueeze(1))
 
 
 def row_pairs(
@@ -55,6 +63,7 @@ def row_pairs(
         [reading.first_difference - split for reading in readings],
         [reading.last_reference - split for reading in readings],
         [reading.last_alternative - split for reading in readings],
+        [len(reading.reference) - split for reading in readings],
     ]
     return RowPairs(*(torch.tensor(column, device=device) for column in columns))
 
@@ -71,8 +80,7 @@ def log_likelihood_ratios(log_probabilities: torch.Tensor, pairs: RowPairs) -> t
         log_probabilities: (rows, length) of the rows' own letters.
     """
     differences = log_probabilities[pairs.alternative] - log_probabilities[pairs.reference]
-    places = torch.arange(differences.shape[1], device=differences.device)
-    return differences.masked_fill(places < pairs.first_difference.unsqueeze(1), 0).sum(1)
+    return differences.masked_fill(~pairs.may_differ(differences.shape[1]), 0).sum(1)
 
 
 def divergences(log_probabilities: torch.Tensor, pairs: RowPairs) -> torch.Tensor:
@@ -83,7 +91,7 @@ def divergences(log_probabilities: torch.Tensor, pairs: RowPairs) -> torch.Tenso
     Args:
         log_probabilities: (rows, length, letters) of the next letter.
     """
-    of_reference, of_alternative, exist = pairs.behind(log_probabilities.shape[1])
+    of_reference, of_alternative, exist = pairs.behind()
     p = log_probabilities[pairs.reference.unsqueeze(1), of_reference]  # (pairs, places, letters)
     q = log_probabilities[pairs.alternative.unsqueeze(1), of_alternative]
     mixed = torch.logaddexp(p, q) - math.log(2)
@@ -91,18 +99,19 @@ def divergences(log_probabilities: torch.Tensor, pairs: RowPairs) -> torch.Tenso
     return _nan_where_none(each.clamp(min=0).masked_fill(~exist, 0).sum(1), exist)
 
 
-def embedding_distances(hidden: torch.Tensor, pairs: RowPairs, window: int) -> torch.Tensor:
+def embedding_distances(hidden: torch.Tensor, pairs: RowPairs, split: int) -> torch.Tensor:
     """Euclidean distance of the window's mean and the last base of the allele, as one vector: (pairs,); nan of none.
 
     Args:
         hidden: (rows, length, hidden).
-        window: length of the windows, of which rows may be the end; what is before is the same.
+        split: how many places of the windows stand before the rows; they are the same.
     """
-    of_reference, of_alternative, exist = pairs.behind(hidden.shape[1])
-    places, work = torch.arange(hidden.shape[1], device=hidden.device), widest(hidden.device)
+    of_reference, of_alternative, exist = pairs.behind()
+    work = widest(hidden.device)
     changed = _differences(hidden, pairs.reference, pairs.alternative)  # (pairs, length, hidden)
-    same = places < pairs.first_difference.unsqueeze(1)
-    of_window = changed.masked_fill(same.unsqueeze(-1), 0).sum(1, dtype=work) / window  # (pairs, hidden)
+    same = ~pairs.may_differ(hidden.shape[1])
+    of_window = changed.masked_fill(same.unsqueeze(-1), 0).sum(1, dtype=work)  # (pairs, hidden)
+    of_window = of_window / (split + pairs.length).unsqueeze(1)
     reference = hidden[pairs.reference, of_reference[:, 0]].to(work)
     of_allele = hidden[pairs.alternative, of_alternative[:, 0]].to(work) - reference
     return _nan_where_none(torch.cat([of_window, of_allele], dim=1).norm(dim=1), exist)
@@ -114,7 +123,7 @@ def memory_changes(residuals: Sequence[torch.Tensor], pairs: RowPairs) -> torch.
     Args:
         residuals: of each memory, (rows, length, hidden).
     """
-    of_reference, of_alternative, exist = pairs.behind(residuals[0].shape[1])
+    of_reference, of_alternative, exist = pairs.behind()
     norms = []
     for residual in residuals:
         index = (of_reference.to(residual.device), of_alternative.to(residual.device))

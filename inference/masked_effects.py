@@ -61,7 +61,7 @@ class MaskedEffects:
                 letter_logits(self.model, self.tokens, torch.cat([reference, alternative]))
                 count = len(readings)
                 pairs = row_pairs(readings, range(count), range(count, 2 * count), 0, device)
-                found |= distances_of_parts(parts, pairs, len(self.tokens.before), reference.shape[1])
+                found |= distances_of_parts(parts, pairs, len(self.tokens.before))
         for row in torch.stack(list(found.values()), dim=1).tolist():
             yield Effect(**dict(zip(found, row, strict=True)))
 

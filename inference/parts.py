@@ -50,18 +50,18 @@ def seen(model: Any, hidden: bool, residuals: bool) -> Iterator[Seen]:
             hook.remove()
 
 
-def distances_of_parts(parts: Seen, pairs: RowPairs, skipped: int, window: int) -> dict[str, torch.Tensor]:
+def distances_of_parts(parts: Seen, pairs: RowPairs, skipped: int, split: int = 0) -> dict[str, torch.Tensor]:
     """`embedding_distance` and `memory_change` of an `Effect`, (pairs,) each, of the parts that were seen.
 
     Args:
         parts: of the pass of these rows.
         pairs: the rows that are compared.
         skipped: how many places stand in front of the rows' letters.
-        window: letters of a window.
+        split: how many places of the windows stand before the rows.
     """
     found = {}
     if parts.hidden is not None:
-        found["embedding_distance"] = embedding_distances(parts.hidden[:, skipped:], pairs, window)
+        found["embedding_distance"] = embedding_distances(parts.hidden[:, skipped:], pairs, split)
     if parts.residuals:
         found["memory_change"] = memory_changes([residual[:, skipped:] for residual in parts.residuals], pairs)
     return found

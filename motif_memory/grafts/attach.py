@@ -77,7 +77,8 @@ class Graft:
         Raises:
             ValueError: if the host is called without ids, or with a cache that cannot keep the memories' state.
         """
-        given = dict(zip(self._names.get(host_class(type(host)), ()), arguments, strict=False)) | options
+        names = self._names.get(host_class(type(host)), ())
+        given = {names[place]: argument for place, argument in enumerate(arguments[: len(names)])} | options
         input_ids = given.get("input_ids", arguments[0] if arguments else None)
         if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
             raise ValueError(

@@ -38,7 +38,7 @@ def check_caches(given: dict[str, Any]) -> None:
         ValueError: if one is of another kind than `Cache`.
     """
     for name, value in given.items():
-        if value is None or isinstance(value, Cache | bool):
+        if value is None or isinstance(value, (Cache, bool)):
             continue
         is_cache = not isinstance(value, torch.Tensor) and type(value).__name__.endswith("Cache")
         if is_cache or name in _CACHE_NAMES:

@@ -27,6 +27,7 @@ from transformers import (
 from gengram import GengramForCausalLM, GengramForMaskedLM, GengramTokenizer
 from gengram.inference import base_tokens, window_effects
 from gengram.inference import variant_effects as variant_effects_module
+from gengram.inference.causal_effects import CausalEffects
 from gengram.inference.effects import SCORES, Change
 from gengram.inference.variant_effects import variant_effects
 from gengram.inference.window_effects import WindowEffects
@@ -145,6 +146,32 @@ def test_numbers_do_not_depend_on_the_batch_nor_on_the_order(tokens_per_pass):
         for other in (found[shuffled.variant], alone):
             for one, two in zip(shuffled.effects, other.effects, strict=True):
                 assert list(one) == pytest.approx(list(two), abs=SAME_FP32, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ["Gengram", "Mixtral", "Mistral, a window of 24", "GPT-NeoX", "Mamba"])
+def test_windows_of_many_lengths_are_read_side_by_side(name, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(CausalEffects, "_fills_up", property(lambda self: self.reader.can_continue))
+    model, generator = MODELS[name](), random.Random(6)
+    sequences = [random_sequence(generator.randint(2, 130), seed=700 + n).upper().replace("N", "A") for n in range(40)]
+    changes = []
+    for number, sequence in enumerate(sequences):
+        place = generator.randrange(len(sequence)) if number % 2 else len(sequence) // 2
+        other = generator.choice("ACGT".replace(sequence[place], ""))
+        changes.append(Change(sequence, sequence[:place] + other + sequence[place + 1 :], place))
+    oracle = oracle_of(model)
+    scores = SCORES if oracle.memories else SCORES[:3]
+    effects = WindowEffects(model, GengramTokenizer(), scores)
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = list(effects.of(changes))
+    if effects._effects.reader.can_continue:
+        assert len(passes) < 1.5 * len(changes)  # one by one: 4, or 2 where a window begins with the change
+    for change, effect in zip(changes, found, strict=True):
+        variant = (change.start, change.reference[change.start], change.alternative[change.start])
+        for strand, numbers in zip(effect, oracle.both_strands(change.reference, *variant, 500), strict=True):
+            for number, value in numbers.items():
+                assert getattr(strand, number) == pytest.approx(value, abs=LOG_LIKELIHOOD_FP32, nan_ok=True)
 
 
 @pytest.mark.parametrize("strand", ["forward", "reverse"])
