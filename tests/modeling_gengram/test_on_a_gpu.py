@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import HEADS, random_ids, tiny_model
 from tolerances import (
     DENSE_MODEL_BF16,
+    LOG_LIKELIHOOD_FP32,
     MODEL_BF16,
     MODEL_FP16,
     MODEL_GRADIENTS_FP32,
@@ -29,11 +30,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from gengram import (
     GengramForCausalLM,
     GengramQuantizationConfig,
+    GengramTokenizer,
     MotifMemory,
     MotifMemoryConfig,
     memory_path,
 )
 from gengram.cli import main
+from gengram.inference.effects import SCORES, Change
+from gengram.inference.window_effects import WindowEffects
 from gengram.modeling_gengram.quantized_experts import _few, _linear, quantize
 from gengram.modeling_gengram.quantized_on_gpu import are_few_on_gpu
 from gengram.motif_memory import folded_inference, letter_codes, plan_ngrams
@@ -439,6 +443,21 @@ def test_a_fingerprint_is_the_same_on_every_device():
     for numbers in (7, 2**17, 2**17 * 70 + 11):
         weight = torch.randn(numbers, generator=torch.Generator("cpu").manual_seed(20))
         assert torch.equal(kept_fold._fingerprint(weight.cuda()).cpu(), kept_fold._fingerprint(weight))
+
+
+def test_scores_of_windows_of_many_lengths_are_the_cpus():
+    """A GPU reads windows of about one length side by side, a CPU those of one length."""
+    model, on_gpu = both(GengramForCausalLM, num_local_experts=0)
+    generator, changes = np.random.default_rng(8), []
+    for length in generator.integers(2, 300, 40):
+        window = "".join(generator.choice(list("ACGT"), length))
+        place = int(generator.integers(length))
+        other = generator.choice(list("ACGT".replace(window[place], "")))
+        changes.append(Change(window, window[:place] + other + window[place + 1 :], place))
+    found = [list(WindowEffects(own, GengramTokenizer(), SCORES).of(changes)) for own in (model, on_gpu)]
+    for theirs, ours in zip(*found, strict=True):
+        for one, two in zip(ours, theirs, strict=True):
+            assert list(one) == pytest.approx(list(two), abs=LOG_LIKELIHOOD_FP32, nan_ok=True)
 
 
 @torch.no_grad()
