@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from ..motif_memory.grafts.attach import IN_CONFIG
 from ..motif_memory.grafts.layer import CHILD
@@ -123,6 +123,12 @@ def load_config(name: str, **loading: Any) -> Any:
     except OSError as error:
         if Path(name).exists():
             raise
+        places = {key: value for key, value in where_it_is(loading).items() if key != "trust_remote_code"}
+        if find_adapter_config_file(name, **places) is not None:
+            raise InputError(
+                f"{printable(name)} holds adapters, which are read from a folder: hf download {printable(name)} "
+                "--local-dir FOLDER, and give FOLDER as the model."
+            ) from None
         raise OSError(f"{printable(name)}: there is no such folder here, and on the Hub: {error}") from None
 
 

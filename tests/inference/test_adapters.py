@@ -307,6 +307,17 @@ def test_a_model_on_the_hub_is_read_and_recorded_at_its_revision(folders, tmp_pa
     assert ["a" * 40] in _content_of(model)
 
 
+def test_adapters_on_the_hub_are_to_be_fetched_first(folders, tmp_path):
+    cached = tmp_path / "cache/models--me--adapters"
+    shutil.copytree(folders[1], cached / "snapshots/0123")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123")
+    with pytest.raises(InputError, match="hf download me/adapters --local-dir FOLDER"):
+        load_config("me/adapters", cache_dir=tmp_path / "cache")
+    with pytest.raises(OSError, match="me/others: there is no such folder here"):
+        load_config("me/others", cache_dir=tmp_path / "cache")
+
+
 def test_without_peft(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="holds adapters, which need peft: pip install peft"):
