@@ -64,15 +64,11 @@ class CausalEffects:
         tokens: of its tokenizer.
         scores: names of `SCORES`.
         tokens_per_pass: how many tokens, those in caches included, are in memory at once; two windows in any case.
-        counts_other: whether log P(N) counts where a window has N.
     """
 
-    def __init__(
-        self, model: Any, tokens: BaseTokens, scores: Sequence[str], tokens_per_pass: int, counts_other: bool = True
-    ):
+    def __init__(self, model: Any, tokens: BaseTokens, scores: Sequence[str], tokens_per_pass: int):
         self.reader = CausalReader(model, tokens)
         self.tokens, self.scores, self.tokens_per_pass = tokens, scores, tokens_per_pass
-        self.counts_other = counts_other
 
     def measure(self, readings: Sequence[Reading]) -> list[Effect]:
         """The effect of each reading; what is computed together does not change a number beyond rounding."""
@@ -126,7 +122,8 @@ class CausalEffects:
         """Before which place a window is split; not at all (0) if little would be saved."""
         if not self.reader.can_continue:
             return 0
-        common = min(reading.first_difference, reading.last_reference, reading.last_alternative)
+        last = len(reading.reference) - 1  # of windows that are equal
+        common = min(reading.first_difference, reading.last_reference, reading.last_alternative, last)
         return max(0, (common + 1) // _SPLIT * _SPLIT - 1)
 
     def _batches(self, readings: Sequence[Reading], references: list[list[_Unit]]) -> Iterator[list[list[_Unit]]]:
@@ -172,7 +169,7 @@ class CausalEffects:
             cache, last: of the windows' beginnings, one row per unit, and the logits after them; None without any.
             split: where the ends begin.
         """
-        ends = _ends_of(readings, units, split, self.reader.filler, self.reader.device)
+        ends = _ends_of(readings, units, split, self.tokens.bases[0], self.reader.device)
         ids = self._ids(ends.letters, is_start=split == 0)
         logits = self.reader.read(ids, None if cache is None else branched(cache, ends.owners)).logits
         skipped = ids.shape[1] - ends.letters.shape[1]
@@ -182,9 +179,10 @@ class CausalEffects:
     def _effects_of(self, branch: Branch, parts: Seen) -> Iterator[tuple[int, Effect]]:
         _, pairs, split, skipped, ids, logits, last = branch
         own = _own_log_probabilities(logits, ids, last)
-        if not self.counts_other:
-            own = own.masked_fill(ids == self.tokens.other, 0)
-        found = {"llr": log_likelihood_ratios(own, pairs)}
+        are_counted = ids != self.tokens.other
+        if last is None:
+            are_counted[:, 0] = False  # nothing predicts the first
+        found = {"llr": log_likelihood_ratios(own, are_counted, pairs)}
         if "jsd" in self.scores:
             bases = logits[..., list(self.tokens.bases)].to(widest(logits.device))
             found["jsd"] = divergences(bases.log_softmax(-1), pairs)

@@ -18,7 +18,7 @@ class RowPairs(NamedTuple):
 
     Args:
         reference, alternative: the rows.
-        first_difference: the first place at which both rows differ.
+        first_difference: the first place at which both rows differ, or what a model makes of them.
         last_reference, last_alternative: places of the alleles' last bases, 0 or more, maybe beyond the row.
         length: letters of either row; what is behind is filling.
     """
@@ -73,14 +73,23 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def log_likelihood_ratios(log_probabilities: torch.Tensor, pairs: RowPairs) -> torch.Tensor:
-    """Sum over all places from the first difference on of log P(alternative) - log P(reference): (pairs,), nats.
+def log_likelihood_ratios(log_probabilities: torch.Tensor, are_counted: torch.Tensor, pairs: RowPairs) -> torch.Tensor:
+    """Sum over the places that count of log P(alternative), less that of log P(reference): (pairs,), nats.
+
+    Of two rows in which other numbers of places count, the last of the one that has more do not.
 
     Args:
         log_probabilities: (rows, length) of the rows' own letters.
+        are_counted: (rows, length) bool: bases that are predicted.
     """
-    differences = log_probabilities[pairs.alternative] - log_probabilities[pairs.reference]
-    return differences.masked_fill(~pairs.may_differ(differences.shape[1]), 0).sum(1)
+    letters = torch.arange(are_counted.shape[1], device=pairs.length.device) < pairs.length.unsqueeze(1)
+    of_rows = [are_counted[rows] & letters for rows in (pairs.reference, pairs.alternative)]
+    fewest = torch.minimum(*(counted.sum(1) for counted in of_rows)).unsqueeze(1)
+    sums = [
+        log_probabilities[rows].masked_fill(~(counted & (counted.cumsum(1) <= fewest)), 0)
+        for rows, counted in zip((pairs.reference, pairs.alternative), of_rows, strict=True)
+    ]
+    return (sums[1] - sums[0]).masked_fill(~pairs.may_differ(are_counted.shape[1]), 0).sum(1)
 
 
 def divergences(log_probabilities: torch.Tensor, pairs: RowPairs) -> torch.Tensor:

@@ -55,8 +55,10 @@ class Effect(NamedTuple):
 
     Args:
         llr: log P(alternative window) - log P(reference window), in nats. Of a causal model each is the sum of
-            log P(base | bases before it), the first left out. Of a masked model it is the sum of
-            log P(alternative base) - log P(reference base) over the bases that differ, all of them masked.
+            log P(base | letters before it), the first left out; N is no base. If the windows have other numbers of
+            bases, the last ones of that which has more are left out, so that both sums have as many. Of a masked model
+            it is the sum of log P(alternative base) - log P(reference base) over the bases that differ, all of them
+            masked.
         jsd: Jensen-Shannon divergence of what is predicted for the next base (A, C, G or T) with either allele, in
             nats, summed over the last base of the allele and all behind it. Of causal models.
         embedding_distance: Euclidean distance of two vectors put together, the mean of the last hidden states over the

@@ -181,7 +181,7 @@ class GapFiller:
         is_masked: bool | None = None,
         tokens_per_pass: int | None = None,
     ):
-        self._effects = WindowEffects(model, tokenizer, ("llr",), strands, is_masked, tokens_per_pass, False)
+        self._effects = WindowEffects(model, tokenizer, ("llr",), strands, is_masked, tokens_per_pass)
         self.is_masked = self._effects.is_masked
 
     @property

@@ -218,7 +218,12 @@ def load_whole(auto_class: Any, name: str, has_new_head: bool = False, **loading
 
 def _load_adapted(auto_class: Any, adapters: Adapters, has_new_head: bool, loading: dict[str, Any]) -> Any:
     """The model that a folder of adapters is of, with these; its body also where they were trained beside a head."""
-    if auto_class in (HEADS["classes"], HEADS["labels"]) and not has_new_head:
+    of_base = adapters.loading_of_base(loading)
+    with _naming(adapters):
+        config = load_config(adapters.base, **where_it_is(of_base))
+    head = _head_named(config, {**_LANGUAGE_MODELS, **_CLASSIFIERS})
+    is_classifier = auto_class in (HEADS["classes"], HEADS["labels"])
+    if is_classifier and not has_new_head and auto_class is not HEADS[head]:
         where = printable(adapters.folder)
         raise InputError(
             f"{where} holds adapters, which do not say the names of a classifier's classes. Merge them into the "
@@ -226,14 +231,13 @@ def _load_adapted(auto_class: Any, adapters: Adapters, has_new_head: bool, loadi
             f"peft.PeftModel.from_pretrained(model, {where!r}).merge_and_unload().save_pretrained(NEW)"
         )
     read = read_adapters(adapters)
-    of_base = adapters.loading_of_base(loading)
     needs_head = auto_class is not AutoModel and not has_new_head
+    # A body is loaded with its head, beside which adapters are mostly trained.
+    is_body_of_head = auto_class is AutoModel and head is not None
     with _naming(adapters):
-        head = head_of(load_config(adapters.base, **where_it_is(of_base))) if auto_class is AutoModel else None
-        # A body is loaded with its head, beside which adapters are mostly trained.
-        model = load_whole(HEADS[head] if head else auto_class, adapters.base, has_new_head, **of_base)
+        model = load_whole(HEADS[head] if is_body_of_head else auto_class, adapters.base, has_new_head, **of_base)
     changed = with_adapters(model, read, needs_head)
-    return changed.base_model if head else changed
+    return changed.base_model if is_body_of_head else changed
 
 
 @contextlib.contextmanager

@@ -55,12 +55,15 @@ class MaskedEffects:
         logits = letter_logits(self.model, self.tokens, different)[rows.to(device)]
         chances = logits.to(widest(device)).log_softmax(-1)
         of_each = [chances.gather(-1, ids.to(device).unsqueeze(-1)).squeeze(-1) for ids in (alternative, reference)]
-        found = {"llr": (of_each[0] - of_each[1]).masked_fill(~changed.to(device), 0).sum(1)}
+        are_counted = changed & (reference != self.tokens.other) & (alternative != self.tokens.other)
+        found = {"llr": (of_each[0] - of_each[1]).masked_fill(~are_counted.to(device), 0).sum(1)}
         with seen(self.model, "embedding" in self.scores, "memory" in self.scores) as parts:
             if {"embedding", "memory"} & set(self.scores):
                 letter_logits(self.model, self.tokens, torch.cat([reference, alternative]))
                 count = len(readings)
                 pairs = row_pairs(readings, range(count), range(count, 2 * count), 0, device)
+                # What stands before a difference is read with it.
+                pairs = pairs._replace(first_difference=torch.zeros_like(pairs.first_difference))
                 found |= distances_of_parts(parts, pairs, len(self.tokens.before))
         for row in torch.stack(list(found.values()), dim=1).tolist():
             yield Effect(**dict(zip(found, row, strict=True)))

@@ -14,11 +14,13 @@ class Seen:
     """What parts of a model put out in its last pass.
 
     Args:
-        hidden: the last hidden states, (batch, length, hidden).
-        residuals: what each memory added to the residual stream, (batch, length, hidden).
+        needs_hidden: the name of a model that must show its last hidden states, or None.
+
+    `hidden` are these, (batch, length, hidden); `residuals` what each memory added to the residual stream, as large.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, needs_hidden: str | None) -> None:
+        self.needs_hidden = needs_hidden
         self.hidden: torch.Tensor | None = None
         self.residuals: list[torch.Tensor] = []
 
@@ -26,7 +28,7 @@ class Seen:
 @contextlib.contextmanager
 def seen(model: Any, hidden: bool, residuals: bool) -> Iterator[Seen]:
     """A block in which the parts that are asked for are seen in every pass."""
-    found = Seen()
+    found = Seen(type(model).__name__ if hidden else None)
     hooks = []
 
     def see_hidden(_module: Any, _inputs: Any, outputs: Any) -> None:
@@ -58,7 +60,15 @@ def distances_of_parts(parts: Seen, pairs: RowPairs, skipped: int, split: int = 
         pairs: the rows that are compared.
         skipped: how many places stand in front of the rows' letters.
         split: how many places of the windows stand before the rows.
+
+    Raises:
+        ValueError: if hidden states were to be seen, and the model does not compute them in its body.
     """
+    if parts.needs_hidden is not None and parts.hidden is None:
+        raise ValueError(
+            f"expected a model whose head calls its body, got {parts.needs_hidden}, which does not show its last "
+            'hidden states; leave the score "embedding" out.'
+        )
     found = {}
     if parts.hidden is not None:
         found["embedding_distance"] = embedding_distances(parts.hidden[:, skipped:], pairs, split)

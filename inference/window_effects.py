@@ -36,7 +36,6 @@ class WindowEffects:
         strands: `both`, `forward` or `reverse`.
         is_masked: whether it is a masked model; by default if its class is named so.
         tokens_per_pass: how many tokens are in memory at once.
-        counts_other: whether log P(N) counts, in `llr` of causal models, where a window has N.
 
     Raises:
         ValueError: if the tokens are not single bases, an argument is not known, or `memory` is asked of a model that
@@ -65,7 +64,6 @@ class WindowEffects:
         strands: str = "both",
         is_masked: bool | None = None,
         tokens_per_pass: int | None = None,
-        counts_other: bool = True,
     ):
         unknown = [name for name in scores if name not in SCORES]
         if unknown or strands not in STRANDS:
@@ -79,7 +77,7 @@ class WindowEffects:
         self.tokens_per_pass = tokens_per_pass or _TOKENS_PER_PASS.get(device, _TOKENS_PER_PASS_ELSEWHERE)
         asked = self.model, self.tokens, scores, self.tokens_per_pass
         self._effects: MaskedEffects | CausalEffects = (
-            MaskedEffects(*asked) if self.is_masked else CausalEffects(*asked, counts_other)
+            MaskedEffects(*asked) if self.is_masked else CausalEffects(*asked)
         )
 
     @property

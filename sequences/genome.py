@@ -83,7 +83,7 @@ class Genome:
         return _Lengths(self)
 
     def fetch(self, contig: str, start: int, end: int) -> str:
-        """Letters of a contig, 0-based and half-open, in upper case; N and other IUPAC codes are kept.
+        """Letters of a contig, 0-based and half-open, in upper case, U as T; N and other IUPAC codes are kept.
 
         Raises:
             InputError: if there is no such contig, it does not reach so far, or the file is damaged.
@@ -112,7 +112,7 @@ class Genome:
                 f"{self.name} is damaged: expected {end - start:,} bases at {contig}:{start + 1:,}-{end:,}, got "
                 f"{len(letters):,}; copy or download the file again."
             )
-        return letters.upper()
+        return letters.upper().replace("U", "T")
 
 
 class _Lengths(Mapping[str, int]):

@@ -1,5 +1,6 @@
 """What a graft remembers while its host decodes: kept in the host's cache, reordered, cropped and reset with it."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,12 @@ class _Pieces:
             taken += self.pieces[first].shape[1]
         found = self.pieces[first:] or self.pieces[-1:]
         return torch.cat(found, dim=1) if len(found) > 1 else found[0] if found else None
+
+    def copied(self) -> "_Pieces":
+        """The same tensors, with a life of their own: none of them is ever written to."""
+        new = copy.copy(self)
+        new.pieces = list(self.pieces)
+        return new
 
     def crop(self, tokens: int) -> None:
         """Forget the last positions."""
@@ -86,6 +93,13 @@ class _Window:
     def last(self, needed: int) -> torch.Tensor | None:
         """All positions; None before the first."""
         return self.tensor if self.is_begun else None
+
+    def copied(self) -> "_Window":
+        """The same numbers at another place."""
+        new = copy.copy(self)
+        if self.tensor is not None:
+            new._place(self.tensor.clone())
+        return new
 
     def crop(self, tokens: int) -> None:
         """Only nothing can be forgotten."""
@@ -191,6 +205,12 @@ class GraftState(MemoryState):
             self._pieces[layer, name] = _Window(self._needed(name), empty) if self.is_static else _Pieces()
         self._pieces[layer, name].append(new, most + MOST_CROPPED)
 
+    def copied(self) -> "GraftState":
+        """The same, for another cache with the same tokens."""
+        new = copy.copy(self)
+        new._pieces = {place: pieces.copied() for place, pieces in self._pieces.items()}
+        return new
+
     def select(self, rows: torch.Tensor) -> None:
         """Rows of the batch, in this order."""
         for pieces in self._pieces.values():
@@ -272,6 +292,12 @@ def _followed(cache_class: Any) -> Any:
         names = {"__module__": cache_class.__module__}
         _followed_classes[cache_class] = type(cache_class.__name__, (_FollowedCache, cache_class), names)
     return _followed_classes[cache_class]
+
+
+def separate(cache: Any) -> None:
+    """Give a cache that was copied with `copy.copy` a state of its own."""
+    if isinstance(cache, _FollowedCache):
+        setattr(cache, _ATTRIBUTE, cache._state().copied())
 
 
 def follow(cache: Any, config: MotifMemoryConfig) -> GraftState:

@@ -269,6 +269,24 @@ def test_classifiers(folders, tmp_path):
         load_model(str(tmp_path / "classifier"), "causal", device="cpu")
 
 
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_adapters_of_a_saved_classifier(trains_head, tiny_folder, tmp_path):
+    names = {0: "promoter", 1: "enhancer", 2: "none"}
+    model = GengramForSequenceClassification.from_pretrained(tiny_folder, num_labels=3, id2label=names)
+    drawn(model).save_pretrained(tmp_path / "base")
+    GengramTokenizer().save_pretrained(tmp_path / "base")
+    config = LoraConfig(task_type="SEQ_CLS" if trains_head else None, r=2, target_modules=["q_proj"])
+    base = GengramForSequenceClassification.from_pretrained(tmp_path / "base")
+    truth = drawn(get_peft_model(base, config))
+    truth.save_pretrained(tmp_path / "adapters")
+    model = load_model(str(tmp_path / "adapters"), "classes", device="cpu").model
+    assert model.config.id2label == names
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids_of(model)).logits, truth(ids_of(truth)).logits, **MERGED)
+    body = load_model(str(tmp_path / "adapters"), None, device="cpu").model
+    torch.testing.assert_close(last_states(body), last_states(truth), **MERGED)
+
+
 def test_a_model_beside_which_adapters_are_kept(folders, tmp_path, monkeypatch):
     """Relative places count from the working directory, else from the folder; names of adapters make folders."""
     _, adapters, truth = folders

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shared_files import DATA, needs_data
 
 from gengram.sequences.genome import genome_of, open_genome
+from gengram.sequences.variants import ReferenceCheck, Variant
 from gengram.support.errors import InputError
 
 pysam = pytest.importorskip("pysam")
@@ -104,6 +105,13 @@ def test_a_genome_without_chr_is_read_by_names_with_it_and_that_is_said_once(cap
     assert [record.message for record in caplog.records] == [
         "Contigs of the genome have other names: chr1 is read as 1, and so on."
     ]
+
+
+def test_rna_is_read_as_dna():
+    genome = genome_of({"rna": "ACGUuRn"})
+    assert genome.fetch("rna", 0, 7) == "ACGTTRN"
+    variants = [Variant("rna", 3, "T", "A"), Variant("rna", 4, "t", "C"), Variant("rna", 5, "R", "A")]
+    assert [ReferenceCheck(genome).status(each) for each in variants] == ["", "", "not_acgtn"]
 
 
 def test_a_contig_that_is_not_there_is_an_error_with_its_neighbours():

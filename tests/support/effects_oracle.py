@@ -87,10 +87,17 @@ class Oracle:
             )
         return self._known[window]
 
-    def log_likelihood(self, window: str) -> float:
-        """Sum of log P(base | bases before it), without the first."""
+    def log_likelihoods(self, window: str) -> list[float]:
+        """log P(base | letters before it) of all bases but the first letter; N is none."""
         chances = self.read(window)[0]
-        return sum(float(chances[place - 1, self.ids[window[place]]]) for place in range(1, len(window)))
+        places = [place for place in range(1, len(window)) if window[place] in "ACGT"]
+        return [float(chances[place - 1, self.ids[window[place]]]) for place in places]
+
+    def llr(self, reference: str, alternative: str) -> float:
+        """log P(alternative) - log P(reference), of equally many bases: the last ones of either do not count."""
+        one, two = self.log_likelihoods(reference), self.log_likelihoods(alternative)
+        count = min(len(one), len(two))
+        return sum(two[:count]) - sum(one[:count])
 
     def effect(self, reference: str, alternative: str, last_reference: int, last_alternative: int) -> dict[str, float]:
         """The numbers of one strand; `last_...` are the places of the alleles' last bases."""
@@ -100,7 +107,7 @@ class Oracle:
             for step in range(len(reference))
             if max(last_reference, last_alternative) + step < len(reference)
         ]
-        found = {"llr": self.log_likelihood(alternative) - self.log_likelihood(reference)}
+        found = {"llr": self.llr(reference, alternative)}
         if not places:
             return found | dict.fromkeys(("jsd", "embedding_distance", "memory_change"), math.nan)
         jsd = 0.0

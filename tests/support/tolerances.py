@@ -98,6 +98,7 @@ LOG_PROBABILITY_FP32 = 1e-6
 
 # Sums of log-probabilities over a sequence, from logits that are apart by SAME_FP32.
 LOG_LIKELIHOOD_FP32 = 1e-4
+LOG_LIKELIHOOD_BF16 = 0.5
 
 # Probabilities of bases at a gap in float32 beside the brute force in float64.
 POSTERIOR = 1e-5

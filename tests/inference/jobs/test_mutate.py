@@ -104,10 +104,7 @@ def expected_llrs(oracle, sequence, place, alternative, block, context):
     first, size = window(sequence, *block, context, deleted=alternative == "-")
     changed = read_as(sequence[:place] + alternative.replace("-", "") + sequence[place + 1 :])[first : first + size]
     plain = read_as(sequence)[first : first + size]
-    return [
-        oracle.log_likelihood(turn(changed)) - oracle.log_likelihood(turn(plain))
-        for turn in (str, reversed_complement)
-    ]
+    return [oracle.llr(turn(plain), turn(changed)) for turn in (str, reversed_complement)]
 
 
 # ---- windows
