@@ -1,10 +1,12 @@
 """Low-rank adapters (LoRA) that PEFT saved in a folder of their own, and the model that they change."""
 
+import json
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..modeling_gengram.adapters import forget_classes, names_of_classes
 from ..support.errors import InputError, MissingExtraError, quoted
 from ..support.printable import printable
 from .model_folder import ADAPTER, Adapters
@@ -21,6 +23,11 @@ class ReadAdapters(NamedTuple):
     adapters: Adapters
     config: Any  # PEFT's
     weights: dict[str, torch.Tensor]  # by PEFT's names: `_OUTER`, and that in the model that they were trained in
+
+
+def classes_of(adapters: Adapters) -> dict[int, str] | None:
+    """The names of the classes that adapters were trained with, if they say them, as those of Gengram models do."""
+    return names_of_classes(json.loads((adapters.folder / ADAPTER).read_text(encoding="utf-8")))
 
 
 def read_adapters(adapters: Adapters) -> ReadAdapters:
@@ -78,23 +85,32 @@ def with_adapters(model: Any, read: ReadAdapters, needs_head: bool = True) -> An
     has_body = model.base_model is not model
     were_beside_a_head = any(name.startswith(_OUTER + body) for name in read.weights)
     target = model.base_model if has_body and not were_beside_a_head else model
-    names = {name.rpartition(".")[2] for name, _ in target.named_modules()}
+    changed, weights = target, read.weights
+    if not needs_head and target is not model.base_model:  # nothing of the head, which may have other classes
+        forget_classes(read.config)
+        changed = model.base_model
+        weights = {name: weight for name, weight in weights.items() if name.startswith(_OUTER + body)}
+    names = {name.rpartition(".")[2] for name, _ in changed.named_modules()}
     kept = [name for name in read.config.modules_to_save or () if name.rpartition(".")[2] in names]
     read.config.modules_to_save = kept or None
     try:
         peft_model = PeftModel(target, read.config, _NAME)
-        found: Any = set_peft_model_state_dict(peft_model, read.weights, _NAME)
+        found: Any = set_peft_model_state_dict(peft_model, weights, _NAME)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{folder}: expected adapters of {kind}, which cannot be made of what is there "
             f"({type(error).__name__}: {printable(str(error))})."
         ) from None
     unexpected = {name.removeprefix(_OUTER) for name in found.unexpected_keys}
-    if not needs_head and has_body:
-        unexpected = {name for name in unexpected if name.startswith(body)}
-    weights = dict(peft_model.named_parameters(remove_duplicate=False))
-    there = {id(weight) for name, weight in weights.items() if name not in found.missing_keys}
-    missing = {name for name in found.missing_keys if _NAME in name.split(".") and id(weights.get(name)) not in there}
+    parameters = dict(peft_model.named_parameters(remove_duplicate=False))
+    there = {id(weight) for name, weight in parameters.items() if name not in found.missing_keys}
+    missing = {
+        name
+        for name in found.missing_keys
+        if _NAME in name.split(".")
+        and id(parameters.get(name)) not in there
+        and (changed is target or name.startswith(_OUTER + body))
+    }
     strangers = unexpected | missing  # without what is tied to one that is there
     if strangers:
         is_classifier = read.config.task_type in _CLASSIFIERS

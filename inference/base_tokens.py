@@ -96,6 +96,15 @@ class BaseTokens:
         return table
 
 
+def padding_id(pad: int | None, otherwise: int, model: Any) -> int:
+    """The id of padding for a model: `otherwise`, if the tokenizer has none, or one beyond the model's tokens."""
+    try:
+        known = model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):  # a model's own code may not say
+        known = getattr(getattr(model, "config", None), "vocab_size", None)
+    return otherwise if pad is None or (known is not None and pad >= known) else pad
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return [int(token) for token in tokenizer(text)["input_ids"]]
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from .base_tokens import padding_id
 from .loaded_model import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class HiddenStates:
         self._takes_mask = "attention_mask" in parameters
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         probe = tokens.encode(_PROBE)[: max(2, (loaded.context - len(tokens.before) - len(tokens.after)) // 2)]
-        self._filler = tokens.pad or 0
+        self._filler = padding_id(tokens.pad, 0, loaded.model)
         self.layers, self.width = self._layers_and_width(probe)
         self.sees_both_sides = self._looks_ahead(probe)
         if not self.sees_both_sides:

@@ -25,9 +25,11 @@ from ..motif_memory.grafts.layer import CHILD
 from ..motif_memory.grafts.saved_memory import load_memory
 from ..support.errors import InputError, quoted
 from ..support.printable import printable
-from .adapters import read_adapters, with_adapters
+from .adapters import classes_of, read_adapters, with_adapters
 from .model_folder import ADAPTER, Adapters, adapters_in, check_model_folder
 from .shared_key_head import read_masks_right
+
+logger = logging.get_logger(__name__)
 
 UNKNOWN_CONTEXT = 10**9  # tokens, if nothing says how many a model can read
 HEADS: dict[str | None, Any] = {
@@ -117,7 +119,10 @@ def load_config(name: str, **loading: Any) -> Any:
     adapters = adapters_in(name)
     if adapters is not None:
         with _naming(adapters):
-            return load_config(adapters.base, **adapters.loading_of_base(loading))
+            config = load_config(adapters.base, **adapters.loading_of_base(loading))
+        if classes := classes_of(adapters):
+            config.id2label, config.label2id = classes, {name: number for number, name in classes.items()}
+        return config
     try:
         return AutoConfig.from_pretrained(name, **loading)
     except OSError as error:
@@ -226,9 +231,16 @@ def _load_adapted(auto_class: Any, adapters: Adapters, has_new_head: bool, loadi
     if is_classifier and not has_new_head and auto_class is not HEADS[head]:
         where = printable(adapters.folder)
         raise InputError(
-            f"{where} holds adapters, which do not say the names of a classifier's classes. Merge them into the "
-            f"model: model = {auto_class.__name__}.from_pretrained({adapters.base!r}, num_labels=...); "
-            f"peft.PeftModel.from_pretrained(model, {where!r}).merge_and_unload().save_pretrained(NEW)"
+            f"{where} holds adapters of a classifier, and its model, {printable(adapters.base)}, was saved without "
+            f"such a head, so that the names of its classes are not known. Merge them: model = {auto_class.__name__}."
+            f"from_pretrained({adapters.base!r}, num_labels=...); peft.PeftModel.from_pretrained(model, {where!r})."
+            "merge_and_unload().save_pretrained(NEW)"
+        )
+    if is_classifier and not has_new_head and not classes_of(adapters):
+        logger.warning(
+            "%s: the names of classes are those of its model, %s.",
+            printable(adapters.folder),
+            printable(adapters.base),
         )
     read = read_adapters(adapters)
     needs_head = auto_class is not AutoModel and not has_new_head

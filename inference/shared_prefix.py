@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..motif_memory.grafts.state_in_cache import separate
-from .base_tokens import BaseTokens
+from .base_tokens import BaseTokens, padding_id
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +155,8 @@ class CausalReader:
 
     @property
     def filler(self) -> int:
-        """The id of padding: a base where the tokenizer has none that the model knows."""
-        pad, known = self.tokens.pad, self.model.get_input_embeddings().weight.shape[0]
-        return self.tokens.bases[0] if pad is None or pad >= known else pad
+        """The id of padding."""
+        return padding_id(self.tokens.pad, self.tokens.bases[0], self.model)
 
     def _why_not(self) -> str:
         if self._cache_name is None or not self._takes_use_cache:

@@ -78,6 +78,26 @@ def _warn_of_what_is_lost(model: Any) -> None:
         )
 
 
+def names_of_classes(adapter: dict[str, Any]) -> dict[int, str] | None:
+    """The names of the classes that an adapter was trained with, if its file says them.
+
+    Args:
+        adapter: content of its file.
+    """
+    facts = adapter.get("auto_mapping")
+    settings = facts.get(_KEY) if isinstance(facts, dict) else None
+    names = settings.get("id2label") if isinstance(settings, dict) else None
+    return _as_labels(names) if isinstance(names, dict) else None
+
+
+def forget_classes(adapter: Any) -> None:
+    """Let an adapter go into a model with other classes: without what was noted of its own."""
+    facts = dict(adapter.auto_mapping or {})
+    if isinstance(facts.get(_KEY), dict):
+        facts[_KEY] = {name: value for name, value in facts[_KEY].items() if name not in _OF_THE_TASK}
+        adapter.auto_mapping = facts
+
+
 def check_adapters(model: Any) -> None:
     """Compare a model with the settings that its adapters were trained with; called when weights are loaded.
 

@@ -254,7 +254,7 @@ def test_adapters_beside_quantised_weights(folders, tmp_path):
 
 def test_classifiers(folders, tmp_path):
     base, adapters, truth = folders
-    with pytest.raises(InputError, match=r"names of a classifier's classes.*merge_and_unload\(\)"):
+    with pytest.raises(InputError, match=r"names of its classes are not known.*merge_and_unload\(\)"):
         load_model(str(adapters), "classes", device="cpu")
     model = load_whole(AutoModelForSequenceClassification, str(adapters), has_new_head=True, num_labels=3)  # to train
     torch.testing.assert_close(last_states(model), last_states(truth), **MERGED)
@@ -285,6 +285,34 @@ def test_adapters_of_a_saved_classifier(trains_head, tiny_folder, tmp_path):
         torch.testing.assert_close(model(ids_of(model)).logits, truth(ids_of(truth)).logits, **MERGED)
     body = load_model(str(tmp_path / "adapters"), None, device="cpu").model
     torch.testing.assert_close(last_states(body), last_states(truth), **MERGED)
+
+
+def test_classes_are_those_that_the_adapters_were_trained_with(tiny_folder, tmp_path, capsys):
+    def names(*of_classes):
+        return dict(id2label=dict(enumerate(of_classes)), label2id={name: i for i, name in enumerate(of_classes)})
+
+    base, adapters, whole = (tmp_path / name for name in ("base", "adapters", "whole"))
+    model = GengramForSequenceClassification.from_pretrained(tiny_folder, num_labels=2, **names("open", "closed"))
+    drawn(model).save_pretrained(base)
+    GengramTokenizer().save_pretrained(base)
+    model = GengramForSequenceClassification.from_pretrained(base, **names("closed", "open"))
+    truth = drawn(get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])))
+    truth.save_pretrained(adapters)
+    assert load_config(str(adapters)).id2label == {0: "closed", 1: "open"}
+    load_model(str(adapters), "classes", device="cpu").model.save_pretrained(whole)
+    GengramTokenizer().save_pretrained(whole)
+    fasta = tmp_path / "some.fa"
+    fasta.write_text(f">a\n{TEXT}\n")
+    found = []
+    for folder in (adapters, whole):
+        output = tmp_path / f"{folder.name}.tsv"
+        command = f"mutate a:3-5 --fasta {fasta} --model {folder} --class open --output {output} --quiet"
+        assert main(command.split()) in (None, 0), capsys.readouterr().err
+        found.append(output.read_text())
+    assert found[0] == found[1]
+    trained = load_whole(AutoModelForSequenceClassification, str(adapters), has_new_head=True, num_labels=5)
+    assert trained.score.weight.shape[0] == 5
+    torch.testing.assert_close(last_states(trained), last_states(truth), **MERGED)
 
 
 def test_a_model_beside_which_adapters_are_kept(folders, tmp_path, monkeypatch):

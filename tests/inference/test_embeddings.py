@@ -98,6 +98,17 @@ def test_a_models_nature_is_found_by_trial(name):
     assert states.layers == 3
 
 
+def test_a_pad_that_the_model_does_not_know_is_not_read():
+    model, tokenizer = bert()
+    tokens = model.get_input_embeddings().weight.shape[0]
+    tokenizer.add_tokens([f"<{number}>" for number in range(tokens)])
+    tokenizer.add_special_tokens({"pad_token": "[FAR]"})
+    assert tokenizer.pad_token_id >= tokens
+    encoder = SequenceEncoder(LoadedModel(model.base_model, tokenizer))
+    alone = np.concatenate([encoder.vectors([sequence]) for sequence in SEQUENCES])
+    np.testing.assert_allclose(encoder.vectors(SEQUENCES), alone, rtol=0, atol=SAME_HIDDEN_STATES_FP32)
+
+
 @pytest.mark.parametrize("pooling", [*POOLINGS, "none"])
 def test_values_depend_neither_on_batches_nor_on_order(tiny_folder, pooling):
     sequences = random_sequences(30, 150)

@@ -37,6 +37,7 @@ MAY_IMPORT = {
 
 # (module, what it imports beyond the table): the reason.
 EXCEPTIONS = {
+    ("inference.adapters", "modeling_gengram.adapters"): "what adapters of a Gengram model say of its classes",
     ("support.versions", "gengram._version"): "the version of a checkout, which is not installed",
     ("conversion_scripts.to_hf.write_folder", "modeling_gengram.remote_code"): "a written folder carries its sources",
     ("conversion_scripts.verify_conversion", "modeling_gengram.modeling_gengram"): "a folder is loaded to verify it",
