@@ -1,6 +1,5 @@
 """Low-rank adapters (LoRA) that PEFT saved in a folder of their own, and the model that they change."""
 
-import json
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ class ReadAdapters(NamedTuple):
 
 def classes_of(adapters: Adapters) -> dict[int, str] | None:
     """The names of the classes that adapters were trained with, if they say them, as those of Gengram models do."""
-    return names_of_classes(json.loads((adapters.folder / ADAPTER).read_text(encoding="utf-8")))
+    return names_of_classes(adapters.content)
 
 
 def read_adapters(adapters: Adapters) -> ReadAdapters:

@@ -230,7 +230,7 @@ def _leading_bits(number: int) -> int:
 
 
 def _own_log_probabilities(logits: torch.Tensor, ids: torch.Tensor, last: torch.Tensor | None) -> torch.Tensor:
-    """log P of each letter given all before it: (rows, length); 0 of the first of a window, which is not predicted.
+    """log P of each letter given all before it: (rows, length); without meaning for the first of a window.
 
     Args:
         logits: (rows, length, vocabulary) after each letter.
@@ -238,7 +238,4 @@ def _own_log_probabilities(logits: torch.Tensor, ids: torch.Tensor, last: torch.
         last: (rows, 1, vocabulary) before the first letter; None at the start of a window.
     """
     before = torch.cat([logits[:, :1] if last is None else last, logits[:, :-1]], dim=1).to(widest(logits.device))
-    found = before.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    if last is None:
-        found[:, 0] = 0
-    return found
+    return before.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)

@@ -43,10 +43,14 @@ class RowPairs(NamedTuple):
         of_alternative = (self.last_alternative.unsqueeze(1) + steps).minimum(last)
         return of_reference, of_alternative, exist
 
+    def are_letters(self, places: int) -> torch.Tensor:
+        """Which of a row's places are no filling: (pairs, places)."""
+        return torch.arange(places, device=self.length.device) < self.length.unsqueeze(1)
+
     def may_differ(self, places: int) -> torch.Tensor:
         """Which of a row's places are letters from the first difference on: (pairs, places)."""
         each = torch.arange(places, device=self.length.device)
-        return (each >= self.first_difference.unsqueeze(1)) & (each < self.length.unsqueeze(1))
+        return (each >= self.first_difference.unsqueeze(1)) & self.are_letters(places)
 
 
 def row_pairs(
@@ -82,7 +86,7 @@ def log_likelihood_ratios(log_probabilities: torch.Tensor, are_counted: torch.Te
         log_probabilities: (rows, length) of the rows' own letters.
         are_counted: (rows, length) bool: bases that are predicted.
     """
-    letters = torch.arange(are_counted.shape[1], device=pairs.length.device) < pairs.length.unsqueeze(1)
+    letters = pairs.are_letters(are_counted.shape[1])
     of_rows = [are_counted[rows] & letters for rows in (pairs.reference, pairs.alternative)]
     fewest = torch.minimum(*(counted.sum(1) for counted in of_rows)).unsqueeze(1)
     sums = [

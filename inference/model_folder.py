@@ -33,6 +33,7 @@ class Adapters(NamedTuple):
     folder: Path
     base: str  # folder or Hub id of that model
     revision: str | None  # of a model on the Hub
+    content: dict[str, Any]  # of its adapter_config.json
 
     def loading_of_base(self, loading: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of `from_pretrained` for that model; a `revision` among `loading` is its own."""
@@ -67,7 +68,7 @@ def adapters_in(name: str | Path) -> Adapters | None:
     base = next((str(each) for each in (place, folder / place) if each.is_dir()), base)
     if Path(base).resolve() == folder.resolve() or (Path(base) / ADAPTER).exists():
         raise InputError(f"{shown_name(name)} holds adapters of {shown_name(base)}, which are adapters, too.")
-    return Adapters(folder, base, revision or None)
+    return Adapters(folder, base, revision or None, config)
 
 
 def model_files(folder: Path) -> dict[str, Path]:

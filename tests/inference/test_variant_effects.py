@@ -55,6 +55,11 @@ def unit_gain(model, seed: int = 0):
     return model.eval()
 
 
+def substitution(window: str, place: int, base: str) -> Change:
+    """A window with another base at one place."""
+    return Change(window, window[:place] + base + window[place + 1 :], place)
+
+
 def grafted(model, strength: float = 1.0):
     """The model with memories of random weights, which begin with none of the effect of a trained one."""
     config = MotifMemoryConfig(ngram_sizes=(1, 2, 3, 4), embedding_dim=8, window=9)
@@ -174,7 +179,7 @@ def test_windows_of_many_lengths_are_read_side_by_side(name, monkeypatch):
     for number, sequence in enumerate(sequences):
         place = generator.randrange(len(sequence)) if number % 2 else len(sequence) // 2
         other = generator.choice("ACGT".replace(sequence[place], ""))
-        changes.append(Change(sequence, sequence[:place] + other + sequence[place + 1 :], place))
+        changes.append(substitution(sequence, place, other))
     oracle = oracle_of(model)
     scores = SCORES if oracle.memories else SCORES[:3]
     effects = WindowEffects(model, GengramTokenizer(), scores)
@@ -196,9 +201,7 @@ def test_a_window_of_a_weak_graft_with_changes_at_several_places(dtype, strength
     model = grafted(MODELS["Llama"](), strength).to(dtype)
     window = random_sequence(128, seed=8).upper().replace("N", "A")
     changes = [
-        Change(window, window[:place] + other + window[place + 1 :], place)
-        for place in (20, 60, 90)
-        for other in "ACGT".replace(window[place], "")
+        substitution(window, place, other) for place in (20, 60, 90) for other in "ACGT".replace(window[place], "")
     ]
     effects = WindowEffects(model, GengramTokenizer(), ("llr",))
     together = [effect.mean("llr") for effect in effects.of(changes)]
@@ -213,7 +216,7 @@ def test_a_pad_that_the_model_does_not_know_is_not_read(monkeypatch):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     model = unit_gain(LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": tokenizer.pad_token_id})))
     sequences = ["ACGTTGCATA", "ACGTTGCATAG"]
-    changes = [Change(sequence, sequence[:5] + "A" + sequence[6:], 5) for sequence in sequences]
+    changes = [substitution(sequence, 5, "A") for sequence in sequences]
     effects = WindowEffects(model, tokenizer, ("llr",))
     alone = [next(effects.of([change])).mean("llr") for change in changes]
     assert [effect.mean("llr") for effect in effects.of(changes)] == pytest.approx(alone, abs=LOG_LIKELIHOOD_FP32)
@@ -222,9 +225,9 @@ def test_a_pad_that_the_model_does_not_know_is_not_read(monkeypatch):
 @pytest.mark.parametrize("length", [15, 16, 31, 47])
 def test_equal_windows_of_any_length(length):
     window = random_sequence(length, seed=9).upper().replace("N", "A")
-    other = window[:3] + ("A" if window[3] != "A" else "C") + window[4:]
+    other = substitution(window, 3, "A" if window[3] != "A" else "C")
     effects = WindowEffects(MODELS["Gengram"](), GengramTokenizer(), SCORES)
-    equal, _ = effects.of([Change(window, window, length - 2, 9, 4), Change(window, other, 3)])
+    equal, _ = effects.of([Change(window, window, length - 2, 9, 4), other])
     assert [strand.llr for strand in equal] == [0, 0]
 
 
@@ -233,7 +236,7 @@ def test_hidden_states_that_cannot_be_seen_are_refused():
     model = unit_gain(OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32)))
     effects = WindowEffects(model, GengramTokenizer(), ("llr", "embedding"))
     with pytest.raises(ValueError, match="OPTForCausalLM, which does not show its last hidden states"):
-        list(effects.of([Change("ACGTACGT", "ACGTCCGT", 4)]))
+        list(effects.of([substitution("ACGTACGT", 4, "C")]))
 
 
 @pytest.mark.parametrize("strand", ["forward", "reverse"])
